@@ -1,0 +1,923 @@
+"""Label files and images in, tensors out.
+
+    python dataset.py data/                     # what is in a data folder
+    python dataset.py data/ --check             # and decode every image
+    python dataset.py --demo data/demo          # write the demo data
+
+    table = dataset.read_labels("data/")        # -> LabelTable; 1, 0 and NaN for an unknown label
+    train, val, test = (table.subset(rows) for rows in dataset.split(table))
+    images = dataset.ImageDataset(train, size=224)
+    for batch, targets, rows in dataset.batches(images, [[0, 1, 2], [3, 4]]): ...
+
+A LabelTable is the one currency between label files, splits, datasets and reports.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import math
+import os
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".avif"}
+LABEL_VALUES = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0}
+LABEL_VALUES |= dict.fromkeys(["NA", "na", "N/A", "NaN", "nan", "NAN", "?", "-1", "-1.0", ""], math.nan)
+LONGEST_LINE = 2**20  # bytes; a longer one is not of a label file
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class InputError(ValueError):
+    """The user's input is wrong. The message names the file, the line or the option, and what to do."""
+
+
+class ImageError(ValueError):
+    """A file cannot be read as an image. The message names the file and the reason."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every script needs: a command line that fails in one line, and files that are written whole or not at all
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that shows every default in --help and reports a wrong option as an InputError."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
+
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def run_command(main):
+    """Run main() as a command and exit: 0 done, 1 the run failed, 2 the input is wrong, 130 Ctrl-C."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, OSError, ImageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="w"):
+    """Open a temporary file that takes the place of `path` when the block ends well, and is removed when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_csv(path, rows):
+    """Write rows (lists of cells, the header first) as a CSV file."""
+    with atomic_write(path) as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def write_json(path, value):
+    """Write a value as JSON; NaN becomes null, since JSON has no NaN."""
+
+    def clean(value):
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    with atomic_write(path) as file:
+        file.write(json.dumps(clean(value), indent=2, ensure_ascii=False) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Label files
+
+
+@dataclass
+class LabelTable:
+    """Images and what is known of them: row i is the image `paths[i]`, named `ids[i]`, with labels `targets[i]`."""
+
+    ids: list  # N names, as the label file writes them
+    paths: list  # N files (or PIL images)
+    targets: np.ndarray  # float32 (N, C): 1, 0, NaN where the label is unknown
+    classes: list  # C names
+    groups: dict = field(default_factory=dict)  # group name -> its class names; may be empty
+    objects: list = field(default_factory=list)  # N names of the physical object shown, kept in one split; may be empty
+    missing: list = field(default_factory=list)  # ids of the rows that were dropped: their image is not there
+    warnings: list = field(default_factory=list)  # what was odd in the label file, one line each
+
+    def __len__(self):
+        return len(self.ids)
+
+    def subset(self, rows):
+        """The table of the given rows (an array of row numbers), in that order."""
+        ids, paths, objects = ([values[i] for i in rows] if values else [] for values in (self.ids, self.paths, self.objects))  # noqa: E501  # fmt: skip
+        return replace(self, ids=ids, paths=paths, targets=self.targets[rows], objects=objects)
+
+
+def read_labels(data_dir, labels=None, images=None, label_groups=None, group=None):
+    """Read a data folder -> LabelTable.
+
+    data_dir: the folder. labels: the label file; by default it is found by looking (find_labels). images: the image
+    folder; by default DATA/images, or DATA itself. label_groups: a JSON file {group: [class, ...]}; by default
+    DATA/label_groups.json when it is there. group: the column that names the physical object an image shows.
+    Rows whose image is missing are dropped and listed in `missing`. Raises InputError.
+    """
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise InputError(f"{data_dir} is not a folder: --data names the folder of labels and images")
+    path = Path(labels) if labels else find_labels(data_dir)
+    folder = Path(images) if images else data_dir / "images"
+    if images and not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: --images names the image folder")
+    files = ImageFolder(folder if folder.is_dir() else data_dir)
+    names, numbers, targets, classes, objects = _read_table(path, group)
+    table = _find_images(path, files, names, numbers, targets, classes, objects)
+    groups_file = Path(label_groups) if label_groups else data_dir / "label_groups.json"
+    if label_groups or groups_file.is_file():
+        table = _apply_groups(table, groups_file)
+    return table
+
+
+def find_labels(data_dir):
+    """The label file of a data folder, found by looking. Raises InputError when there is none, or several."""
+    for name in ("labels.txt", "labels.csv"):
+        if (data_dir / name).is_file():
+            return data_dir / name
+    found = sorted(path for path in data_dir.iterdir() if path.suffix.lower() in (".txt", ".csv") and path.is_file())
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(path.name for path in found) or "no .txt or .csv file"
+    raise InputError(f"{data_dir} has {names}: name the label file with --labels FILE, or call it labels.txt")
+
+
+def _read_lines(path):
+    """The lines of a label file, without line ends. UTF-8 with or without BOM; any line end."""
+    try:
+        parts = []
+        with open(path, "rb") as file:
+            while part := file.read(LONGEST_LINE):
+                if len(part) == LONGEST_LINE and b"\n" not in part and b"\r" not in part:
+                    raise InputError(f"{path} has a line of over {LONGEST_LINE} bytes: it is not a label file")
+                parts.append(part)
+        content = b"".join(parts)
+        if b"\0" in content:
+            raise InputError(f"{path} has zero bytes, as UTF-16 and binary files do: save it as text in UTF-8")
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: byte {content[error.start]:#04x} is not UTF-8: save it as UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def _delimiter(path, line):
+    """What separates the cells of a table, by its first line. A single blank stands for any white space."""
+    if path.suffix.lower() != ".csv" and len(line.split()) > 1:
+        return " "
+    delimiter = max(",;\t", key=line.count)
+    if delimiter not in line:
+        raise InputError(f"{path}:1: no label column: separate the cells by a comma, a semicolon or a tab, "
+                         "or by white space in a .txt file")  # fmt: skip
+    return delimiter
+
+
+def _cells(lines, delimiter):
+    """Yield (line number, cells) of every line that is not blank. In CSV a quoted cell may hold the delimiter."""
+    if delimiter == " ":
+        yield from ((number, line.split()) for number, line in enumerate(lines, 1) if line.strip())
+        return
+    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, skipinitialspace=True)
+    for cells in reader:
+        if any(cell.strip() for cell in cells):
+            yield reader.line_num, [cell.strip() for cell in cells]
+
+
+def _read_table(path, group=None):
+    """The table format: an image per line, then a cell per class -> (names, line numbers, targets, classes, objects)."""
+    lines = _read_lines(path)
+    first = next((line for line in lines if line.strip()), None)
+    if first is None:
+        raise InputError(f"{path} is empty: it needs a line per image")
+    delimiter = _delimiter(path, first)
+    number, cells = next(_cells(lines, delimiter))
+    has_header, width = _read_first(path, number, cells)
+    header = cells[1:] if has_header else [f"Attr{i + 1}" for i in range(width)]
+    twice = next((name for i, name in enumerate(header) if name in header[:i]), None)
+    if twice is not None:
+        raise InputError(f"{path}:{number}: the class {twice} is there twice: rename one of the columns")
+    if group and group not in header:
+        raise InputError(f"--group {group}: {path} has no such column; it has {', '.join(header)}")
+    skip = number if has_header else 0
+    rows = None if group else _plain_rows(lines[skip:], delimiter, width)
+    names, numbers, targets, objects = rows or _any_rows(path, lines, delimiter, skip, header, group)
+    if not names:
+        raise InputError(f"{path} has a header and no rows: it needs a line per image")
+    if rows:
+        numbers = [skip + number for number in numbers]
+    return names, numbers, targets, [name for name in header if name != group], objects
+
+
+def _read_first(path, number, cells):
+    """Whether the first line is a header, and how many label columns there are."""
+    labels = [cell in LABEL_VALUES for cell in cells]
+    width = labels[::-1].index(False) if False in labels else len(cells) - 1  # the cells at the end that read as labels
+    if len(cells) < 2:
+        raise InputError(f"{path}:{number}: no label column: the image comes first, then 0, 1 or NA for each class")
+    if width == 0 and not any(labels[1:]) and Path(cells[0]).suffix.lower() not in IMAGE_SUFFIXES:
+        return True, len(cells) - 1
+    name = " ".join(cells[: len(cells) - width])  # a file name may hold blanks
+    if width == 0 or (width < len(cells) - 1 and Path(name).suffix.lower() not in IMAGE_SUFFIXES):
+        bad = next(cell for cell in cells[1:] if cell not in LABEL_VALUES)
+        raise InputError(f"{path}:{number}: {bad!r} is not 0, 1 or NA")
+    return False, width
+
+
+def _plain_rows(lines, delimiter, width):
+    """_any_rows() for the usual layout, one character a cell and one delimiter between cells, as array work; else None."""
+    numbers = [number for number, line in enumerate(lines, 1) if line]
+    parts = [line.partition(delimiter) for line in lines if line]
+    data = "\n".join([part[2] for part in parts] + [""]).encode()
+    for word, code in (("1.0", "1"), ("0.0", "0"), ("-1", "?"), ("NaN", "?"), ("nan", "?"), ("NA", "?")):
+        data = data.replace(word.encode(), code.encode())
+    if delimiter != " ":
+        comma = delimiter.encode()
+        for _ in range(2):  # ",,,": the second pass takes the cells that share a comma with the first
+            data = data.replace(comma + comma, comma + b"?" + comma)
+        data = data.replace(comma + b"\n", comma + b"?\n")
+    if b'"' in data or len(data) != len(parts) * 2 * width or '"' in "".join(part[0] for part in parts):
+        return None
+    cells = np.frombuffer(data, np.uint8).reshape(len(parts), 2 * width)
+    values = np.full(256, 2, np.float32)
+    values[[ord("0"), ord("1"), ord("?")]] = 0, 1, math.nan
+    targets = values[cells[:, ::2]]
+    separators = np.array([ord(delimiter)] * (width - 1) + [ord("\n")], np.uint8)
+    if (targets == 2).any() or (cells[:, 1::2] != separators).any():
+        return None
+    return [part[0].strip() for part in parts], numbers, targets, []
+
+
+def _any_rows(path, lines, delimiter, skip, header, group):
+    """-> (names, line numbers, targets (N, C), objects) of the lines after the first `skip`."""
+    names, numbers, targets, objects = [], [], [], []
+    place = header.index(group) if group else None
+    for number, cells in _cells(lines, delimiter):
+        if number <= skip:
+            continue
+        extra = len(cells) - len(header) - 1
+        if delimiter == " " and extra > 0 and cells[extra] not in LABEL_VALUES:
+            cells, extra = [" ".join(cells[: extra + 1]), *cells[extra + 1 :]], 0  # a file name with blanks
+        if extra:
+            raise InputError(f"{path}:{number}: {len(cells) - 1} labels, but there are {len(header)} classes")
+        name, *cells = cells
+        if group:
+            objects.append(cells.pop(place))
+        bad = next((cell for cell in cells if cell not in LABEL_VALUES), None)
+        if bad is not None:
+            raise InputError(f"{path}:{number}: {bad!r} is not 0, 1 or NA")
+        names.append(name)
+        numbers.append(number)
+        targets.append([LABEL_VALUES[cell] for cell in cells])
+    return names, numbers, np.array(targets, np.float32), objects
+
+
+class ImageFolder:
+    """The files below a folder, listed once, and found by their name or their stem."""
+
+    def __init__(self, root):
+        self.root = str(root)
+        self.files = {}  # name relative to root, with "/" -> path
+        folders = [("", self.root)]
+        while folders:
+            prefix, folder = folders.pop()
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        folders.append((f"{prefix}{entry.name}/", entry.path))
+                    else:
+                        self.files[prefix + entry.name] = entry.path
+        self.stems = None
+
+    def find(self, name, where):
+        """The path of an image by its name, with or without suffix, or None. `where` is "FILE:LINE", for errors."""
+        if name in self.files:
+            return self.files[name]
+        inside = name.replace("\\", "/")
+        inside = os.path.relpath(inside, self.root) if os.path.isabs(inside) else os.path.normpath(inside)
+        inside = inside.replace(os.sep, "/")
+        if inside.split("/")[0] == "..":
+            raise InputError(f"{where}: {name} lies outside the image folder {self.root}: move the image into it")
+        inside = inside.removeprefix(os.path.basename(self.root) + "/")
+        return self.files.get(inside) or self._find_stem(inside, where)
+
+    def _find_stem(self, name, where):
+        if self.stems is None:
+            self.stems = {}
+            for relative in sorted(self.files):
+                stem, suffix = os.path.splitext(relative)
+                if suffix.lower() in IMAGE_SUFFIXES:
+                    for key in {stem, stem.rpartition("/")[2]}:
+                        self.stems.setdefault(key, []).append(relative)
+        found = self.stems.get(name, [])
+        if len(found) > 1:
+            raise InputError(f"{where}: {name} can be {found[0]} or {found[1]}: write the whole name")
+        return self.files[found[0]] if found else None
+
+
+def _find_images(path, files, names, numbers, targets, classes, objects):
+    """Rows of names -> LabelTable: images found, missing ones dropped, rows of one image united."""
+    paths = [files.files.get(name) or files.find(name, f"{path}:{number}") for name, number in zip(names, numbers)]
+    missing = [name for name, image in zip(names, paths) if image is None]
+    if len(missing) == len(names):
+        raise InputError(f"{path}: none of its {len(names)} images is in {files.root}; the first one is {names[0]}: "
+                         "name the image folder with --images")  # fmt: skip
+    first, keep, united = {}, [], 0
+    for row, image in enumerate(paths):
+        if image is None:
+            continue
+        other = first.setdefault(image, row)
+        if other == row:
+            keep.append(row)
+            continue
+        conflict = np.flatnonzero(targets[row] + targets[other] == 1)
+        if len(conflict):
+            raise InputError(f"{path}:{numbers[row]}: {names[row]} has another label for {classes[conflict[0]]} than "
+                             f"in line {numbers[other]}: remove one of the two lines")  # fmt: skip
+        targets[other] = np.fmax(targets[row], targets[other])
+        united += 1
+    table = LabelTable(names, paths, targets, classes, objects=objects)
+    if len(keep) < len(names):
+        table = table.subset(np.array(keep))
+    table.missing = missing
+    if united:
+        table.warnings.append(f"{united} rows name an image again and were united with its first row")
+    return table
+
+
+def _apply_groups(table, path):
+    """Set the groups of a table by a JSON file {group: [class, ...]}; classes that are in no group are dropped."""
+    try:
+        groups = json.loads("\n".join(_read_lines(path)))
+        valid = isinstance(groups, dict) and all(
+            isinstance(names, list) and all(isinstance(name, str) for name in names) for names in groups.values()
+        )
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    if not valid:
+        raise InputError(f'{path}: it must look like {{"group": ["class", ...], ...}}')
+    keep = [c for c, name in enumerate(table.classes) if any(name in names for names in groups.values())]
+    if not keep:
+        raise InputError(f"{path}: none of its names is a class; the classes are {', '.join(table.classes)}")
+    classes = [table.classes[c] for c in keep]
+    groups = {group: [name for name in names if name in classes] for group, names in groups.items()}
+    dropped = [name for name in table.classes if name not in classes]
+    warnings = [f"{len(dropped)} classes are in no group and were dropped: {', '.join(dropped)}"] if dropped else []
+    return replace(table, classes=classes, targets=np.ascontiguousarray(table.targets[:, keep]), groups=groups,
+                   warnings=table.warnings + warnings)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits
+
+
+def split(table, ratios=(0.7, 0.15, 0.15), method="stratified", seed=0):
+    """Divide a table -> three ascending arrays of row numbers: train, val, test. Rows of one object stay together.
+
+    ratios: three numbers >= 0, taken relative to their sum; train and val must not be 0. method: "stratified" is the
+    iterative stratification of Sechidis, Tsoumakas & Vlahavas (2011), "On the Stratification of Multi-Label Data",
+    on the known positives, so that rare classes reach every split; "random" shuffles. Raises InputError.
+    """
+    ratios = np.array(ratios, float)
+    if len(ratios) != 3 or not np.isfinite(ratios).all() or ratios.min() < 0 or ratios[:2].min() == 0:
+        raise InputError("--split takes three ratios, train, val and test; only the last may be 0")
+    units = np.arange(len(table))
+    if table.objects:
+        units = np.unique(table.objects, return_inverse=True)[1]
+    sizes = np.bincount(units)
+    if len(sizes) < np.count_nonzero(ratios):
+        what = "objects" if table.objects else "images"
+        raise InputError(f"{len(sizes)} {what} are too few for {np.count_nonzero(ratios)} splits: "
+                         "add images, or change --split")  # fmt: skip
+    rng = np.random.default_rng(seed)
+    if method == "random":
+        part = _random_parts(sizes, ratios / ratios.sum(), rng)
+    else:
+        positives = np.zeros((len(sizes), table.targets.shape[1]))
+        np.add.at(positives, units, np.nan_to_num(table.targets))
+        part = _stratified_parts(positives, sizes, ratios / ratios.sum(), rng)
+    for empty in set(np.flatnonzero(ratios)) - set(part):  # tiny data: every split asked for gets something
+        part[rng.choice(np.flatnonzero(part == np.bincount(part).argmax()))] = empty
+    return [np.flatnonzero(part[units] == k) for k in range(3)]
+
+
+def _random_parts(sizes, ratios, rng):
+    order = rng.permutation(len(sizes))
+    done = (np.cumsum(sizes[order]) - sizes[order] / 2) / sizes.sum()
+    part = np.empty(len(sizes), int)
+    part[order] = np.searchsorted(np.cumsum(ratios)[:-1], done, side="right")
+    return part
+
+
+def _stratified_parts(positives, sizes, ratios, rng):
+    """Iterative stratification of units with (U, C) counts of positives: the label with the fewest units left goes
+    first, and each of its units goes to the split that still wants most of that label."""
+    part = np.full(len(sizes), -1)
+    want = ratios[:, None] * positives.sum(axis=0)  # (3, C) positives each split still wants
+    room = ratios * sizes.sum()  # (3,) images each split still wants
+    allowed = np.where(ratios > 0, 0.0, -np.inf)
+    order = rng.permutation(len(sizes))
+    has = positives > 0
+    left = has.sum(axis=0)
+    while left.any():
+        label = np.argmin(np.where(left > 0, left, np.inf))
+        for unit in order[has[order, label] & (part[order] < 0)]:
+            k = max(range(3), key=lambda k: (want[k, label] + allowed[k], room[k]))
+            part[unit] = k
+            want[k] -= positives[unit]
+            room[k] -= sizes[unit]
+        left = has[part < 0].sum(axis=0)
+    for unit in order[part[order] < 0]:  # units without a positive
+        k = np.argmax(room + allowed)
+        part[unit] = k
+        room[k] -= sizes[unit]
+    return part
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def load_image(image, size=None):
+    """An image file, or a PIL image, -> PIL image in mode RGB, upright by its EXIF orientation.
+
+    size: the result is resized to (size, size); JPEG files are then decoded at the smallest scale that holds it.
+    Transparent pixels are laid on white, 16 bits become 8, of an animation the first frame is taken. Raises ImageError.
+    """
+    name = getattr(image, "filename", "image") if isinstance(image, Image.Image) else image
+    try:
+        if not isinstance(image, Image.Image):
+            image = Image.open(image)
+            if size:
+                image.draft("RGB", (size, size))
+        if image.getexif().get(0x0112, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        image = _to_rgb(image)
+        return image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3.0) if size else image
+    except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error or type(error).__name__
+        raise ImageError(f"{name}: {getattr(error, 'strerror', None) or reason}") from error
+
+
+def _to_rgb(image):
+    if image.mode.startswith("I"):  # 16 bits, for which Pillow's own conversion clips instead of scaling
+        values = np.asarray(image).clip(0, 65535)
+        image = Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """The images of a LabelTable: dataset[i] is (image uint8 (3, size, size), targets float32 (C,), id).
+
+    Decoded images are kept in memory, up to cache_bytes of them. An image that cannot be read is grey with all its
+    labels unknown, so that it counts for nothing, and `errors` says why: row number -> message.
+    """
+
+    def __init__(self, table, size, cache_bytes=0):
+        self.table, self.size, self.errors = table, size, {}
+        self.targets = torch.from_numpy(table.targets.copy())
+        self._pixels = {}
+        self._capacity = int(cache_bytes // (3 * size * size))
+
+    def __len__(self):
+        return len(self.table)
+
+    def __getitem__(self, row):
+        return torch.from_numpy(self.pixels(row)).permute(2, 0, 1), self.targets[row], self.table.ids[row]
+
+    def pixels(self, row):
+        """One image as uint8 (size, size, 3)."""
+        pixels = self._pixels.get(row)
+        if pixels is None:
+            try:
+                pixels = np.array(load_image(self.table.paths[row], self.size))
+            except ImageError as error:
+                self.errors[row] = str(error)
+                self.targets[row] = math.nan
+                pixels = np.full((self.size, self.size, 3), 127, np.uint8)
+            if len(self._pixels) < self._capacity:
+                self._pixels[row] = pixels
+        return pixels
+
+
+def batches(dataset, order, workers=2):
+    """Yield (images uint8 (B, 3, S, S) in channels_last, targets float32 (B, C), rows) for each list of rows in `order`.
+
+    `workers` threads decode ahead, a batch each: Pillow decodes and resizes without holding the interpreter, and
+    threads share the dataset's cache, need no shared memory and start at once on every platform. 0 decodes when asked.
+    """
+
+    def load(rows):
+        pixels = np.stack([dataset.pixels(int(row)) for row in rows])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2), dataset.targets[rows], rows
+
+    if workers == 0:
+        yield from map(load, order)
+        return
+    order = iter(order)
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = deque(pool.submit(load, rows) for rows in islice(order, workers + 1))
+        try:
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(pool.submit(load, rows) for rows in islice(order, 1))
+                yield batch
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def normalize(images):
+    """Images (B, 3, H, W), uint8 or float in 0..255 -> float32, normalised as ImageNet networks expect."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images.float() - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation, on a whole batch where the network is: every turn, shift and stretch is one matrix and one sampling
+
+
+LEVELS = {
+    "none": (),
+    "light": ("flip", "crop"),
+    "rich": ("resized_crop", "flip", "rotation", "perspective", "jitter", "erasing"),
+}
+OPERATIONS = ("flip", "vflip", "rotation", "crop", "resized_crop", "perspective", "jitter", "erasing")
+NOISE = 18  # random numbers per image, each with its own use
+
+
+def draw_noise(count, seed, epoch):
+    """The random numbers behind the augmentation of `count` images -> (count, NOISE) in [0, 1).
+
+    They depend on the seed, the epoch and the row alone, so that loading order and threads do not matter.
+    """
+    return torch.rand(count, NOISE, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def augment(images, operations, noise):
+    """Change each image of a batch in its own random way -> float32 (B, 3, H, W) in 0..255.
+
+    images: (B, 3, H, W), uint8 or float in 0..255. operations: names of OPERATIONS. noise: (B, NOISE) of draw_noise().
+    """
+    images = images.float()
+    flips, matrix = {"flip", "vflip"}, _geometry(operations, noise)
+    if set(operations) & set(OPERATIONS[:6]) <= flips:  # whole pixels: no sampling needed
+        for name, axis, column in (("flip", 3, 0), ("vflip", 2, 1)):
+            if name in operations:
+                images = torch.where(noise[:, column].view(-1, 1, 1, 1) < 0.5, images.flip(axis), images)
+    else:
+        images = _sample(images, matrix)
+    if "jitter" in operations:
+        images = _jitter(images, 0.8 + 0.4 * noise[:, 10:13])
+    if "erasing" in operations:
+        images = torch.where(_box(noise[:, 13:18], images.shape[2:]), 127.0, images)
+    return images
+
+
+def _geometry(operations, noise):
+    """(B, 3, 3): where in the input, in [-1, 1], each point of the output comes from."""
+    signed = 2 * noise - 1
+    one, zero = torch.ones_like(noise[:, 0]), torch.zeros_like(noise[:, 0])
+
+    def matrix(a=one, b=zero, x=zero, c=zero, d=one, y=zero, p=zero, q=zero):
+        return torch.stack([a, b, x, c, d, y, p, q, one], dim=1).view(-1, 3, 3)
+
+    total = matrix()
+    if "resized_crop" in operations:  # 50 to 100 % of the area, sides 3:4 to 4:3, anywhere
+        area, ratio = 0.5 + 0.5 * noise[:, 5], (4 / 3) ** signed[:, 6]
+        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+        total = total @ matrix(a=width, d=height, x=(1 - width) * signed[:, 3], y=(1 - height) * signed[:, 4])
+    if "crop" in operations:  # 224 of 256 pixels, anywhere
+        side = one * 224 / 256
+        total = total @ matrix(a=side, d=side, x=(1 - side) * signed[:, 3], y=(1 - side) * signed[:, 4])
+    if "rotation" in operations:  # up to 10 degrees
+        angle = signed[:, 2] * math.radians(10)
+        total = total @ matrix(a=angle.cos(), b=-angle.sin(), c=angle.sin(), d=angle.cos())
+    if "perspective" in operations:  # half of the images, one side up to 1.5 times as long as the other
+        strength = 0.2 * (noise[:, 9] < 0.5)
+        total = total @ matrix(p=strength * signed[:, 7], q=strength * signed[:, 8])
+    if "flip" in operations:
+        total = total @ matrix(a=torch.where(noise[:, 0] < 0.5, -one, one))
+    if "vflip" in operations:
+        total = total @ matrix(d=torch.where(noise[:, 1] < 0.5, -one, one))
+    return total
+
+
+def _sample(images, matrix):
+    batch, _, height, width = images.shape
+    x = (torch.arange(width, device=images.device) * 2 + 1) / width - 1
+    y = (torch.arange(height, device=images.device) * 2 + 1) / height - 1
+    points = torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(height, width, device=images.device)], -1)
+    places = points.view(1, -1, 3) @ matrix.transpose(1, 2)
+    grid = (places[..., :2] / places[..., 2:]).view(batch, height, width, 2)
+    return torch.nn.functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def _jitter(images, factors):
+    """Scale saturation, contrast and brightness by `factors` (B, 3)."""
+    saturation, contrast, brightness = factors.view(-1, 3, 1, 1, 1).unbind(1)
+    grey = images.mean(dim=1, keepdim=True)
+    images = torch.lerp(grey, images, saturation)
+    images = torch.lerp(images.mean(dim=(1, 2, 3), keepdim=True), images, contrast)
+    return (images * brightness).clamp(0, 255)
+
+
+def _box(noise, shape):
+    """For a quarter of the images a box of 2 to 20 % of the area, (B, 1, H, W) boolean."""
+    area, ratio = 0.02 + 0.18 * noise[:, 1], 3 ** (2 * noise[:, 2] - 1)
+    inside = (noise[:, 0] < 0.25).view(-1, 1, 1, 1)
+    for axis, size in ((2, (area * ratio).sqrt()), (3, (area / ratio).sqrt())):
+        start = (1 - size) * noise[:, axis + 1]
+        place = ((torch.arange(shape[axis - 2], device=noise.device) + 0.5) / shape[axis - 2]).expand(len(noise), -1)
+        along = (place >= start[:, None]) & (place < (start + size)[:, None])
+        inside = inside & (along[:, None, :, None] if axis == 2 else along[:, None, None, :])
+    return inside
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is in a data folder
+
+
+def summary(table, title="data"):
+    """A LabelTable as text: rows, images, missing files, and per class positives, negatives, NA and prevalence."""
+    positives, negatives = (np.count_nonzero(table.targets == value, axis=0) for value in (1, 0))
+    rows = len(table) + len(table.missing)
+    lines = [f"{title}: {rows} rows, {len(table)} images, {len(table.missing)} missing, {len(table.classes)} classes"]
+    if table.missing:
+        more = f" and {len(table.missing) - 10} more" if len(table.missing) > 10 else ""
+        lines.append(f"missing: {', '.join(table.missing[:10])}{more}")
+    lines += [f"warning: {warning}" for warning in table.warnings]
+    group_of = {name: group for group, names in table.groups.items() for name in names}
+    width = max(5, *map(len, table.classes))
+    lines.append(f"{'class':{width}} {'positives':>9} {'negatives':>9} {'NA':>7} {'prevalence':>10}" + "  group" * bool(group_of))
+    for name, yes, no in zip(table.classes, positives, negatives):
+        share = f"{yes / (yes + no):10.1%}" if yes + no else f"{'n/a':>10}"
+        line = f"{name:{width}} {yes:9} {no:9} {len(table) - yes - no:7} {share}  {group_of.get(name, '')}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def find_bad_images(table, workers):
+    """Decode every image -> messages of those that cannot be read."""
+
+    def problem(path):
+        try:
+            load_image(path)
+        except ImageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        return [message for message in pool.map(problem, table.paths) if message]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Demo data: drawn inspection photographs of machine parts and their defects
+
+
+DEMO_GROUPS = {"parts": ["bolt", "bracket", "ring"], "defects": ["rust", "crack", "dent"]}
+DEMO_SIZE = 128  # pixels; drawn at twice that
+
+
+def write_demo(folder, seed=0, count=1000):
+    """Write `count` drawn photographs and labels.txt into `folder`: the same files for the same seed.
+
+    As in real life 8 % of the labels are NA, a few files are PNG, RGBA, greyscale or turned by EXIF, and one row names
+    a file that is not there.
+    """
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    classes = [name for names in DEMO_GROUPS.values() for name in names]
+    lines = ["image " + " ".join(classes)]
+    for i in range(count):
+        rng = np.random.default_rng([seed, i])
+        labels = draw_demo_labels(rng)
+        image, _ = draw_demo_image(labels, rng)
+        name, exif = f"part_{i:04}.{'png' if i % 100 in (7, 8) else 'jpg'}", Image.Exif()
+        if i % 100 == 7:
+            image.putalpha(255)
+        elif i % 100 == 9:
+            image = image.convert("L")
+        elif i % 100 == 10:
+            image, exif[0x0112] = image.transpose(Image.Transpose.ROTATE_90), 6
+        image.save(folder / "images" / name, quality=88, exif=exif)
+        known = rng.random(len(classes)) >= 0.08
+        lines.append(" ".join([name, *(str(int(c in labels)) if k else "NA" for c, k in zip(classes, known))]))
+    lines.append(f"part_{count:04}.jpg " + " ".join("0" * len(classes)))
+    write_json(folder / "label_groups.json", DEMO_GROUPS)
+    with atomic_write(folder / "labels.txt") as file:  # last: a folder with labels.txt is complete
+        file.write("\n".join(lines) + "\n")
+
+
+def draw_demo_labels(rng):
+    """A random set of labels: rust likes bolts, cracks like brackets, dents are rare."""
+    labels = {name for name, share in (("bolt", 0.45), ("bracket", 0.4), ("ring", 0.35)) if rng.random() < share}
+    chances = {"rust": 0.5 if "bolt" in labels else 0.15, "crack": 0.45 if "bracket" in labels else 0.15, "dent": 0.05}
+    return labels | {name for name, share in chances.items() if rng.random() < share}
+
+
+def draw_demo_image(labels, rng):
+    """Draw a photograph with the given labels -> (PIL image, {label: its box (left, top, right, bottom)})."""
+    image = _draw_background(rng)
+    for _ in range(rng.integers(3, 7)):
+        _draw_clutter(image, rng)
+    places, boxes = rng.permutation([(x, y) for x in (50, 128, 206) for y in (50, 128, 206)]), {}
+    for label, (x, y) in zip(DEMO_DRAWERS, places):  # parts first, defects over them
+        if label in labels:
+            box = DEMO_DRAWERS[label](image, x + rng.integers(-20, 21), y + rng.integers(-20, 21), rng)
+            boxes[label] = tuple(int(min(max(edge / 2, 0), DEMO_SIZE)) for edge in box)
+    return _photograph(image, rng), boxes
+
+
+def _colour(rng, low=40, high=215, tint=50):
+    """A random, not very saturated colour."""
+    return tuple(int(v) for v in (rng.integers(low, high) + rng.integers(-tint, tint + 1, 3)).clip(0, 255))
+
+
+def _noise_image(rng, cells, strength):
+    """Smooth noise around 0, (256, 256), from a coarse grid of `cells` (rows, columns)."""
+    grid = Image.fromarray(rng.normal(0, strength, cells).astype(np.float32))
+    return np.asarray(grid.resize((2 * DEMO_SIZE, 2 * DEMO_SIZE), Image.Resampling.BICUBIC))
+
+
+def _to_image(values):
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def _draw_background(rng):
+    """Painted or brushed metal, with stains."""
+    grain = (256, 12) if rng.random() < 0.5 else (12, 256)
+    shade = _noise_image(rng, (6, 6), 12) + _noise_image(rng, grain, 7)
+    return _to_image(np.array(_colour(rng)) + shade[..., None] + _noise_image(rng, (5, 5), 8)[..., None] * rng.random(3))
+
+
+def _photograph(image, rng):
+    """Light from one side, a little blur and noise, and the final size."""
+    angle, axis = rng.uniform(0, 2 * math.pi), np.linspace(-1, 1, 2 * DEMO_SIZE)
+    slope = np.cos(angle) * axis[None, :] + np.sin(angle) * axis[:, None]
+    light = rng.uniform(0.65, 1.15) * (1 + rng.uniform(0, 0.35) * slope)
+    image = _to_image(np.asarray(image) * light[..., None] * rng.uniform(0.9, 1.1, 3))
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2))).resize((DEMO_SIZE, DEMO_SIZE), Image.Resampling.BOX)
+    return _to_image(np.asarray(image) + rng.normal(0, rng.uniform(2, 8), (DEMO_SIZE, DEMO_SIZE, 3)))
+
+
+def _around(x, y, points, angle, scale=1.0):
+    """Points turned by `angle`, scaled and moved to (x, y)."""
+    cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
+    return [(x + cos * px - sin * py, y + sin * px + cos * py) for px, py in points]
+
+
+def _bounds(points):
+    xs, ys = zip(*points)
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def _disc(x, y, radius):
+    return x - radius, y - radius, x + radius, y + radius
+
+
+def _draw_clutter(image, rng):
+    """Something that is no label: cables, scratches, plates, spots of any colour."""
+    pen, (x, y), kind = ImageDraw.Draw(image), rng.integers(0, 256, 2), rng.integers(4)
+    if kind == 0:
+        ends = _around(x, y, [(-rng.integers(30, 150), 0), (rng.integers(30, 150), 0)], rng.uniform(0, math.pi))
+        pen.line(ends, fill=_colour(rng, 10, 245), width=int(rng.integers(1, 6)))
+    elif kind == 1:
+        w, h = rng.integers(8, 40, 2)
+        pen.polygon(_around(x, y, [(-w, -h), (w, -h), (w, h), (-w, h)], rng.uniform(0, math.pi)), fill=_colour(rng))
+    elif kind == 2:
+        pen.ellipse(_disc(x, y, rng.integers(6, 26)), fill=_colour(rng, tint=80))
+    else:
+        pen.ellipse(_disc(x, y, rng.integers(8, 22)), fill=tuple(int(v) for v in rng.integers((120, 60, 20), (200, 120, 60))))
+
+
+def _draw_bolt(image, x, y, rng):
+    """A hexagonal head with a round top and a slot."""
+    pen, angle, radius, colour = ImageDraw.Draw(image), rng.uniform(0, math.pi), rng.uniform(26, 38), _colour(rng, 60, 230)
+    corners = [(radius * math.cos(k * math.pi / 3), radius * math.sin(k * math.pi / 3)) for k in range(6)]
+    pen.polygon(_around(x + 4, y + 5, corners, angle), fill=(20, 20, 20))
+    pen.polygon(_around(x, y, corners, angle), fill=colour, outline=(30, 30, 30), width=2)
+    pen.ellipse(_disc(x, y, radius * 0.62), outline=(30, 30, 30), width=3)
+    pen.line(_around(x, y, [(-radius * 0.5, 0), (radius * 0.5, 0)], angle), fill=(30, 30, 30), width=5)
+    return _disc(x, y, radius)
+
+
+def _draw_bracket(image, x, y, rng):
+    """An angle plate with a hole in each arm."""
+    pen, angle, size, colour = ImageDraw.Draw(image), rng.uniform(0, 2 * math.pi), rng.uniform(30, 42), _colour(rng, 60, 230)
+    shape = [(-1, -1), (-0.3, -1), (-0.3, 0.3), (1, 0.3), (1, 1), (-1, 1)]
+    pen.polygon(_around(x + 4, y + 5, shape, angle, size), fill=(20, 20, 20))
+    corners = _around(x, y, shape, angle, size)
+    pen.polygon(corners, fill=colour, outline=(30, 30, 30), width=2)
+    for hole in _around(x, y, [(-0.65, -0.6), (0.6, 0.65)], angle, size):
+        pen.ellipse(_disc(*hole, size * 0.17), fill=(25, 25, 25))
+    return _bounds(corners)
+
+
+def _draw_ring(image, x, y, rng):
+    """A washer: a disc that is open in the middle."""
+    pen, radius, width = ImageDraw.Draw(image), rng.uniform(22, 36), int(rng.integers(8, 13))
+    pen.ellipse(_disc(x + 4, y + 5, radius), outline=(20, 20, 20), width=width)
+    pen.ellipse(_disc(x, y, radius), outline=_colour(rng, 60, 230), width=width)
+    pen.ellipse(_disc(x, y, radius), outline=(30, 30, 30), width=2)
+    return _disc(x, y, radius)
+
+
+def _draw_rust(image, x, y, rng):
+    """A patch of many small brown and orange spots."""
+    pen, spots = ImageDraw.Draw(image), rng.normal((x, y), rng.uniform(11, 17), (110, 2))
+    for spot in spots:
+        shade = rng.uniform(0.5, 1.15)
+        colour = tuple(int(v * shade) for v in (rng.integers(150, 200), rng.integers(70, 105), rng.integers(20, 50)))
+        pen.ellipse(_disc(*spot, rng.uniform(1.5, 4.5)), fill=colour)
+    return _bounds(spots)
+
+
+def _draw_crack(image, x, y, rng):
+    """A jagged dark line with branches."""
+    pen, heading, points = ImageDraw.Draw(image), rng.uniform(0, 2 * math.pi), []
+    at = np.array([x - 34 * math.cos(heading), y - 34 * math.sin(heading)])
+    for k in range(9):
+        points.append(tuple(at))
+        turn = heading + rng.uniform(0.4, 1.1) * (-1) ** k
+        if k in (3, 5, 6):
+            branch = at + 16 * np.array([math.cos(turn + 0.8), math.sin(turn + 0.8)])
+            pen.line([tuple(at), tuple(branch)], fill=(18, 16, 16), width=2)
+        at = at + rng.uniform(7, 13) * np.array([math.cos(turn), math.sin(turn)])
+    pen.line(points, fill=(15, 12, 12), width=4, joint="curve")
+    return _bounds(points)
+
+
+def _draw_dent(image, x, y, rng):
+    """A hollow: dark where it falls away from the light, bright where it faces it."""
+    radius, angle = rng.uniform(24, 34), rng.uniform(0, 2 * math.pi)
+    down, right = np.mgrid[0 : image.height, 0 : image.width]
+    dx, dy = (right - x) / radius, (down - y) / radius
+    depth = np.exp(-((dx**2 + dy**2) ** 2)) * (dx * math.cos(angle) + dy * math.sin(angle))
+    image.paste(_to_image(np.asarray(image) + 170 * depth[..., None]))
+    return _disc(x, y, radius)
+
+
+DEMO_DRAWERS = {"bolt": _draw_bolt, "bracket": _draw_bracket, "ring": _draw_ring,
+                "rust": _draw_rust, "crack": _draw_crack, "dent": _draw_dent}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def main(argv=None):
+    """The command line; returns the LabelTable that it summarises."""
+    parser = ArgumentParser(description="Show what is in a data folder, or write the demo data.")
+    parser.add_argument("data", nargs="?", default="data", help="folder of labels and images")
+    parser.add_argument("--labels", metavar="FILE", help="label file, when it is not found by looking")
+    parser.add_argument("--images", metavar="DIR", help="image folder, when it is not DATA/images or DATA")
+    parser.add_argument("--label-groups", metavar="FILE", help="JSON file {group: [class, ...]}")
+    parser.add_argument("--check", action="store_true", help="decode every image and list those that cannot be read")
+    parser.add_argument("--demo", metavar="DIR", help="write the demo data into DIR")
+    parser.add_argument("--seed", type=int, default=0, help="of the demo data")
+    options = parser.parse_args(argv)
+    if options.demo:
+        write_demo(options.demo, options.seed)
+        options.data = options.demo
+    table = read_labels(options.data, options.labels, options.images, options.label_groups)
+    print(summary(table, options.data))
+    if options.check:
+        bad = find_bad_images(table, os.cpu_count())
+        print("\n".join([f"{len(table) - len(bad)} of {len(table)} images decode", *bad]))
+    return table
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,419 @@
+"""The network, its checkpoint, and what it says of images.
+
+    python inference.py img.jpg                         # a table of labels, probabilities and thresholds
+    python inference.py photos/ --format csv --out predictions.csv
+    python inference.py --evaluate data/                # report a saved model on a labelled folder
+
+    classifier = inference.load_model("outputs/model.pth")
+    probabilities = inference.predict(classifier, ["img.jpg"])      # (N, C); paths or PIL images
+
+To deploy a model, copy dataset.py, inference.py and model.pth.
+"""
+
+import csv
+import io
+import json
+import os
+import pickle
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import dataset
+from dataset import IMAGE_SUFFIXES, ArgumentParser, ImageDataset, ImageError, InputError, LabelTable
+
+BACKBONES = {  # torchvision network -> its last linear layer, which the head replaces
+    "resnet18": "fc",
+    "resnet50": "fc",
+    "densenet121": "classifier",
+    "mobilenet_v2": "classifier.1",
+    "efficientnet_b0": "classifier.1",
+    "vgg16": "classifier.6",
+}
+HEADS = {"linear": [0.0], "mlp": [0.5, 0.3], "bn": [0.0]}  # head -> its default dropout
+FORMAT = 1  # of model.pth
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+def build_model(backbone, head, num_classes, dropout=None):
+    """A torchvision network with a new head, randomly initialised -> nn.Module, images (B, 3, H, W) -> logits (B, C).
+
+    backbone: a name of BACKBONES. head: "linear"; "mlp" (BatchNorm, Dropout, Linear to a quarter, ReLU, Dropout,
+    Linear); or "bn" (Linear, BatchNorm). dropout: one rate, or two for "mlp"; by default those of HEADS.
+    """
+    import torchvision.models  # takes seconds, so it waits until a network is needed
+
+    network = torchvision.models.get_model(backbone, weights=None)
+    parent, _, name = BACKBONES[backbone].rpartition(".")
+    features = network.get_submodule(BACKBONES[backbone]).in_features
+    setattr(network.get_submodule(parent), name, _build_head(head, features, num_classes, dropout or HEADS[head]))
+    return network
+
+
+def _build_head(head, features, num_classes, dropout):
+    if head == "mlp":
+        first, second = (*dropout, dropout[-1])[:2]
+        hidden = features // 4
+        return nn.Sequential(
+            nn.BatchNorm1d(features), nn.Dropout(first), nn.Linear(features, hidden), nn.ReLU(),
+            nn.Dropout(second), nn.Linear(hidden, num_classes),
+        )  # fmt: skip
+    layers = [nn.Dropout(dropout[0])] if dropout[0] else []
+    layers.append(nn.Linear(features, num_classes))
+    if head == "bn":
+        layers.append(nn.BatchNorm1d(num_classes))
+    return nn.Sequential(*layers) if len(layers) > 1 else layers[0]
+
+
+def choose_device(name):
+    """ "auto" or a device name -> torch.device. Raises InputError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def choose_precision(name, device):
+    """ "auto", "fp32", "bf16" or "fp16" -> the dtype that the network computes in.
+
+    auto: bf16 where the hardware multiplies it (recent GPUs; processors with AMX or AVX512-BF16), fp16 on other CUDA
+    GPUs, else fp32.
+    """
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
+        flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+        if {"amx_bf16", "avx512_bf16"} & set(flags):
+            return torch.bfloat16
+    return torch.float32
+
+
+def default_workers():
+    """Threads that decode images: the processors this process may use, but no more than 16."""
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def to_device(network, device):
+    """Move a network to its device, in the memory layout that convolutions are fastest in."""
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def forward(network, images, precision):
+    """Normalised images (B, 3, H, W) -> float32 logits (B, C), computed in `precision`."""
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        return network(images).float()
+
+
+@torch.inference_mode()
+def compute_logits(network, images, device, precision, batch_size=32, workers=2):
+    """Logits of every image of an ImageDataset, in order -> float32 (N, C) on the CPU."""
+    network.eval()
+    order = np.array_split(np.arange(len(images)), max(1, -(-len(images) // batch_size)))
+    logits = [
+        forward(network, dataset.normalize(batch.to(device)), precision).cpu()
+        for batch, _, _ in dataset.batches(images, order, workers)
+    ]
+    return torch.cat(logits)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@dataclass
+class Classifier:
+    """A network with all that is needed to use it: what model.pth holds."""
+
+    network: nn.Module
+    backbone: str
+    head: str
+    dropout: list
+    classes: list  # C names
+    groups: dict  # group name -> its class names; may be empty
+    thresholds: list  # C numbers: a label is present when its probability is >= its threshold
+    size: int  # images are resized to (size, size)
+    epoch: int = 0
+    scores: dict = field(default_factory=dict)  # on val, at that epoch
+    options: dict = field(default_factory=dict)  # of the run that trained it
+    device: torch.device = torch.device("cpu")
+    precision: torch.dtype = torch.float32
+
+
+PLAIN = ("backbone", "head", "dropout", "classes", "groups", "thresholds", "size", "epoch", "scores", "options")
+
+
+def save_model(classifier, path):
+    """Write a Classifier as model.pth: plain tensors, numbers and strings."""
+    content = {"format": FORMAT} | {name: getattr(classifier, name) for name in PLAIN}
+    content["network"] = {name: tensor.cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
+    with dataset.atomic_write(path, "wb") as file:
+        torch.save(content, file)
+
+
+def read_checkpoint(path):
+    """What torch.save() wrote, without running any code in it. Raises InputError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} is not there") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} holds more than tensors, numbers and strings, or is no PyTorch checkpoint: "
+                         "it was not loaded") from None  # fmt: skip
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise InputError(f"{path} cannot be read as a PyTorch checkpoint: {str(error).splitlines()[0]}") from None
+
+
+def load_model(path="outputs/model.pth", device="auto", precision="auto"):
+    """Read a model.pth -> Classifier, ready for predict(). Raises InputError."""
+    if not Path(path).exists():
+        raise InputError(f"{path} is not there: train a model first (python train.py), or name one with --model")
+    content = read_checkpoint(path)
+    if not isinstance(content, dict) or not {"format", "network", *PLAIN} <= content.keys():
+        raise InputError(f"{path} is not a model.pth of train.py: use it with train.py --weights {path}")
+    if content["format"] > FORMAT:
+        raise InputError(f"{path} has format {content['format']}, and this program reads up to {FORMAT}: update it")
+    fields = {name: content[name] for name in PLAIN}
+    network = build_model(fields["backbone"], fields["head"], len(fields["classes"]), fields["dropout"])
+    network.load_state_dict(content["network"])
+    device = choose_device(device)
+    return Classifier(to_device(network, device).eval(), **fields, device=device,
+                      precision=choose_precision(precision, device))  # fmt: skip
+
+
+def load_weights(network, weights, backbone):
+    """Load every tensor whose name and shape match -> (names taken, {name: why not} of the others).
+
+    weights: "imagenet" (torchvision's default weights of the backbone), or the path of a state_dict or a model.pth.
+    Raises InputError when the weights cannot be had or nothing matches.
+    """
+    if weights == "imagenet":
+        state = _download(backbone)
+    else:
+        state = read_checkpoint(weights)
+        for key in ("network", "state_dict", "model"):
+            state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    own = network.state_dict()
+    if not isinstance(state, dict):
+        raise InputError(f"{weights} holds no state_dict")
+    taken, skipped = {}, {}
+    for name, tensor in state.items():
+        name = str(name).removeprefix("module.")
+        if name not in own:
+            skipped[name] = "not in this network"
+        elif not isinstance(tensor, torch.Tensor) or tensor.shape != own[name].shape:
+            skipped[name] = f"another shape than {tuple(own[name].shape)}"
+        else:
+            taken[name] = tensor
+    if not taken:
+        raise InputError(f"{weights} has no tensor that fits {backbone}: is it of another backbone?")
+    network.load_state_dict(taken, strict=False)
+    skipped |= {name: "not in the file" for name in own if name not in taken and name not in skipped}
+    return list(taken), skipped
+
+
+def _download(backbone):
+    import torchvision.models
+
+    weights = torchvision.models.get_model_weights(backbone).DEFAULT
+    try:
+        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+    except (OSError, RuntimeError) as error:  # no network; a broken download
+        raise InputError(f"the ImageNet weights of {backbone} could not be downloaded ({error}): use --weights PATH for "
+                         f"a file, or --weights none to train from scratch") from None  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predictions
+
+
+def predict(classifier, images, batch_size=32, workers=None):
+    """Probabilities of the labels of images -> float32 (N, C), columns in the order of classifier.classes.
+
+    images: a path or PIL image, or a list of them. Raises ImageError for the first image that cannot be read.
+    """
+    images = [images] if isinstance(images, (str, os.PathLike)) or hasattr(images, "mode") else list(images)
+    probabilities, errors = predict_all(classifier, images, batch_size, workers)
+    if errors:
+        raise ImageError(errors[min(errors)])
+    return probabilities
+
+
+def predict_all(classifier, images, batch_size=32, workers=None):
+    """predict() that goes on past a bad image -> (probabilities (N, C), {row: message}); a bad image has a row of NaN."""
+    unknown = np.full((len(images), len(classifier.classes)), np.nan, np.float32)
+    if not images:
+        return unknown, {}
+    images = ImageDataset(LabelTable(list(map(str, images)), images, unknown, classifier.classes), classifier.size)
+    workers = default_workers() if workers is None else workers
+    logits = compute_logits(classifier.network, images, classifier.device, classifier.precision, batch_size, workers)
+    probabilities = torch.sigmoid(logits).numpy()
+    probabilities[list(images.errors)] = np.nan
+    return probabilities, images.errors
+
+
+def prediction_rows(ids, probabilities, thresholds, classes, groups):
+    """The rows of predictions.csv, the header first: per image and group the labels present, most confident first,
+    with their probabilities, and the mean of those; names and numbers of one cell are separated by semicolons."""
+    groups = groups or {"labels": classes}
+    columns = {group: [classes.index(name) for name in names] for group, names in groups.items()}
+    header = ["ID", *groups, *(f"{group}_confidence" for group in groups)]
+    if list(groups) == ["labels"]:
+        header.append("avg_confidence")
+    else:
+        header += [f"avg_{group.removesuffix('s')}_confidence" for group in groups] + ["overall_avg_confidence"]
+    rows = [header]
+    for name, row in zip(ids, probabilities):
+        present = {
+            group: sorted((c for c in members if row[c] >= thresholds[c]), key=lambda c: -row[c])
+            for group, members in columns.items()
+        }
+        cells = [";".join(classes[c] for c in found) for found in present.values()]
+        cells += [";".join(f"{row[c]:.4f}" for c in found) for found in present.values()]
+        confidences = [[float(row[c]) for c in found] for found in present.values()]
+        if len(groups) > 1 or "avg_confidence" not in header:
+            confidences.append(sum(confidences, []))
+        rows.append([name, *cells, *(f"{np.mean(values):.4f}" if values else "" for values in confidences)])
+    return rows
+
+
+def format_table(probabilities, thresholds, classes):
+    """One image's labels as an aligned table, with the list of those present under it."""
+    width = max(9, *map(len, classes))
+    lines = [f"{'attribute':{width}}  probability  threshold  status"]
+    present = probabilities >= thresholds
+    for name, probability, threshold, found in zip(classes, probabilities, thresholds, present):
+        lines.append(f"{name:{width}}  {probability:11.4f}  {threshold:9.4f}  {'[PRESENT]' if found else '[absent]'}")
+    names = [name for name, found in zip(classes, present) if found]
+    return "\n".join([*lines, "", f"present: {', '.join(names) or 'none'}"])
+
+
+def format_predictions(style, paths, probabilities, thresholds, classifier):
+    """Predictions as text. style: "table" (the whole table for one image, a line each for several), "csv" or "json"."""
+    classes = classifier.classes
+    stems = [Path(path).stem for path in paths]
+    if style == "json":
+        indices = [np.flatnonzero(row >= thresholds).tolist() for row in probabilities]
+        return json.dumps(dict(zip(stems, indices)), ensure_ascii=False)
+    if style == "csv":
+        rows = prediction_rows(stems, probabilities, thresholds, classes, classifier.groups)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        return text.getvalue().rstrip("\n")
+    if len(paths) == 1:
+        return f"{paths[0]}\n{format_table(probabilities[0], thresholds, classes)}"
+    width = max(map(len, map(str, paths)))
+    lines = []
+    for path, row in zip(paths, probabilities):
+        found = [f"{classes[c]} {row[c]:.2f}" for c in np.flatnonzero(row >= thresholds)]
+        lines.append(f"{str(path):{width}}  {', '.join(found) or 'none'}")
+    return "\n".join(lines)
+
+
+def find_images(arguments):
+    """Files and folders -> image paths; of a folder all images below it, sorted. Raises InputError."""
+    paths = []
+    for path in map(Path, arguments):
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise InputError(f"{path} holds no images")
+            paths += found
+        elif path.exists():
+            paths.append(path)
+        else:
+            raise InputError(f"{path} is not there: name an image or a folder of images")
+    if not paths:
+        raise InputError("no image is named: python inference.py IMAGE_OR_FOLDER ...")
+    return paths
+
+
+def evaluate(classifier, table, batch_size=32, workers=None):
+    """Report a classifier on a LabelTable that knows its classes (others are ignored) -> metrics.report() dict."""
+    import metrics  # only needed here, so that a deployed model does without it
+
+    lacking = [name for name in classifier.classes if name not in table.classes]
+    if lacking:
+        raise InputError(f"the data has no labels for {', '.join(lacking)}; it has {', '.join(table.classes)}")
+    probabilities, errors = predict_all(classifier, table.paths, batch_size, workers)
+    for message in errors.values():
+        print(f"skipped: {message}", file=sys.stderr)
+    good = [row for row in range(len(table)) if row not in errors]
+    targets = table.targets[:, [table.classes.index(name) for name in classifier.classes]]
+    return metrics.report(targets[good], probabilities[good], classifier.thresholds, classifier.classes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_options(argv=None):
+    """The command line's options."""
+    parser = ArgumentParser(description="Say which labels images carry.")
+    parser.add_argument("images", nargs="*", metavar="IMAGE|DIR", help="images, or folders of images")
+    parser.add_argument("--image", action="append", default=[], metavar="IMAGE", help="the same, as an option")
+    parser.add_argument("--model", default="outputs/model.pth", metavar="FILE", help="what train.py wrote")
+    parser.add_argument("--threshold", type=float, metavar="T", help="one threshold for all labels (default: the model's)")
+    parser.add_argument("--format", choices=("table", "csv", "json"), default="table", help="of the output")
+    parser.add_argument("--out", metavar="FILE", help="write the output into a file")
+    parser.add_argument("-b", "--batch-size", type=int, default=32, help="images at a time")
+    parser.add_argument("-j", "--workers", type=int, default=default_workers(), help="threads that decode images")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="to compute in")
+    parser.add_argument("--evaluate", metavar="DATA", help="report the model on this labelled folder")
+    parser.add_argument("--labels", metavar="FILE", help="label file of DATA, when it is not found by looking")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """The command line; returns the probabilities (N, C), or the report with --evaluate."""
+    options = parse_options(argv)
+    if not options.evaluate:
+        paths = find_images(options.images + options.image)
+    classifier = load_model(options.model, options.device, options.precision)
+    if options.threshold is not None:
+        classifier.thresholds = [options.threshold] * len(classifier.classes)
+    if options.evaluate:
+        import metrics
+
+        table = dataset.read_labels(options.evaluate, options.labels)
+        print(dataset.summary(table, options.evaluate), end="\n\n")
+        result = evaluate(classifier, table, options.batch_size, options.workers)
+        output(metrics.format_report(result), options.out)
+        return result
+    probabilities, errors = predict_all(classifier, paths, options.batch_size, options.workers)
+    good = [row for row in range(len(paths)) if row not in errors]
+    if good:
+        output(format_predictions(options.format, [paths[row] for row in good], probabilities[good],
+                                  np.array(classifier.thresholds), classifier), options.out)  # fmt: skip
+    for message in errors.values():
+        print(f"skipped: {message}", file=sys.stderr)
+    if errors:
+        raise ImageError(f"{len(errors)} of {len(paths)} images could not be read")
+    return probabilities
+
+
+def output(text, path):
+    """Print the text, or write it into a file."""
+    if not path:
+        print(text)
+        return
+    with dataset.atomic_write(path) as file:
+        file.write(text + "\n")
+
+
+if __name__ == "__main__":
+    dataset.run_command(main)

@@ -1,0 +1,711 @@
+"""Fine-tune an image network on labels that may be unknown.
+
+    python train.py --data data/                              # ImageNet weights, data/labels.txt, data/images/
+    python train.py --data data/ --weights none --epochs 50   # from scratch
+    python train.py --demo                                    # drawn data, no network needed
+    python train.py --data data/ --resume                     # go on where a run was stopped
+
+    report = train.main(["--data", "data/", "--epochs", "10"])     # in a notebook; inference.py uses the model
+
+A run reads the labels, divides them, trains with a masked loss, keeps the epoch that is best on val, chooses a
+threshold per class on val and reports on test. All its files are in --out.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import dataset
+import inference
+import metrics
+from dataset import InputError
+from inference import BACKBONES, HEADS
+
+# What --demo changes: small drawn images, and no pretrained weights to start from.
+DEMO = {"data": "data/demo", "weights": "none", "size": 96, "epochs": 24, "lr": 2e-3, "batch_size": 32}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def parse_options(argv=None):
+    """The command line -> argparse.Namespace. An explicit option wins over --demo, that over the default."""
+    parser = dataset.ArgumentParser(description="Fine-tune an image network on labels that may be unknown.")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="data", metavar="DIR", help="folder of labels and images")
+    add("--labels", metavar="FILE", help="label file, when it is not found by looking")
+    add("--images", metavar="DIR", help="image folder, when it is not DATA/images or DATA")
+    add("--label-groups", metavar="FILE", help="JSON file {group: [class, ...]}; DATA/label_groups.json when there")
+    add("--split", type=float, nargs=3, default=[0.7, 0.15, 0.15], metavar=("TRAIN", "VAL", "TEST"), help="ratios")
+    add("--split-method", choices=("stratified", "random"), default="stratified", help="how rows are divided")
+    add("--group", metavar="COLUMN", help="column of the physical object shown: its images stay in one split")
+    add("--demo", action="store_true", help="write drawn data (data/demo) when not there, and train on it from scratch")
+    add("--seed", type=int, default=0, help="of the split, the initial head, the order and the augmentation")
+    add = parser.add_argument_group("model").add_argument
+    add("--backbone", choices=BACKBONES, default="resnet18", help="torchvision network")
+    add("--head", choices=HEADS, default="linear", help="what replaces its last layer")
+    add("--dropout", type=float, nargs="+", metavar="P", help="in the head; two rates for mlp (default: 0.5 0.3; else 0)")
+    add("--weights", default="imagenet", metavar="W", help="imagenet, none, or a .pth file, loaded where it fits")
+    add("--size", type=int, default=224, help="images are resized to SIZE x SIZE")
+    add = parser.add_argument_group("recipe").add_argument
+    add("--epochs", type=int, default=20, help="at most")
+    add("-b", "--batch-size", type=int, default=16, help="images per step")
+    add("--lr", type=float, default=1e-3, help="learning rate of the head")
+    add("--lr-backbone", type=float, help="learning rate of the backbone (default: that of the head)")
+    add("--wd", type=float, default=1e-2, help="weight decay of AdamW; 0 makes it Adam")
+    add("--schedule", choices=("constant", "cosine", "multistep"), default="cosine", help="of the learning rates")
+    add("--milestones", type=int, nargs="+", metavar="EPOCH", help="of multistep (default: half and 3/4 of the epochs)")
+    add("--lr-decay", type=float, default=0.1, help="factor at each milestone")
+    add("--train-layers", default="all", metavar="LAYERS", help="all, head, or names such as layer3,layer4,head")
+    add("--unfreeze", metavar="LAYERS", help="layers to train too from --unfreeze-epoch on")
+    add("--unfreeze-epoch", type=int, default=3, metavar="N", help="counted from 1")
+    add("--augment", default="light", metavar="LEVEL", help=f"{', '.join(dataset.LEVELS)}, or of {','.join(dataset.OPERATIONS)}")
+    add = parser.add_argument_group("imbalance").add_argument
+    add("--pos-weight", choices=("none", "linear", "sqrt"), default="sqrt", help="weight of a class's positives in the loss")
+    add("--pos-weight-clip", type=float, nargs=2, default=[1, 20], metavar=("LO", "HI"), help="its bounds")
+    add = parser.add_argument_group("stopping").add_argument
+    add("--monitor", choices=("loss", "f1", "map"), default="map", help="what the best epoch is best at, on val (f1: weighted)")
+    add("--patience", type=int, default=10, help="validations without improvement before stopping; 0 never stops")
+    add("--min-delta", type=float, default=0.0, help="what counts as an improvement")
+    add("--val-every", type=int, default=1, metavar="N", help="epochs from one validation to the next")
+    add("--train-metrics-every", type=int, default=0, metavar="N", help="epochs between metrics on train; 0 never")
+    add = parser.add_argument_group("thresholds").add_argument
+    add("--thresholds", default="pr_curve", metavar="METHOD", help="pr_curve, grid, global, or a number")
+    add("--max-threshold", type=float, default=0.8, metavar="T", help="a threshold above it becomes 0.5")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", default="outputs", metavar="DIR", help="folder for everything the run writes")
+    add("--plot-title", default="", metavar="TEXT", help="over loss_curve.png")
+    add("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add = parser.add_argument_group("system").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("-j", "--workers", type=int, default=inference.default_workers(), help="threads that decode images")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where it is fast")
+    add("--cache", default="auto", metavar="GB", help="decoded images kept in memory: auto, off, or gigabytes")
+    add("--resume", action="store_true", help="go on from OUT/last.pth")
+    if parser.parse_known_args(argv)[0].demo:
+        parser.set_defaults(**DEMO)
+    options = parser.parse_args(argv)
+    check_options(options)
+    return options
+
+
+def check_options(options):
+    """Turn words into values, and refuse values that cannot work. Raises InputError."""
+    for name in ("epochs", "batch_size", "size", "val_every", "unfreeze_epoch"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    options.operations = dataset.LEVELS.get(options.augment, options.augment.split(","))
+    unknown = set(options.operations) - set(dataset.OPERATIONS)
+    if unknown:
+        raise InputError(f"--augment {options.augment}: {', '.join(sorted(unknown))} is none of "
+                         f"{', '.join([*dataset.LEVELS, *dataset.OPERATIONS])}")  # fmt: skip
+    if options.thresholds not in ("pr_curve", "grid", "global"):
+        try:
+            options.thresholds = float(options.thresholds)
+        except ValueError:
+            raise InputError(f"--thresholds {options.thresholds}: use pr_curve, grid, global or a number") from None
+    options.lr_backbone = options.lr if options.lr_backbone is None else options.lr_backbone
+    options.dropout = options.dropout or HEADS[options.head]
+    options.milestones = options.milestones or [options.epochs // 2, options.epochs * 3 // 4]
+
+
+def cache_bytes(cache):
+    """--cache -> bytes. auto is half of the memory that is free now."""
+    if cache == "off":
+        return 0
+    if cache != "auto":
+        try:
+            return float(cache) * 2**30
+        except ValueError:
+            raise InputError(f"--cache {cache}: use auto, off, or a number of gigabytes") from None
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return 2 * 2**30
+    return int(meminfo.read_text().partition("MemAvailable:")[2].split()[0]) * 1024 / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def masked_bce(logits, targets, pos_weight):
+    """Binary cross-entropy over the known labels -> (sum, number of known labels), both scalars.
+
+    logits (B, C); targets (B, C) with 1, 0 and NaN, which counts for nothing; pos_weight (C,) multiplies the loss of
+    positives. The mean is sum / number; with no known label both are 0.
+    """
+    known = ~torch.isnan(targets)
+    targets = torch.where(known, targets, 0.0)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=pos_weight, reduction="none")
+    return torch.where(known, loss, 0.0).sum(), known.sum()
+
+
+def compute_pos_weight(targets, mode="sqrt", clip=(1, 20)):
+    """The weight of a class's positives in the loss: negatives / positives -> float32 (C,).
+
+    targets (N, C) with 1, 0, NaN. mode: "none" (all 1), "linear", or "sqrt" (the square root), then clipped to `clip`.
+    A class without a known positive gets the upper bound, one without a known label 1.
+    """
+    positives, negatives = (np.count_nonzero(targets == value, axis=0) for value in (1, 0))
+    if mode == "none":
+        return np.ones(targets.shape[1], np.float32)
+    ratio = negatives / np.maximum(positives, 1)
+    weight = np.clip(np.sqrt(ratio) if mode == "sqrt" else ratio, *clip)
+    weight[positives == 0] = clip[1]
+    weight[positives + negatives == 0] = 1
+    return weight.astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frozen layers
+
+
+def layer_names(network, backbone):
+    """The names that --train-layers and --unfreeze take for a network."""
+    names = [name for name, _ in network.named_children()]
+    names += [f"features.{name}" for name, _ in getattr(network, "features", torch.nn.Module()).named_children()]
+    return ["all", "head", *(name for name in names if name != BACKBONES[backbone])]
+
+
+def select_parameters(network, backbone, layers):
+    """The names of the parameters in `layers`, a comma-separated list of layer_names(). Raises InputError."""
+    valid, wanted = layer_names(network, backbone), layers.split(",")
+    wrong = [name for name in wanted if name not in valid]
+    if wrong:
+        raise InputError(f"{backbone} has no layer {', '.join(wrong)}; it has {', '.join(valid)}")
+    prefixes = tuple({"all": "", "head": BACKBONES[backbone] + "."}.get(name, name + ".") for name in wanted)
+    return {name for name, _ in network.named_parameters() if name.startswith(prefixes)}
+
+
+def freeze(network, trained):
+    """Leave only the parameters named in `trained` to the optimiser."""
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def train_mode(network):
+    """network.train(), but BatchNorm layers that are frozen stay in eval mode: else their statistics would drift."""
+    network.train()
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
+            module.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+@dataclass
+class EarlyStopping:
+    """Remembers the best score, and counts the validations since."""
+
+    higher_is_better: bool
+    patience: int
+    min_delta: float = 0.0
+    best: float = None
+    best_epoch: int = 0
+    waited: int = 0
+
+    def improved(self, score, epoch):
+        """Take the score of an epoch; whether it is the best so far by more than min_delta. The first one is."""
+        gain = 0 if self.best is None else (score - self.best) * (1 if self.higher_is_better else -1)
+        if self.best is None or gain > self.min_delta or math.isnan(self.best):
+            self.best, self.best_epoch, self.waited = score, epoch, 0
+            return True
+        self.waited += 1
+        return False
+
+    @property
+    def stop(self):
+        """Whether `patience` validations in a row brought nothing."""
+        return 0 < self.patience <= self.waited
+
+
+@dataclass
+class Run:
+    """What a run carries from step to step."""
+
+    options: argparse.Namespace
+    classifier: inference.Classifier
+    tables: dict  # "train", "val" and "test" -> LabelTable
+    images: dict  # the same -> ImageDataset
+    pos_weight: torch.Tensor
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    stopping: EarlyStopping
+    epoch: int = 0  # finished epochs
+    losses: list = field(default_factory=list)  # of every iteration
+    history: list = field(default_factory=list)  # a dict per epoch
+    reported: set = field(default_factory=set)  # bad images that the user was told of
+
+    @property
+    def out(self):
+        """The folder of the run's files."""
+        return Path(self.options.out)
+
+
+def prepare(options):
+    """Read the data, build the network and all that trains it -> Run."""
+    if options.demo and not (Path(options.data) / "labels.txt").exists():
+        say(options, f"drawing the demo data into {options.data}")
+        dataset.write_demo(options.data, seed=0)
+    table = dataset.read_labels(options.data, options.labels, options.images, options.label_groups, options.group)
+    say(options, dataset.summary(table, options.data))
+    parts = dataset.split(table, options.split, options.split_method, options.seed)
+    tables = {name: table.subset(rows) for name, rows in zip(("train", "val", "test"), parts)}
+    say(options, "split: " + ", ".join(f"{len(part)} {name}" for name, part in tables.items()))
+
+    torch.manual_seed(options.seed)
+    device = inference.choose_device(options.device)
+    network = inference.build_model(options.backbone, options.head, len(table.classes), options.dropout)
+    trained = select_parameters(network, options.backbone, options.train_layers)
+    if options.unfreeze:
+        select_parameters(network, options.backbone, options.unfreeze)  # a wrong name is an error now, not in epoch N
+    say(options, load_weights(network, options))
+    freeze(network, trained)
+    classifier = inference.Classifier(
+        inference.to_device(network, device), options.backbone, options.head, options.dropout, table.classes,
+        table.groups, [0.5] * len(table.classes), options.size, options=public_options(options), device=device,
+        precision=inference.choose_precision(options.precision, device),
+    )  # fmt: skip
+    pos_weight = compute_pos_weight(tables["train"].targets, options.pos_weight, options.pos_weight_clip)
+    for name, column in zip(table.classes, tables["train"].targets.T):
+        if not (column == 1).any():
+            warn(f"{name} has no known positive in train: it cannot be learned")
+    room, images = cache_bytes(options.cache), {}
+    for name, part in tables.items():
+        images[name] = dataset.ImageDataset(part, options.size, room * len(part) / len(table))
+    optimizer, scheduler = build_optimizer(network, options, steps_per_epoch(options, len(parts[0])))
+    return Run(
+        options, classifier, tables, images, torch.from_numpy(pos_weight).to(device), optimizer, scheduler,
+        torch.amp.GradScaler(device.type, enabled=classifier.precision == torch.float16),
+        EarlyStopping(options.monitor != "loss", options.patience, options.min_delta),
+    )  # fmt: skip
+
+
+def load_weights(network, options):
+    """Load --weights into the network -> what to tell the user."""
+    if options.weights == "none":
+        return "weights: none, training from scratch"
+    taken, skipped = inference.load_weights(network, options.weights, options.backbone)
+    lines = [f"weights: {len(taken)} tensors taken from {options.weights}, {len(skipped)} not"]
+    for reason in sorted(set(skipped.values())):
+        lines.append(f"  {reason}: {', '.join(name for name, why in skipped.items() if why == reason)}")
+    return "\n".join(lines)
+
+
+def steps_per_epoch(options, count):
+    """Batches are as equal as can be, so that no last batch of one image meets a BatchNorm."""
+    return -(-count // options.batch_size)
+
+
+def build_optimizer(network, options, steps):
+    """AdamW with a rate for the backbone and one for the head, and the schedule of both, over steps * epochs."""
+    head = BACKBONES[options.backbone] + "."
+    groups = {True: [], False: []}
+    for name, parameter in network.named_parameters():
+        groups[name.startswith(head)].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[False], "lr": options.lr_backbone}, {"params": groups[True], "lr": options.lr}],
+        weight_decay=options.wd, fused=True,
+    )  # fmt: skip
+    total, warmup = steps * options.epochs, min(steps, steps * options.epochs // 10)
+
+    def factor(step):
+        if options.schedule == "cosine":
+            return min((step + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * min(step, total) / total))
+        if options.schedule == "multistep":
+            return options.lr_decay ** sum(step >= steps * epoch for epoch in options.milestones)
+        return 1.0
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def train_epoch(run, progress):
+    """One pass over the train split; adds the loss of each iteration to run.losses -> images seen."""
+    options, network = run.options, run.classifier.network
+    device, precision = run.classifier.device, run.classifier.precision
+    images, epoch = run.images["train"], run.epoch + 1
+    noise = dataset.draw_noise(len(images), options.seed, epoch)
+    shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed * 1_000_003 + epoch))
+    order = np.array_split(shuffled.numpy(), steps_per_epoch(options, len(images)))
+    train_mode(network)
+    losses = []
+    for step, (batch, targets, rows) in enumerate(dataset.batches(images, order, options.workers), 1):
+        if torch.isnan(targets).all():  # nothing is known: no step
+            run.scheduler.step()
+            continue
+        batch = batch.to(device, non_blocking=True)
+        if options.operations:
+            batch = dataset.augment(batch, options.operations, noise[rows].to(device, non_blocking=True))
+        logits = inference.forward(network, dataset.normalize(batch), precision)
+        total, known = masked_bce(logits, targets.to(device, non_blocking=True), run.pos_weight)
+        loss = total / known
+        run.optimizer.zero_grad(set_to_none=True)
+        run.scaler.scale(loss).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.scheduler.step()
+        losses.append(loss.detach())
+        progress(epoch, step, len(order), loss, len(rows))
+    run.losses += torch.stack(losses).tolist() if losses else []  # the epoch's only wait for the device
+    return len(losses)
+
+
+def evaluate(run, split):
+    """-> (targets, probabilities, loss, LabelTable) of the images of a split that can be read."""
+    images, classifier = run.images[split], run.classifier
+    logits = inference.compute_logits(classifier.network, images, classifier.device, classifier.precision,
+                                      2 * run.options.batch_size, run.options.workers)  # fmt: skip
+    good = np.array([row for row in range(len(images)) if row not in images.errors], int)
+    table, logits = run.tables[split].subset(good), logits[good]
+    total, known = masked_bce(logits, torch.from_numpy(table.targets), run.pos_weight.cpu())
+    return table.targets, torch.sigmoid(logits).numpy(), (total / known).item(), table
+
+
+def validate(run):
+    """Choose the thresholds on val -> the scores of val with them."""
+    targets, probabilities, loss, _ = evaluate(run, "val")
+    thresholds = metrics.find_thresholds(targets, probabilities, run.options.thresholds, run.options.max_threshold)
+    run.classifier.thresholds = thresholds.tolist()
+    report = metrics.report(targets, probabilities, thresholds, run.classifier.classes)
+    return {"loss": loss} | {name: report[name] for name in metrics.HEADLINES}
+
+
+def fit(run):
+    """Train until the last epoch, or until the early stopping says so."""
+    options, monitored = run.options, {"loss": "loss", "f1": "f1_weighted", "map": "map"}[run.options.monitor]
+    progress = Progress(options, steps_per_epoch(options, len(run.tables["train"])))
+    while run.epoch < options.epochs and not run.stopping.stop:
+        if options.unfreeze and run.epoch + 1 >= options.unfreeze_epoch:
+            layers = f"{options.train_layers},{options.unfreeze}"
+            freeze(run.classifier.network, select_parameters(run.classifier.network, options.backbone, layers))
+        rates, started = [group["lr"] for group in run.optimizer.param_groups], time.perf_counter()
+        steps = train_epoch(run, progress)
+        seconds = time.perf_counter() - started
+        run.epoch += 1
+        row = {"epoch": run.epoch, "train_loss": float(np.mean(run.losses[-steps:])) if steps else math.nan}
+        if run.epoch % options.val_every == 0 or run.epoch == options.epochs:
+            scores = validate(run)
+            row |= {f"val_{name}": value for name, value in scores.items()}
+            if run.stopping.improved(scores[monitored], run.epoch):
+                run.classifier.epoch, run.classifier.scores = run.epoch, scores
+                inference.save_model(run.classifier, run.out / "model.pth")
+        row |= {"lr": rates[1], "lr_backbone": rates[0], "seconds": seconds,
+                "images_per_second": len(run.tables["train"]) / seconds}  # fmt: skip
+        run.history.append(row)
+        report_bad_images(run)
+        save_state(run)
+        write_history(run)
+        progress.end_epoch(row, run.stopping.best_epoch == run.epoch)
+
+
+def report_bad_images(run):
+    """Tell once of each image that could not be read."""
+    for images in run.images.values():
+        for message in sorted(set(images.errors.values()) - run.reported):
+            warn(f"skipped {message}")
+            run.reported.add(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of a run
+
+
+def public_options(options):
+    """The options as plain JSON values, as config.json and model.pth keep them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(options).items()}
+
+
+def splits_digest(run):
+    """A fingerprint of which image is in which split."""
+    return hashlib.sha256(repr([table.ids for table in run.tables.values()]).encode()).hexdigest()
+
+
+def save_state(run):
+    """Write last.pth: all that --resume needs to go on as if nothing had happened."""
+    state = {
+        "format": inference.FORMAT, "options": run.classifier.options, "classes": run.classifier.classes,
+        "splits": splits_digest(run), "network": run.classifier.network.state_dict(),
+        "optimizer": run.optimizer.state_dict(), "scheduler": run.scheduler.state_dict(),
+        "scaler": run.scaler.state_dict(), "stopping": vars(run.stopping), "epoch": run.epoch, "losses": run.losses,
+        "history": run.history, "random": torch.get_rng_state(),
+    }  # fmt: skip
+    if run.classifier.device.type == "cuda":
+        state["random_cuda"] = torch.cuda.get_rng_state(run.classifier.device)
+    with dataset.atomic_write(run.out / "last.pth", "wb") as file:
+        torch.save(state, file)
+
+
+def load_state(run):
+    """Take up the run of last.pth. Raises InputError when it is of other data or another network."""
+    path = run.out / "last.pth"
+    state = inference.read_checkpoint(path)
+    if not isinstance(state, dict) or "optimizer" not in state:
+        raise InputError(f"{path} is not a last.pth of train.py")
+    options = run.classifier.options
+    for name, now in (("classes", run.classifier.classes), ("splits", splits_digest(run))):
+        if state[name] != now:
+            raise InputError(f"--resume: {path} is of other {name}: give the same data and seed, or another --out")
+    for name in ("backbone", "head"):
+        if state["options"][name] != options[name]:
+            raise InputError(f"--resume: {path} has --{name} {state['options'][name]}, not {options[name]}")
+    changed = [name for name in options if state["options"].get(name) != options[name] and name != "resume"]
+    if changed:
+        warn(f"resumed with other options than before: {', '.join(changed)}")
+    run.classifier.network.load_state_dict(state["network"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scheduler.load_state_dict(state["scheduler"])
+    run.scaler.load_state_dict(state["scaler"])
+    vars(run.stopping).update(state["stopping"], patience=run.stopping.patience, min_delta=run.stopping.min_delta)
+    run.epoch, run.losses, run.history = state["epoch"], state["losses"], state["history"]
+    torch.set_rng_state(state["random"])
+    if "random_cuda" in state:
+        torch.cuda.set_rng_state(state["random_cuda"], run.classifier.device)
+    say(run.options, f"resumed after epoch {run.epoch} of {path}")
+
+
+def write_inputs(run):
+    """Write what is known before training: config.json, classes.json and the three metadata files."""
+    dataset.write_json(run.out / "config.json", run.classifier.options)
+    dataset.write_json(run.out / "classes.json", {"classes": run.classifier.classes, "groups": run.classifier.groups})
+    words = {1.0: "1", 0.0: "0"}
+    for name, table in run.tables.items():
+        rows = [[row_id, *(words.get(float(value), "NA") for value in row)] for row_id, row in zip(table.ids, table.targets)]
+        dataset.write_csv(run.out / f"{name}_metadata.csv", [["ID", *table.classes], *rows])
+
+
+HISTORY = ["epoch", "train_loss", "val_loss", *(f"val_{name}" for name in metrics.HEADLINES), "lr", "lr_backbone",
+           "seconds", "images_per_second"]  # fmt: skip
+
+
+def write_history(run):
+    """Write history.csv and loss_curve.png."""
+    rows = [[row.get(name, "") for name in HISTORY] for row in run.history]
+    dataset.write_csv(run.out / "history.csv", [HISTORY, *rows])
+    with dataset.atomic_write(run.out / "loss_curve.png", "wb") as file:
+        loss_curves(run.losses, run.history, run.stopping.best_epoch, run.options.plot_title).save(file, "PNG")
+
+
+def finish(run):
+    """Report the best model on test, or on val when there is no test split, and write it -> report dict."""
+    split = "test" if len(run.tables["test"]) else "val"
+    best = inference.load_model(run.out / "model.pth", run.classifier.device, run.options.precision)
+    run.classifier = best
+    targets, probabilities, loss, table = evaluate(run, split)
+    report_bad_images(run)
+    report = metrics.report(targets, probabilities, best.thresholds, best.classes)
+    report = {"split": split, "images": report.pop("rows"), "loss": loss, "epoch": best.epoch} | report
+    rows = inference.prediction_rows(table.ids, probabilities, best.thresholds, best.classes, best.groups)
+    dataset.write_csv(run.out / "predictions.csv", rows)
+    dataset.write_json(run.out / "thresholds.json", dict(zip(best.classes, best.thresholds)))
+    dataset.write_json(run.out / "metrics.json", report)
+    say(run.options, f"\n{split} split, {len(table)} images, epoch {best.epoch}\n{metrics.format_report(report)}")
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the user sees
+
+
+def say(options, text):
+    """Print, unless --quiet."""
+    if not options.quiet:
+        print(text, flush=True)
+
+
+def warn(text):
+    """Print a warning, also with --quiet."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """One line that updates in place on a terminal; elsewhere, and at its end, a line per epoch."""
+
+    def __init__(self, options, steps):
+        self.live = sys.stdout.isatty() and not options.quiet
+        self.options, self.steps = options, steps
+        self.started, self.done, self.images, self.shown = time.perf_counter(), 0, 0, 0.0
+
+    def __call__(self, epoch, step, steps, loss, images):
+        """Count a finished step, and show it if the last one shown is old enough."""
+        self.done, self.images, now = self.done + 1, self.images + images, time.perf_counter()
+        if not self.live or (now - self.shown < 0.2 and step < steps):
+            return
+        self.shown, spent = now, now - self.started
+        left = spent / self.done * (self.options.epochs * steps - (epoch - 1) * steps - step)
+        line = (f"epoch {epoch}/{self.options.epochs}  batch {step}/{steps}  loss {loss.item():.4f}  "
+                f"{self.images / spent:.0f} images/s  {clock(left)} left")  # fmt: skip
+        print(f"\r\033[K{line}", end="", flush=True)
+
+    def end_epoch(self, row, best):
+        """Show a finished epoch (a row of the history)."""
+        parts = [f"epoch {row['epoch']:{len(str(self.options.epochs))}}/{self.options.epochs}", f"loss {row['train_loss']:.4f}"]
+        if "val_loss" in row:
+            parts.append(f"val loss {row['val_loss']:.4f}  f1 macro {row['val_f1_macro']:.3f}  map {row['val_map']:.3f}")
+        parts.append(f"{row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s" + "  best" * best)
+        say(self.options, "\r\033[K" * self.live + "  ".join(parts))
+
+
+def clock(seconds):
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Charts
+
+
+COLOURS = ["#1f6fb4", "#e07b00", "#2e8b57", "#b03a5b"]
+SCALE = 2  # charts are drawn larger and shrunk, so that lines are smooth
+
+
+def draw_chart(series, title, x_label, y_label, size=(900, 420), mark=None):
+    """A line chart -> PIL image.
+
+    series: a list of (name, x values, y values, colour, width in pixels); values that are not finite are left out.
+    mark: (x, text) of a vertical line.
+    """
+    series = [(name, *finite_points(x, y), colour, width) for name, x, y, colour, width in series]
+    xs = [value for _, x, _, _, _ in series for value in x] or [0, 1]
+    ys = [value for _, _, y, _, _ in series for value in y] or [0, 1]
+    x_ticks, y_ticks = nice_ticks(min(xs), max(xs), whole=True), nice_ticks(min(ys), max(ys))
+    width, height = size[0] * SCALE, size[1] * SCALE
+    image = Image.new("RGB", (width, height), "white")
+    pen, font, small = ImageDraw.Draw(image), chart_font(15), chart_font(13)
+    left, top, right, bottom = 80 * SCALE, 44 * SCALE, width - 24 * SCALE, height - 60 * SCALE
+    x_low, x_high = min(x_ticks[0], min(xs)), max(x_ticks[-1], max(xs))
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+
+    def place(x, y):
+        return (left + (x - x_low) / (x_high - x_low) * (right - left), bottom - (y - y_low) / (y_high - y_low) * (bottom - top))
+
+    for value in y_ticks:
+        y = place(x_low, value)[1]
+        pen.line([(left, y), (right, y)], fill="#e4e4e4", width=SCALE)
+        pen.text((left - 8 * SCALE, y), f"{value:g}", fill="#333333", font=small, anchor="rm")
+    for value in x_ticks:
+        x = place(value, y_low)[0]
+        pen.line([(x, bottom), (x, bottom + 5 * SCALE)], fill="#333333", width=SCALE)
+        pen.text((x, bottom + 9 * SCALE), f"{value:g}", fill="#333333", font=small, anchor="mt")
+    pen.line([(left, top), (left, bottom), (right, bottom)], fill="#333333", width=SCALE)
+    if mark:
+        x = place(mark[0], y_low)[0]
+        pen.line([(x, top), (x, bottom)], fill="#888888", width=SCALE)
+        near_end = x > (left + right) / 2
+        pen.text((x + (-6 if near_end else 6) * SCALE, bottom - 8 * SCALE), mark[1], fill="#555555", font=small,
+                 anchor="rb" if near_end else "lb")  # fmt: skip
+    for name, x, y, colour, line_width in series:
+        points = [place(*point) for point in zip(x, y)]
+        if len(points) > 1:
+            pen.line(points, fill=colour, width=line_width * SCALE, joint="curve")
+        for px, py in points if len(points) <= 40 else []:
+            radius = (line_width + 1) * SCALE
+            pen.ellipse((px - radius, py - radius, px + radius, py + radius), fill=colour)
+    draw_legend(pen, series, right, top, small)
+    pen.text(((left + right) / 2, 22 * SCALE), title, fill="black", font=font, anchor="mm")
+    pen.text(((left + right) / 2, height - 14 * SCALE), x_label, fill="black", font=font, anchor="mm")
+    draw_turned(image, y_label, font, 18 * SCALE, (top + bottom) // 2)
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def chart_font(size):
+    """Pillow's own font, at a size in final pixels."""
+    return ImageFont.load_default(size * SCALE)
+
+
+def finite_points(x, y):
+    """The points whose coordinates are both finite -> (xs, ys)."""
+    points = [(float(a), float(b)) for a, b in zip(x, y) if math.isfinite(a) and math.isfinite(b)]
+    return [point[0] for point in points], [point[1] for point in points]
+
+
+def nice_ticks(low, high, whole=False, count=6):
+    """About `count` round numbers from at or below `low` to at or above `high`; whole ones inside for an x axis."""
+    if high <= low:
+        low, high = low - (0 if whole else 0.5), high + (1 if whole else 0.5)
+    rough = (high - low) / count
+    base = 10 ** math.floor(math.log10(rough))
+    step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= rough)
+    if whole:
+        step = max(1, round(step))
+        return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return [round(step * k, 12) for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def draw_legend(pen, series, right, top, font):
+    """The names of the series, in a row at the top right."""
+    x = right
+    for name, _, _, colour, _ in reversed([entry for entry in series if entry[0]]):
+        x -= pen.textlength(name, font=font)
+        pen.text((x, top - 9 * SCALE), name, fill="#333333", font=font, anchor="lm")
+        pen.line([(x - 26 * SCALE, top - 9 * SCALE), (x - 6 * SCALE, top - 9 * SCALE)], fill=colour, width=3 * SCALE)
+        x -= 44 * SCALE
+
+
+def draw_turned(image, text, font, x, y):
+    """Text that reads upwards, centred at (x, y)."""
+    left, top, right, bottom = font.getbbox(text)
+    label = Image.new("L", (right + 4, bottom + 4), 0)
+    ImageDraw.Draw(label).text((2, 2), text, fill=255, font=font)
+    label = label.rotate(90, expand=True)
+    image.paste("black", (x - label.width // 2, int(y - label.height // 2)), label)
+
+
+def smooth(values, window):
+    """The mean of the last `window` values at each place, of fewer at the start."""
+    sums = np.cumsum(np.insert(np.asarray(values, float), 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def loss_curves(losses, history, best_epoch, title):
+    """The loss per iteration over the loss per epoch -> PIL image."""
+    steps = np.arange(1, len(losses) + 1)
+    window = max(1, len(losses) // 40)
+    raw = [("each iteration", steps, losses, "#b9d3ea", 1), (f"mean of {window}", steps, smooth(losses, window), COLOURS[0], 2)]
+    upper = draw_chart(raw, title or "Loss per iteration", "iteration_number", "training_loss")
+    epochs = [row["epoch"] for row in history]
+    both = [(name, epochs, [row.get(key, math.nan) for row in history], colour, 2)
+            for name, key, colour in (("train", "train_loss", COLOURS[0]), ("val", "val_loss", COLOURS[1]))]  # fmt: skip
+    mark = (best_epoch, f"best epoch: {best_epoch}") if best_epoch else None
+    lower = draw_chart(both, "Loss per epoch", "epoch", "loss", mark=mark)
+    image = Image.new("RGB", (upper.width, upper.height + lower.height), "white")
+    image.paste(upper, (0, 0))
+    image.paste(lower, (0, upper.height))
+    return image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    """Train as the command line says -> the final report, as metrics.json has it. Raises InputError."""
+    options = parse_options(argv)
+    run = prepare(options)
+    write_inputs(run)
+    if options.resume:
+        load_state(run)
+    fit(run)
+    report = finish(run)
+    some_image = run.tables["test"].paths or run.tables["val"].paths
+    say(options, f"\nwritten to {run.out}/: model.pth, metrics.json, predictions.csv, loss_curve.png and more\n"
+                 f"next: python inference.py {some_image[0]}" + f" --model {run.out}/model.pth" * (options.out != "outputs"))  # fmt: skip
+    return report
+
+
+if __name__ == "__main__":
+    dataset.run_command(main)
