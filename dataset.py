@@ -706,7 +706,7 @@ def find_bad_images(table, workers):
 # Demo data: drawn inspection photographs of machine parts and their defects
 
 
-DEMO_GROUPS = {"parts": ["bolt", "bracket", "ring"], "defects": ["rust", "crack", "dent"]}
+DEMO_GROUPS = {"parts": ["bolt", "bracket", "ring"], "defects": ["rust", "crack", "hole"]}
 DEMO_SIZE = 128  # pixels; drawn at twice that
 
 
@@ -741,9 +741,9 @@ def write_demo(folder, seed=0, count=1000):
 
 
 def draw_demo_labels(rng):
-    """A random set of labels: rust likes bolts, cracks like brackets, dents are rare."""
+    """A random set of labels: rust likes bolts, cracks like brackets, holes are rare."""
     labels = {name for name, share in (("bolt", 0.45), ("bracket", 0.4), ("ring", 0.35)) if rng.random() < share}
-    chances = {"rust": 0.5 if "bolt" in labels else 0.15, "crack": 0.45 if "bracket" in labels else 0.15, "dent": 0.05}
+    chances = {"rust": 0.5 if "bolt" in labels else 0.15, "crack": 0.45 if "bracket" in labels else 0.15, "hole": 0.055}
     return labels | {name for name, share in chances.items() if rng.random() < share}
 
 
@@ -867,30 +867,31 @@ def _draw_rust(image, x, y, rng):
 def _draw_crack(image, x, y, rng):
     """A jagged dark line with branches."""
     pen, heading, points = ImageDraw.Draw(image), rng.uniform(0, 2 * math.pi), []
-    at = np.array([x - 34 * math.cos(heading), y - 34 * math.sin(heading)])
+    at = np.array([x - 42 * math.cos(heading), y - 42 * math.sin(heading)])
     for k in range(9):
         points.append(tuple(at))
-        turn = heading + rng.uniform(0.4, 1.1) * (-1) ** k
+        turn = heading + rng.uniform(0.6, 1.1) * (-1) ** k
         if k in (3, 5, 6):
-            branch = at + 16 * np.array([math.cos(turn + 0.8), math.sin(turn + 0.8)])
-            pen.line([tuple(at), tuple(branch)], fill=(18, 16, 16), width=2)
-        at = at + rng.uniform(7, 13) * np.array([math.cos(turn), math.sin(turn)])
-    pen.line(points, fill=(15, 12, 12), width=4, joint="curve")
+            branch = at + 20 * np.array([math.cos(turn + 0.8), math.sin(turn + 0.8)])
+            pen.line([tuple(at), tuple(branch)], fill=(18, 16, 16), width=3)
+        at = at + rng.uniform(12, 18) * np.array([math.cos(turn), math.sin(turn)])
+    pen.line(points, fill=(15, 12, 12), width=6, joint="curve")
     return _bounds(points)
 
 
-def _draw_dent(image, x, y, rng):
-    """A hollow: dark where it falls away from the light, bright where it faces it."""
-    radius, angle = rng.uniform(24, 34), rng.uniform(0, 2 * math.pi)
-    down, right = np.mgrid[0 : image.height, 0 : image.width]
-    dx, dy = (right - x) / radius, (down - y) / radius
-    depth = np.exp(-((dx**2 + dy**2) ** 2)) * (dx * math.cos(angle) + dy * math.sin(angle))
-    image.paste(_to_image(np.asarray(image) + 170 * depth[..., None]))
-    return _disc(x, y, radius)
+def _draw_hole(image, x, y, rng):
+    """A torn hole: black, with a jagged bright rim."""
+    pen, radius, angle = ImageDraw.Draw(image), rng.uniform(20, 28), rng.uniform(0, math.pi)
+    reach = radius * rng.uniform(0.8, 1.2, 18) * np.tile([1.35, 0.75], 9)
+    corners = [(r * math.cos(k * math.pi / 9), r * math.sin(k * math.pi / 9)) for k, r in enumerate(reach)]
+    rim = _around(x, y, corners, angle, 1.25)
+    pen.polygon(rim, fill=(235, 232, 225))
+    pen.polygon(_around(x, y, corners, angle), fill=(12, 10, 10))
+    return _bounds(rim)
 
 
 DEMO_DRAWERS = {"bolt": _draw_bolt, "bracket": _draw_bracket, "ring": _draw_ring,
-                "rust": _draw_rust, "crack": _draw_crack, "dent": _draw_dent}  # fmt: skip
+                "rust": _draw_rust, "crack": _draw_crack, "hole": _draw_hole}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from dataset import InputError
 from inference import BACKBONES, HEADS
 
 # What --demo changes: small drawn images, and no pretrained weights to start from.
-DEMO = {"data": "data/demo", "weights": "none", "size": 96, "epochs": 24, "lr": 2e-3, "batch_size": 32}
+DEMO = {"data": "data/demo", "weights": "none", "size": 96, "epochs": 18, "augment": "flip,vflip"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
