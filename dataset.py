@@ -74,7 +74,7 @@ def run_command(main):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
-    """Open a temporary file that takes the place of `path` when the block ends well, and is removed when it does not."""
+    """Open a temporary file that takes the place of `path` when the block ends well, and is removed otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -130,7 +130,8 @@ class LabelTable:
 
     def subset(self, rows):
         """The table of the given rows (an array of row numbers), in that order."""
-        ids, paths, objects = ([values[i] for i in rows] if values else [] for values in (self.ids, self.paths, self.objects))  # noqa: E501  # fmt: skip
+        columns = (self.ids, self.paths, self.objects)
+        ids, paths, objects = ([values[i] for i in rows] if values else [] for values in columns)
         return replace(self, ids=ids, paths=paths, targets=self.targets[rows], objects=objects)
 
 
@@ -192,35 +193,37 @@ def _read_lines(path):
 
 
 def _delimiter(path, line):
-    """What separates the cells of a table, by its first line. A single blank stands for any white space."""
+    """What separates the cells of a table, by its first line that is not blank. " " stands for any white space."""
     if path.suffix.lower() != ".csv" and len(line.split()) > 1:
         return " "
     delimiter = max(",;\t", key=line.count)
-    if delimiter not in line:
+    if line and delimiter not in line:
         raise InputError(f"{path}:1: no label column: separate the cells by a comma, a semicolon or a tab, "
-                         "or by white space in a .txt file")  # fmt: skip
+                         "or by white space in a .txt file")
     return delimiter
 
 
-def _cells(lines, delimiter):
+def _cells(path, lines, delimiter):
     """Yield (line number, cells) of every line that is not blank. In CSV a quoted cell may hold the delimiter."""
     if delimiter == " ":
         yield from ((number, line.split()) for number, line in enumerate(lines, 1) if line.strip())
         return
     reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, skipinitialspace=True)
-    for cells in reader:
-        if any(cell.strip() for cell in cells):
-            yield reader.line_num, [cell.strip() for cell in cells]
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                yield reader.line_num, [cell.strip() for cell in cells]
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: {error}: a quote is open, perhaps") from None
 
 
 def _read_table(path, group=None):
-    """The table format: an image per line, then a cell per class -> (names, line numbers, targets, classes, objects)."""
+    """The table format, an image and its labels per line -> (names, line numbers, targets, classes, objects)."""
     lines = _read_lines(path)
-    first = next((line for line in lines if line.strip()), None)
-    if first is None:
+    delimiter = _delimiter(path, next((line for line in lines if line.strip()), ""))
+    number, cells = next(_cells(path, lines, delimiter), (0, []))
+    if not cells:
         raise InputError(f"{path} is empty: it needs a line per image")
-    delimiter = _delimiter(path, first)
-    number, cells = next(_cells(lines, delimiter))
     has_header, width = _read_first(path, number, cells)
     header = cells[1:] if has_header else [f"Attr{i + 1}" for i in range(width)]
     twice = next((name for i, name in enumerate(header) if name in header[:i]), None)
@@ -254,7 +257,7 @@ def _read_first(path, number, cells):
 
 
 def _plain_rows(lines, delimiter, width):
-    """_any_rows() for the usual layout, one character a cell and one delimiter between cells, as array work; else None."""
+    """_any_rows() as array work, for rows without quotes and with one delimiter between cells; else None."""
     numbers = [number for number, line in enumerate(lines, 1) if line]
     parts = [line.partition(delimiter) for line in lines if line]
     data = "\n".join([part[2] for part in parts] + [""]).encode()
@@ -281,7 +284,7 @@ def _any_rows(path, lines, delimiter, skip, header, group):
     """-> (names, line numbers, targets (N, C), objects) of the lines after the first `skip`."""
     names, numbers, targets, objects = [], [], [], []
     place = header.index(group) if group else None
-    for number, cells in _cells(lines, delimiter):
+    for number, cells in _cells(path, lines, delimiter):
         if number <= skip:
             continue
         extra = len(cells) - len(header) - 1
@@ -350,7 +353,7 @@ def _find_images(path, files, names, numbers, targets, classes, objects):
     missing = [name for name, image in zip(names, paths) if image is None]
     if len(missing) == len(names):
         raise InputError(f"{path}: none of its {len(names)} images is in {files.root}; the first one is {names[0]}: "
-                         "name the image folder with --images")  # fmt: skip
+                         "name the image folder with --images")
     first, keep, united = {}, [], 0
     for row, image in enumerate(paths):
         if image is None:
@@ -362,7 +365,7 @@ def _find_images(path, files, names, numbers, targets, classes, objects):
         conflict = np.flatnonzero(targets[row] + targets[other] == 1)
         if len(conflict):
             raise InputError(f"{path}:{numbers[row]}: {names[row]} has another label for {classes[conflict[0]]} than "
-                             f"in line {numbers[other]}: remove one of the two lines")  # fmt: skip
+                             f"in line {numbers[other]}: remove one of the two lines")
         targets[other] = np.fmax(targets[row], targets[other])
         united += 1
     table = LabelTable(names, paths, targets, classes, objects=objects)
@@ -393,7 +396,7 @@ def _apply_groups(table, path):
     dropped = [name for name in table.classes if name not in classes]
     warnings = [f"{len(dropped)} classes are in no group and were dropped: {', '.join(dropped)}"] if dropped else []
     return replace(table, classes=classes, targets=np.ascontiguousarray(table.targets[:, keep]), groups=groups,
-                   warnings=table.warnings + warnings)  # fmt: skip
+                   warnings=table.warnings + warnings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,7 +420,7 @@ def split(table, ratios=(0.7, 0.15, 0.15), method="stratified", seed=0):
     if len(sizes) < np.count_nonzero(ratios):
         what = "objects" if table.objects else "images"
         raise InputError(f"{len(sizes)} {what} are too few for {np.count_nonzero(ratios)} splits: "
-                         "add images, or change --split")  # fmt: skip
+                         "add images, or change --split")
     rng = np.random.default_rng(seed)
     if method == "random":
         part = _random_parts(sizes, ratios / ratios.sum(), rng)
@@ -533,13 +536,14 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def batches(dataset, order, workers=2):
-    """Yield (images uint8 (B, 3, S, S) in channels_last, targets float32 (B, C), rows) for each list of rows in `order`.
+    """Yield (images uint8 (B, 3, S, S) in channels_last, targets float32 (B, C), rows) for each rows in `order`.
 
     `workers` threads decode ahead, a batch each: Pillow decodes and resizes without holding the interpreter, and
     threads share the dataset's cache, need no shared memory and start at once on every platform. 0 decodes when asked.
     """
 
     def load(rows):
+        rows = np.array(rows)
         pixels = np.stack([dataset.pixels(int(row)) for row in rows])
         return torch.from_numpy(pixels).permute(0, 3, 1, 2), dataset.targets[rows], rows
 
@@ -561,7 +565,7 @@ def batches(dataset, order, workers=2):
 
 def normalize(images):
     """Images (B, 3, H, W), uint8 or float in 0..255 -> float32, normalised as ImageNet networks expect."""
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=images.device).view(2, 3, 1, 1) * 255
     return (images.float() - mean) / std
 
 
@@ -576,6 +580,15 @@ LEVELS = {
 }
 OPERATIONS = ("flip", "vflip", "rotation", "crop", "resized_crop", "perspective", "jitter", "erasing")
 NOISE = 18  # random numbers per image, each with its own use
+
+
+def read_operations(text):
+    """A level, or operations separated by commas -> tuple of names of OPERATIONS. Raises InputError."""
+    names = LEVELS.get(text, tuple(text.split(",")))
+    wrong = [name for name in names if name not in OPERATIONS]
+    if wrong:
+        raise InputError(f"--augment {text}: {wrong[0]!r} is not one of {', '.join([*LEVELS, *OPERATIONS])}")
+    return names
 
 
 def draw_noise(count, seed, epoch):
@@ -681,7 +694,8 @@ def summary(table, title="data"):
     lines += [f"warning: {warning}" for warning in table.warnings]
     group_of = {name: group for group, names in table.groups.items() for name in names}
     width = max(5, *map(len, table.classes))
-    lines.append(f"{'class':{width}} {'positives':>9} {'negatives':>9} {'NA':>7} {'prevalence':>10}" + "  group" * bool(group_of))
+    head = f"{'class':{width}} {'positives':>9} {'negatives':>9} {'NA':>7} {'prevalence':>10}"
+    lines.append(head + "  group" * bool(group_of))
     for name, yes, no in zip(table.classes, positives, negatives):
         share = f"{yes / (yes + no):10.1%}" if yes + no else f"{'n/a':>10}"
         line = f"{name:{width}} {yes:9} {no:9} {len(table) - yes - no:7} {share}  {group_of.get(name, '')}"
@@ -779,7 +793,8 @@ def _draw_background(rng):
     """Painted or brushed metal, with stains."""
     grain = (256, 12) if rng.random() < 0.5 else (12, 256)
     shade = _noise_image(rng, (6, 6), 12) + _noise_image(rng, grain, 7)
-    return _to_image(np.array(_colour(rng)) + shade[..., None] + _noise_image(rng, (5, 5), 8)[..., None] * rng.random(3))
+    stains = _noise_image(rng, (5, 5), 8)[..., None] * rng.random(3)
+    return _to_image(np.array(_colour(rng)) + shade[..., None] + stains)
 
 
 def _photograph(image, rng):
@@ -788,7 +803,7 @@ def _photograph(image, rng):
     slope = np.cos(angle) * axis[None, :] + np.sin(angle) * axis[:, None]
     light = rng.uniform(0.65, 1.15) * (1 + rng.uniform(0, 0.35) * slope)
     image = _to_image(np.asarray(image) * light[..., None] * rng.uniform(0.9, 1.1, 3))
-    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2))).resize((DEMO_SIZE, DEMO_SIZE), Image.Resampling.BOX)
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2))).reduce(2)
     return _to_image(np.asarray(image) + rng.normal(0, rng.uniform(2, 8), (DEMO_SIZE, DEMO_SIZE, 3)))
 
 
@@ -819,15 +834,16 @@ def _draw_clutter(image, rng):
     elif kind == 2:
         pen.ellipse(_disc(x, y, rng.integers(6, 26)), fill=_colour(rng, tint=80))
     else:
-        pen.ellipse(_disc(x, y, rng.integers(8, 22)), fill=tuple(int(v) for v in rng.integers((120, 60, 20), (200, 120, 60))))
+        brown = tuple(int(v) for v in rng.integers((120, 60, 20), (200, 120, 60)))
+        pen.ellipse(_disc(x, y, rng.integers(8, 22)), fill=brown)
 
 
 def _draw_bolt(image, x, y, rng):
     """A hexagonal head with a round top and a slot."""
-    pen, angle, radius, colour = ImageDraw.Draw(image), rng.uniform(0, math.pi), rng.uniform(26, 38), _colour(rng, 60, 230)
+    pen, angle, radius = ImageDraw.Draw(image), rng.uniform(0, math.pi), rng.uniform(26, 38)
     corners = [(radius * math.cos(k * math.pi / 3), radius * math.sin(k * math.pi / 3)) for k in range(6)]
     pen.polygon(_around(x + 4, y + 5, corners, angle), fill=(20, 20, 20))
-    pen.polygon(_around(x, y, corners, angle), fill=colour, outline=(30, 30, 30), width=2)
+    pen.polygon(_around(x, y, corners, angle), fill=_colour(rng, 60, 230), outline=(30, 30, 30), width=2)
     pen.ellipse(_disc(x, y, radius * 0.62), outline=(30, 30, 30), width=3)
     pen.line(_around(x, y, [(-radius * 0.5, 0), (radius * 0.5, 0)], angle), fill=(30, 30, 30), width=5)
     return _disc(x, y, radius)
@@ -835,11 +851,11 @@ def _draw_bolt(image, x, y, rng):
 
 def _draw_bracket(image, x, y, rng):
     """An angle plate with a hole in each arm."""
-    pen, angle, size, colour = ImageDraw.Draw(image), rng.uniform(0, 2 * math.pi), rng.uniform(30, 42), _colour(rng, 60, 230)
+    pen, angle, size = ImageDraw.Draw(image), rng.uniform(0, 2 * math.pi), rng.uniform(30, 42)
     shape = [(-1, -1), (-0.3, -1), (-0.3, 0.3), (1, 0.3), (1, 1), (-1, 1)]
     pen.polygon(_around(x + 4, y + 5, shape, angle, size), fill=(20, 20, 20))
     corners = _around(x, y, shape, angle, size)
-    pen.polygon(corners, fill=colour, outline=(30, 30, 30), width=2)
+    pen.polygon(corners, fill=_colour(rng, 60, 230), outline=(30, 30, 30), width=2)
     for hole in _around(x, y, [(-0.65, -0.6), (0.6, 0.65)], angle, size):
         pen.ellipse(_disc(*hole, size * 0.17), fill=(25, 25, 25))
     return _bounds(corners)
@@ -891,7 +907,7 @@ def _draw_hole(image, x, y, rng):
 
 
 DEMO_DRAWERS = {"bolt": _draw_bolt, "bracket": _draw_bracket, "ring": _draw_ring,
-                "rust": _draw_rust, "crack": _draw_crack, "hole": _draw_hole}  # fmt: skip
+                "rust": _draw_rust, "crack": _draw_crack, "hole": _draw_hole}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def _build_head(head, features, num_classes, dropout):
         return nn.Sequential(
             nn.BatchNorm1d(features), nn.Dropout(first), nn.Linear(features, hidden), nn.ReLU(),
             nn.Dropout(second), nn.Linear(hidden, num_classes),
-        )  # fmt: skip
+        )
     layers = [nn.Dropout(dropout[0])] if dropout[0] else []
     layers.append(nn.Linear(features, num_classes))
     if head == "bn":
@@ -149,7 +149,7 @@ class Classifier:
     epoch: int = 0
     scores: dict = field(default_factory=dict)  # on val, at that epoch
     options: dict = field(default_factory=dict)  # of the run that trained it
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: torch.dtype = torch.float32
 
 
@@ -172,9 +172,10 @@ def read_checkpoint(path):
         raise InputError(f"{path} is not there") from None
     except pickle.UnpicklingError:
         raise InputError(f"{path} holds more than tensors, numbers and strings, or is no PyTorch checkpoint: "
-                         "it was not loaded") from None  # fmt: skip
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{path} cannot be read as a PyTorch checkpoint: {str(error).splitlines()[0]}") from None
+                         "it was not loaded") from None
+    except Exception as error:  # torch's reader raises whatever the broken bytes lead it to
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from None
 
 
 def load_model(path="outputs/model.pth", device="auto", precision="auto"):
@@ -191,7 +192,7 @@ def load_model(path="outputs/model.pth", device="auto", precision="auto"):
     network.load_state_dict(content["network"])
     device = choose_device(device)
     return Classifier(to_device(network, device).eval(), **fields, device=device,
-                      precision=choose_precision(precision, device))  # fmt: skip
+                      precision=choose_precision(precision, device))
 
 
 def load_weights(network, weights, backbone):
@@ -232,8 +233,8 @@ def _download(backbone):
     try:
         return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except (OSError, RuntimeError) as error:  # no network; a broken download
-        raise InputError(f"the ImageNet weights of {backbone} could not be downloaded ({error}): use --weights PATH for "
-                         f"a file, or --weights none to train from scratch") from None  # fmt: skip
+        raise InputError(f"the ImageNet weights of {backbone} could not be downloaded ({error}): use --weights PATH "
+                         f"for a file, or --weights none to train from scratch") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def predict(classifier, images, batch_size=32, workers=None):
 
 
 def predict_all(classifier, images, batch_size=32, workers=None):
-    """predict() that goes on past a bad image -> (probabilities (N, C), {row: message}); a bad image has a row of NaN."""
+    """predict() that goes on past bad images -> (probabilities (N, C), NaN for a bad image; {row: message})."""
     unknown = np.full((len(images), len(classifier.classes)), np.nan, np.float32)
     if not images:
         return unknown, {}
@@ -284,8 +285,8 @@ def prediction_rows(ids, probabilities, thresholds, classes, groups):
         cells = [";".join(classes[c] for c in found) for found in present.values()]
         cells += [";".join(f"{row[c]:.4f}" for c in found) for found in present.values()]
         confidences = [[float(row[c]) for c in found] for found in present.values()]
-        if len(groups) > 1 or "avg_confidence" not in header:
-            confidences.append(sum(confidences, []))
+        if header[-1] == "overall_avg_confidence":
+            confidences.append([float(row[c]) for found in present.values() for c in found])
         rows.append([name, *cells, *(f"{np.mean(values):.4f}" if values else "" for values in confidences)])
     return rows
 
@@ -319,7 +320,7 @@ def format_predictions(style, paths, probabilities, thresholds, classifier):
     lines = []
     for path, row in zip(paths, probabilities):
         found = [f"{classes[c]} {row[c]:.2f}" for c in np.flatnonzero(row >= thresholds)]
-        lines.append(f"{str(path):{width}}  {', '.join(found) or 'none'}")
+        lines.append(f"{path!s:{width}}  {', '.join(found) or 'none'}")
     return "\n".join(lines)
 
 
@@ -366,7 +367,7 @@ def parse_options(argv=None):
     parser.add_argument("images", nargs="*", metavar="IMAGE|DIR", help="images, or folders of images")
     parser.add_argument("--image", action="append", default=[], metavar="IMAGE", help="the same, as an option")
     parser.add_argument("--model", default="outputs/model.pth", metavar="FILE", help="what train.py wrote")
-    parser.add_argument("--threshold", type=float, metavar="T", help="one threshold for all labels (default: the model's)")
+    parser.add_argument("--threshold", type=float, metavar="T", help="one for all labels (default: the model's)")
     parser.add_argument("--format", choices=("table", "csv", "json"), default="table", help="of the output")
     parser.add_argument("--out", metavar="FILE", help="write the output into a file")
     parser.add_argument("-b", "--batch-size", type=int, default=32, help="images at a time")
@@ -398,7 +399,7 @@ def main(argv=None):
     good = [row for row in range(len(paths)) if row not in errors]
     if good:
         output(format_predictions(options.format, [paths[row] for row in good], probabilities[good],
-                                  np.array(classifier.thresholds), classifier), options.out)  # fmt: skip
+                                  np.array(classifier.thresholds), classifier), options.out)
     for message in errors.values():
         print(f"skipped: {message}", file=sys.stderr)
     if errors:

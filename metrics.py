@@ -28,7 +28,7 @@ import numpy as np
 GRID = np.linspace(0, 1, 41)  # what find_thresholds(method="grid") tries
 FALLBACK = 0.5  # the threshold of a class that val says nothing about
 HEADLINES = ("hamming_loss", "subset_accuracy", "f1_micro", "f1_macro", "f1_weighted", "f1_samples", "map",
-             "roc_auc_macro")  # fmt: skip
+             "roc_auc_macro")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def _average(values, average, support, judged):
     if average == "samples":
         return float(_divide(values[judged].sum(), np.count_nonzero(judged)))
     if average == "weighted":
-        return float(_divide((values * support).sum(), support.sum()))
+        return float(_divide((values * support)[support > 0].sum(), support.sum()))  # nothing weighs 0 * NaN
     return float(values.mean())
 
 
@@ -281,7 +281,7 @@ def _global_candidates(scores, most=1000):
     return scores[np.unique(np.linspace(0, len(scores) - 1, min(most, len(scores))).round().astype(int))]
 
 
-def find_thresholds(targets, scores, method="pr_curve", max_threshold=1.0):
+def find_thresholds(targets, scores, method="pr_curve", max_threshold=np.inf):
     """A threshold per class -> (C,) float64; a label is present when its score >= its threshold.
 
     targets (N, C) with 0, 1, NaN; scores (N, C), finite. method:
@@ -362,7 +362,7 @@ def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
         "f1": _divide(2 * hits, predicted + actual), "average_precision": precisions, "roc_auc": aucs,
         "threshold": thresholds, "support": actual, "positives": actual, "negatives": known_count - actual,
         "known": known_count, "na": len(known) - known_count, "prevalence": _divide(actual, known_count),
-    }  # fmt: skip
+    }
     result = {"rows": len(known)} | _headlines(positive, known, present)
     result |= {"map": float(precisions.mean()), "roc_auc_macro": float(aucs.mean())}
     result["per_class"] = {
@@ -412,7 +412,7 @@ def _intervals(positive, known, present, scores, resamples, seed):
             "f1_micro": _divide(2 * hits, predicted + actual), "f1_macro": class_f1.mean(axis=1),
             "f1_weighted": _divide((class_f1 * class_actual).sum(axis=1), class_actual.sum(axis=1)),
             "f1_samples": _divide(f1, used), "map": np.sum(precisions, axis=0) / classes + np.zeros(size),
-        }  # fmt: skip
+        }
         for name, values in numbers.items():
             drawn.setdefault(name, []).append(values)
     return {name: np.quantile(np.concatenate(parts), [0.025, 0.975]).tolist() for name, parts in drawn.items()}
@@ -453,7 +453,7 @@ def format_report(report):
     per_class = report["per_class"]
     width = max(5, min(28, max(map(len, per_class))))
     columns = {"precision": 9, "recall": 6, "f1": 5, "average_precision": 5, "roc_auc": 5, "threshold": 9,
-               "positives": 9, "negatives": 9, "na": 6}  # fmt: skip
+               "positives": 9, "negatives": 9, "na": 6}
     heads = {"average_precision": "AP", "roc_auc": "AUC", "f1": "F1", "na": "NA"}
     lines += ["", "class".ljust(width) + "".join(" " + heads.get(c, c).rjust(w) for c, w in columns.items())]
     for name, values in per_class.items():

@@ -12,9 +12,7 @@ threshold per class on val and reports on test. All its files are in --out.
 """
 
 import argparse
-import csv
 import hashlib
-import json
 import math
 import sys
 import time
@@ -54,7 +52,7 @@ def parse_options(argv=None):
     add = parser.add_argument_group("model").add_argument
     add("--backbone", choices=BACKBONES, default="resnet18", help="torchvision network")
     add("--head", choices=HEADS, default="linear", help="what replaces its last layer")
-    add("--dropout", type=float, nargs="+", metavar="P", help="in the head; two rates for mlp (default: 0.5 0.3; else 0)")
+    add("--dropout", type=float, nargs="+", metavar="P", help="in the head; mlp takes two (mlp: 0.5 0.3, else 0)")
     add("--weights", default="imagenet", metavar="W", help="imagenet, none, or a .pth file, loaded where it fits")
     add("--size", type=int, default=224, help="images are resized to SIZE x SIZE")
     add = parser.add_argument_group("recipe").add_argument
@@ -69,12 +67,13 @@ def parse_options(argv=None):
     add("--train-layers", default="all", metavar="LAYERS", help="all, head, or names such as layer3,layer4,head")
     add("--unfreeze", metavar="LAYERS", help="layers to train too from --unfreeze-epoch on")
     add("--unfreeze-epoch", type=int, default=3, metavar="N", help="counted from 1")
-    add("--augment", default="light", metavar="LEVEL", help=f"{', '.join(dataset.LEVELS)}, or of {','.join(dataset.OPERATIONS)}")
+    add("--augment", default="light", metavar="LEVEL",
+        help=f"{', '.join(dataset.LEVELS)}, or some of {','.join(dataset.OPERATIONS)}")
     add = parser.add_argument_group("imbalance").add_argument
-    add("--pos-weight", choices=("none", "linear", "sqrt"), default="sqrt", help="weight of a class's positives in the loss")
+    add("--pos-weight", choices=("none", "linear", "sqrt"), default="sqrt", help="weight of positives in the loss")
     add("--pos-weight-clip", type=float, nargs=2, default=[1, 20], metavar=("LO", "HI"), help="its bounds")
     add = parser.add_argument_group("stopping").add_argument
-    add("--monitor", choices=("loss", "f1", "map"), default="map", help="what the best epoch is best at, on val (f1: weighted)")
+    add("--monitor", choices=("loss", "f1", "map"), default="map", help="what is best on val (f1: weighted)")
     add("--patience", type=int, default=10, help="validations without improvement before stopping; 0 never stops")
     add("--min-delta", type=float, default=0.0, help="what counts as an improvement")
     add("--val-every", type=int, default=1, metavar="N", help="epochs from one validation to the next")
@@ -104,11 +103,7 @@ def check_options(options):
     for name in ("epochs", "batch_size", "size", "val_every", "unfreeze_epoch"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
-    options.operations = dataset.LEVELS.get(options.augment, options.augment.split(","))
-    unknown = set(options.operations) - set(dataset.OPERATIONS)
-    if unknown:
-        raise InputError(f"--augment {options.augment}: {', '.join(sorted(unknown))} is none of "
-                         f"{', '.join([*dataset.LEVELS, *dataset.OPERATIONS])}")  # fmt: skip
+    dataset.read_operations(options.augment)
     if options.thresholds not in ("pr_curve", "grid", "global"):
         try:
             options.thresholds = float(options.thresholds)
@@ -146,7 +141,8 @@ def masked_bce(logits, targets, pos_weight):
     """
     known = ~torch.isnan(targets)
     targets = torch.where(known, targets, 0.0)
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=pos_weight, reduction="none")
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    loss = bce(logits, targets, pos_weight=pos_weight, reduction="none")
     return torch.where(known, loss, 0.0).sum(), known.sum()
 
 
@@ -278,7 +274,7 @@ def prepare(options):
         inference.to_device(network, device), options.backbone, options.head, options.dropout, table.classes,
         table.groups, [0.5] * len(table.classes), options.size, options=public_options(options), device=device,
         precision=inference.choose_precision(options.precision, device),
-    )  # fmt: skip
+    )
     pos_weight = compute_pos_weight(tables["train"].targets, options.pos_weight, options.pos_weight_clip)
     for name, column in zip(table.classes, tables["train"].targets.T):
         if not (column == 1).any():
@@ -291,7 +287,7 @@ def prepare(options):
         options, classifier, tables, images, torch.from_numpy(pos_weight).to(device), optimizer, scheduler,
         torch.amp.GradScaler(device.type, enabled=classifier.precision == torch.float16),
         EarlyStopping(options.monitor != "loss", options.patience, options.min_delta),
-    )  # fmt: skip
+    )
 
 
 def load_weights(network, options):
@@ -301,7 +297,8 @@ def load_weights(network, options):
     taken, skipped = inference.load_weights(network, options.weights, options.backbone)
     lines = [f"weights: {len(taken)} tensors taken from {options.weights}, {len(skipped)} not"]
     for reason in sorted(set(skipped.values())):
-        lines.append(f"  {reason}: {', '.join(name for name, why in skipped.items() if why == reason)}")
+        layers = dict.fromkeys(name.rpartition(".")[0] for name, why in skipped.items() if why == reason)
+        lines.append(f"  {reason}: {', '.join(layers)}")
     return "\n".join(lines)
 
 
@@ -319,7 +316,7 @@ def build_optimizer(network, options, steps):
     optimizer = torch.optim.AdamW(
         [{"params": groups[False], "lr": options.lr_backbone}, {"params": groups[True], "lr": options.lr}],
         weight_decay=options.wd, fused=True,
-    )  # fmt: skip
+    )
     total, warmup = steps * options.epochs, min(steps, steps * options.epochs // 10)
 
     def factor(step):
@@ -336,7 +333,7 @@ def train_epoch(run, progress):
     """One pass over the train split; adds the loss of each iteration to run.losses -> images seen."""
     options, network = run.options, run.classifier.network
     device, precision = run.classifier.device, run.classifier.precision
-    images, epoch = run.images["train"], run.epoch + 1
+    images, epoch, operations = run.images["train"], run.epoch + 1, dataset.read_operations(options.augment)
     noise = dataset.draw_noise(len(images), options.seed, epoch)
     shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed * 1_000_003 + epoch))
     order = np.array_split(shuffled.numpy(), steps_per_epoch(options, len(images)))
@@ -347,8 +344,8 @@ def train_epoch(run, progress):
             run.scheduler.step()
             continue
         batch = batch.to(device, non_blocking=True)
-        if options.operations:
-            batch = dataset.augment(batch, options.operations, noise[rows].to(device, non_blocking=True))
+        if operations:
+            batch = dataset.augment(batch, operations, noise[rows].to(device, non_blocking=True))
         logits = inference.forward(network, dataset.normalize(batch), precision)
         total, known = masked_bce(logits, targets.to(device, non_blocking=True), run.pos_weight)
         loss = total / known
@@ -367,7 +364,7 @@ def evaluate(run, split):
     """-> (targets, probabilities, loss, LabelTable) of the images of a split that can be read."""
     images, classifier = run.images[split], run.classifier
     logits = inference.compute_logits(classifier.network, images, classifier.device, classifier.precision,
-                                      2 * run.options.batch_size, run.options.workers)  # fmt: skip
+                                      2 * run.options.batch_size, run.options.workers)
     good = np.array([row for row in range(len(images)) if row not in images.errors], int)
     table, logits = run.tables[split].subset(good), logits[good]
     total, known = masked_bce(logits, torch.from_numpy(table.targets), run.pos_weight.cpu())
@@ -403,7 +400,7 @@ def fit(run):
                 run.classifier.epoch, run.classifier.scores = run.epoch, scores
                 inference.save_model(run.classifier, run.out / "model.pth")
         row |= {"lr": rates[1], "lr_backbone": rates[0], "seconds": seconds,
-                "images_per_second": len(run.tables["train"]) / seconds}  # fmt: skip
+                "images_per_second": len(run.tables["train"]) / seconds}
         run.history.append(row)
         report_bad_images(run)
         save_state(run)
@@ -441,7 +438,7 @@ def save_state(run):
         "optimizer": run.optimizer.state_dict(), "scheduler": run.scheduler.state_dict(),
         "scaler": run.scaler.state_dict(), "stopping": vars(run.stopping), "epoch": run.epoch, "losses": run.losses,
         "history": run.history, "random": torch.get_rng_state(),
-    }  # fmt: skip
+    }
     if run.classifier.device.type == "cuda":
         state["random_cuda"] = torch.cuda.get_rng_state(run.classifier.device)
     with dataset.atomic_write(run.out / "last.pth", "wb") as file:
@@ -481,13 +478,14 @@ def write_inputs(run):
     dataset.write_json(run.out / "config.json", run.classifier.options)
     dataset.write_json(run.out / "classes.json", {"classes": run.classifier.classes, "groups": run.classifier.groups})
     words = {1.0: "1", 0.0: "0"}
-    for name, table in run.tables.items():
-        rows = [[row_id, *(words.get(float(value), "NA") for value in row)] for row_id, row in zip(table.ids, table.targets)]
-        dataset.write_csv(run.out / f"{name}_metadata.csv", [["ID", *table.classes], *rows])
+    for split, table in run.tables.items():
+        labels = ([words.get(value, "NA") for value in row] for row in table.targets.tolist())
+        rows = [[name, *cells] for name, cells in zip(table.ids, labels)]
+        dataset.write_csv(run.out / f"{split}_metadata.csv", [["ID", *table.classes], *rows])
 
 
 HISTORY = ["epoch", "train_loss", "val_loss", *(f"val_{name}" for name in metrics.HEADLINES), "lr", "lr_backbone",
-           "seconds", "images_per_second"]  # fmt: skip
+           "seconds", "images_per_second"]
 
 
 def write_history(run):
@@ -546,14 +544,16 @@ class Progress:
         self.shown, spent = now, now - self.started
         left = spent / self.done * (self.options.epochs * steps - (epoch - 1) * steps - step)
         line = (f"epoch {epoch}/{self.options.epochs}  batch {step}/{steps}  loss {loss.item():.4f}  "
-                f"{self.images / spent:.0f} images/s  {clock(left)} left")  # fmt: skip
+                f"{self.images / spent:.0f} images/s  {clock(left)} left")
         print(f"\r\033[K{line}", end="", flush=True)
 
     def end_epoch(self, row, best):
         """Show a finished epoch (a row of the history)."""
-        parts = [f"epoch {row['epoch']:{len(str(self.options.epochs))}}/{self.options.epochs}", f"loss {row['train_loss']:.4f}"]
+        width = len(str(self.options.epochs))
+        parts = [f"epoch {row['epoch']:{width}}/{self.options.epochs}", f"loss {row['train_loss']:.4f}"]
         if "val_loss" in row:
-            parts.append(f"val loss {row['val_loss']:.4f}  f1 macro {row['val_f1_macro']:.3f}  map {row['val_map']:.3f}")
+            parts.append(f"val loss {row['val_loss']:.4f}  f1 macro {row['val_f1_macro']:.3f}")
+            parts.append(f"map {row['val_map']:.3f}")
         parts.append(f"{row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s" + "  best" * best)
         say(self.options, "\r\033[K" * self.live + "  ".join(parts))
 
@@ -590,7 +590,8 @@ def draw_chart(series, title, x_label, y_label, size=(900, 420), mark=None):
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def place(x, y):
-        return (left + (x - x_low) / (x_high - x_low) * (right - left), bottom - (y - y_low) / (y_high - y_low) * (bottom - top))
+        across, up = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
+        return left + across * (right - left), bottom - up * (bottom - top)
 
     for value in y_ticks:
         y = place(x_low, value)[1]
@@ -606,8 +607,8 @@ def draw_chart(series, title, x_label, y_label, size=(900, 420), mark=None):
         pen.line([(x, top), (x, bottom)], fill="#888888", width=SCALE)
         near_end = x > (left + right) / 2
         pen.text((x + (-6 if near_end else 6) * SCALE, bottom - 8 * SCALE), mark[1], fill="#555555", font=small,
-                 anchor="rb" if near_end else "lb")  # fmt: skip
-    for name, x, y, colour, line_width in series:
+                 anchor="rb" if near_end else "lb")
+    for _, x, y, colour, line_width in series:
         points = [place(*point) for point in zip(x, y)]
         if len(points) > 1:
             pen.line(points, fill=colour, width=line_width * SCALE, joint="curve")
@@ -642,7 +643,8 @@ def nice_ticks(low, high, whole=False, count=6):
     if whole:
         step = max(1, round(step))
         return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    return [round(step * k, 12) for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    digits = max(0, -math.floor(math.log10(step)))
+    return [round(step * k, digits) for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
 def draw_legend(pen, series, right, top, font):
@@ -657,7 +659,7 @@ def draw_legend(pen, series, right, top, font):
 
 def draw_turned(image, text, font, x, y):
     """Text that reads upwards, centred at (x, y)."""
-    left, top, right, bottom = font.getbbox(text)
+    right, bottom = font.getbbox(text)[2:]
     label = Image.new("L", (right + 4, bottom + 4), 0)
     ImageDraw.Draw(label).text((2, 2), text, fill=255, font=font)
     label = label.rotate(90, expand=True)
@@ -676,11 +678,12 @@ def loss_curves(losses, history, best_epoch, title):
     """The loss per iteration over the loss per epoch -> PIL image."""
     steps = np.arange(1, len(losses) + 1)
     window = max(1, len(losses) // 40)
-    raw = [("each iteration", steps, losses, "#b9d3ea", 1), (f"mean of {window}", steps, smooth(losses, window), COLOURS[0], 2)]
+    raw = [("each iteration", steps, losses, "#b9d3ea", 1),
+           (f"mean of {window}", steps, smooth(losses, window), COLOURS[0], 2)]
     upper = draw_chart(raw, title or "Loss per iteration", "iteration_number", "training_loss")
     epochs = [row["epoch"] for row in history]
     both = [(name, epochs, [row.get(key, math.nan) for row in history], colour, 2)
-            for name, key, colour in (("train", "train_loss", COLOURS[0]), ("val", "val_loss", COLOURS[1]))]  # fmt: skip
+            for name, key, colour in (("train", "train_loss", COLOURS[0]), ("val", "val_loss", COLOURS[1]))]
     mark = (best_epoch, f"best epoch: {best_epoch}") if best_epoch else None
     lower = draw_chart(both, "Loss per epoch", "epoch", "loss", mark=mark)
     image = Image.new("RGB", (upper.width, upper.height + lower.height), "white")
@@ -702,8 +705,9 @@ def main(argv=None):
     fit(run)
     report = finish(run)
     some_image = run.tables["test"].paths or run.tables["val"].paths
+    model = "" if options.out == "outputs" else f" --model {run.out / 'model.pth'}"
     say(options, f"\nwritten to {run.out}/: model.pth, metrics.json, predictions.csv, loss_curve.png and more\n"
-                 f"next: python inference.py {some_image[0]}" + f" --model {run.out}/model.pth" * (options.out != "outputs"))  # fmt: skip
+                 f"next: python inference.py {some_image[0]}{model}")
     return report
 
 

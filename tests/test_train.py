@@ -1,0 +1,309 @@
+"""Loss, freezing, stopping, the loop and its files."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+import dataset
+import inference
+import metrics
+import train
+from dataset import InputError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_masked_loss_is_that_of_the_known_elements_one_by_one(data):
+    shape = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
+    targets = data.draw(arrays(np.float32, shape, elements=st.sampled_from([0.0, 1.0, np.nan])))
+    logits = data.draw(arrays(np.float32, shape, elements=st.floats(-30, 30, width=32)))
+    weight = data.draw(arrays(np.float32, shape[1], elements=st.floats(0.5, 20, width=32)))
+    logits = torch.tensor(logits, requires_grad=True)
+    total, known = train.masked_bce(logits, torch.tensor(targets), torch.tensor(weight))
+    expected = 0.0
+    for i, j in np.argwhere(~np.isnan(targets)):
+        x, y = logits[i, j].item(), targets[i, j].item()
+        log_p, log_q = -math.log1p(math.exp(-x)), -math.log1p(math.exp(x))
+        expected -= weight[j] * y * log_p + (1 - y) * log_q
+    assert total.item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert known.item() == (~np.isnan(targets)).sum()
+    total.backward()
+    assert torch.isfinite(logits.grad).all() and (logits.grad[torch.isnan(torch.tensor(targets))] == 0).all()
+
+
+def test_pos_weight():
+    nan = np.nan
+    targets = np.array([[1, 1, 0, nan, 1], [0, 1, 0, nan, nan], [0, 0, 0, nan, nan], [0, nan, nan, nan, nan]])
+    assert train.compute_pos_weight(targets, "none").tolist() == [1] * 5
+    assert train.compute_pos_weight(targets, "linear", (0.1, 20)).tolist() == [3, 0.5, 20, 1, pytest.approx(0.1)]
+    np.testing.assert_allclose(train.compute_pos_weight(targets, "sqrt", (1, 20)), [3**0.5, 1, 20, 1, 1], rtol=1e-6)
+    assert train.compute_pos_weight(targets, "linear", (1, 2)).tolist() == [2, 1, 2, 1, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers and stopping
+
+
+def test_frozen_layers_stay_as_they_are_batchnorm_statistics_too():
+    network = inference.build_model("resnet18", "linear", 2)
+    train.freeze(network, train.select_parameters(network, "resnet18", "layer4,head"))
+    train.train_mode(network)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    network(torch.randn(4, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    for name, tensor in network.state_dict().items():
+        trained = name.startswith(("layer4", "fc"))
+        assert torch.equal(tensor, before[name]) != trained, name
+
+
+def test_a_wrong_layer_is_named_with_the_right_ones():
+    network = inference.build_model("resnet18", "linear", 2)
+    with pytest.raises(InputError, match=r"no layer layer5; it has all, head, conv1, .*layer4"):
+        train.select_parameters(network, "resnet18", "layer5,head")
+
+
+def test_early_stopping_counts_checks_without_improvement():
+    stopping = train.EarlyStopping(higher_is_better=True, patience=2, min_delta=0.1)
+    assert [stopping.improved(score, i) for i, score in enumerate((0.5, 0.55, 0.7, 0.6, 0.78), 1)] == [
+        True, False, True, False, False,
+    ]
+    assert stopping.stop and stopping.best == 0.7 and stopping.best_epoch == 3
+    stopping = train.EarlyStopping(higher_is_better=False, patience=1)
+    assert stopping.improved(math.nan, 1) and stopping.improved(3.0, 2) and not stopping.improved(math.nan, 3)
+    assert stopping.stop and not train.EarlyStopping(True, 0, waited=99).stop
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def run(*arguments):
+    return train.main([*map(str, arguments), *SMALL])
+
+
+def test_a_run_leaves_every_file_and_returns_its_report(trained):
+    out, report = trained
+    assert {path.name for path in out.iterdir()} == {
+        "model.pth", "last.pth", "classes.json", "thresholds.json", "predictions.csv", "train_metadata.csv",
+        "val_metadata.csv", "test_metadata.csv", "loss_curve.png", "history.csv", "metrics.json", "config.json",
+    }
+    written = json.loads((out / "metrics.json").read_text())
+    assert written["split"] == "test" and written["images"] == report["images"] == 12
+    assert {"loss", *metrics.HEADLINES} < written.keys() and written["f1_macro"] == report["f1_macro"]
+    classes = json.loads((out / "classes.json").read_text())
+    assert list(written["per_class"]) == classes["classes"] and set(classes["groups"]) == {"parts", "defects"}
+    assert set(json.loads((out / "thresholds.json").read_text())) == set(classes["classes"])
+    history = list(csv.DictReader((out / "history.csv").open()))
+    assert [row["epoch"] for row in history] == ["1", "2"] and float(history[0]["images_per_second"]) > 0
+    predictions = list(csv.DictReader((out / "predictions.csv").open()))
+    assert list(predictions[0]) == [
+        "ID", "parts", "defects", "parts_confidence", "defects_confidence", "avg_part_confidence",
+        "avg_defect_confidence", "overall_avg_confidence",
+    ]
+    assert len(predictions) == 12
+    assert Image.open(out / "loss_curve.png").size == (900, 840)
+    assert torch.load(out / "model.pth", weights_only=True)["classes"] == classes["classes"]
+
+
+def test_metadata_files_are_label_files_of_disjoint_splits(trained, demo):
+    out, _ = trained
+    whole, seen = dataset.read_labels(demo), []
+    for split in ("train", "val", "test"):
+        table = dataset.read_labels(demo, labels=out / f"{split}_metadata.csv")
+        rows = [whole.ids.index(name) for name in table.ids]
+        np.testing.assert_array_equal(table.targets, whole.targets[rows])
+        seen += rows
+    assert sorted(seen) == list(range(80))
+
+
+def test_reported_scores_are_those_of_the_saved_model(trained, demo):
+    out, report = trained
+    table = dataset.read_labels(demo, labels=out / "test_metadata.csv")
+    again = inference.evaluate(inference.load_model(out / "model.pth", "cpu", "fp32"), table)
+    assert again["per_class"] == report["per_class"] and again["f1_samples"] == report["f1_samples"]
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_gives_others(demo, trained, tmp_path):
+    again = run("--data", demo, "--out", tmp_path / "a", "--epochs", 2)
+    other = run("--data", demo, "--out", tmp_path / "b", "--epochs", 2, "--seed", 1)
+    assert again == trained[1] and other["loss"] != again["loss"]
+
+
+def test_resume_gives_the_run_that_was_never_stopped(demo, tmp_path, capsys):
+    options = "--data", demo, "--head", "mlp", "--batch-size", 8
+    whole = run(*options, "--out", tmp_path / "whole", "--epochs", 3)
+    saved, parts = train.save_state, tmp_path / "parts"
+
+    def stop_after_first(state):
+        saved(state)
+        if state.epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_state", stop_after_first)
+        run(*options, "--out", parts, "--epochs", 3)
+    resumed = run(*options, "--out", parts, "--epochs", 3, "--resume")
+    assert resumed == whole
+    a, b = (inference.read_checkpoint(tmp_path / name / "model.pth")["network"] for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(InputError, match=r"--resume: .*is of other splits"):
+        run(*options, "--out", parts, "--resume", "--seed", 5)
+
+
+def test_no_test_split_reports_on_val(demo, tmp_path):
+    report = run("--data", demo, "--out", tmp_path, "--epochs", 1, "--split", 0.8, 0.2, 0)
+    assert report["split"] == "val" and report["images"] == 16
+
+
+def test_freezing_unfreezing_and_rates(demo, tmp_path):
+    run("--data", demo, "--out", tmp_path, "--epochs", 3, "--train-layers", "head", "--unfreeze", "layer4",
+        "--unfreeze-epoch", 2, "--lr-backbone", 1e-4, "--schedule", "multistep", "--milestones", 2, "--val-every", 2,
+        "--wd", 0, "--monitor", "loss")  # fmt: skip
+    history = list(csv.DictReader((tmp_path / "history.csv").open()))
+    assert [float(row["lr"]) for row in history] == pytest.approx([1e-3, 1e-3, 1e-4])
+    assert [float(row["lr_backbone"]) for row in history] == pytest.approx([1e-4, 1e-4, 1e-5])
+    assert [bool(row["val_loss"]) for row in history] == [False, True, True]
+
+
+def test_bad_images_are_skipped_and_named_once(make_data, tmp_path, capsys):
+    names = [f"{i}.jpg" for i in range(20)]
+    folder = make_data("".join(f"{name} {i % 2} NA\n" for i, name in enumerate(names)), names)
+    (folder / "images" / "3.jpg").write_bytes(b"no image")
+    (folder / "images" / "4.jpg").write_bytes(b"")
+    report = run("--data", folder, "--out", tmp_path / "out", "--epochs", 2)
+    errors = capsys.readouterr().err
+    assert errors.count("warning: skipped") == 2 and "3.jpg: not an image" in errors and "4.jpg: not an image" in errors
+    assert math.isfinite(report["loss"]) and report["per_class"]["Attr2"]["known"] == 0
+
+
+def test_weights_from_a_file_are_loaded_where_they_fit(trained, demo, tmp_path, capsys):
+    out, _ = trained
+    network = inference.build_model("resnet18", "linear", 3)
+    taken, skipped = inference.load_weights(network, out / "model.pth", "resnet18")
+    saved = inference.read_checkpoint(out / "model.pth")["network"]
+    assert len(taken) == 120 and set(skipped) == {"fc.weight", "fc.bias"}
+    assert "another shape" in skipped["fc.bias"] and torch.equal(network.conv1.weight, saved["conv1.weight"])
+    wrapped = {"state_dict": {"module.conv1.weight": saved["conv1.weight"], "other": torch.ones(1)}}
+    torch.save(wrapped, tmp_path / "w.pth")
+    taken, skipped = inference.load_weights(network, tmp_path / "w.pth", "resnet18")
+    assert taken == ["conv1.weight"] and skipped["other"] == "not in this network"
+    torch.save({"x": torch.ones(1)}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match="no tensor that fits resnet18"):
+        inference.load_weights(network, tmp_path / "w.pth", "resnet18")
+
+
+def test_imagenet_weights_that_cannot_be_had(demo, tmp_path, monkeypatch):
+    import torchvision
+
+    def no_network(*_, **__):
+        raise OSError("<urlopen error Name or service not known>")
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.__class__, "get_state_dict", no_network)
+    with pytest.raises(InputError, match=r"resnet18 could not be downloaded .*--weights PATH .*--weights none"):
+        train.main(["--data", str(demo), "--out", str(tmp_path), "-q"])
+
+
+WRONG = [
+    (["--data", "/nowhere"], "/nowhere is not a folder"),
+    (["--epochs", "0"], "--epochs must be at least 1"),
+    (["--thresholds", "best"], "--thresholds best: use pr_curve"),
+    (["--augment", "spin"], "--augment spin: 'spin' is not one of"),
+    (["--cache", "lots"], "--cache lots: use auto"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--weights", "/nowhere.pth"], "/nowhere.pth is not there"),
+    (["--backbone", "vgg99"], "argument --backbone: invalid choice: 'vgg99'"),
+    (["--train-layers", "layer9"], "resnet18 has no layer layer9"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG)
+def test_wrong_options_are_one_clear_error(demo, tmp_path, arguments, message):
+    with pytest.raises(InputError) as error:
+        train.main(["--data", str(demo), "--out", str(tmp_path / "out"), *SMALL, *arguments])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command_exits_with_2_and_one_line():
+    result = subprocess.run([sys.executable, ROOT / "train.py", "--data", "/nowhere"], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == "error: /nowhere is not a folder: --data names the folder of labels and images\n"
+
+
+def test_help_shows_every_default(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_options(["--help"])
+    text = capsys.readouterr().out
+    assert "(default: 224)" in text and "(default: resnet18)" in text and "imbalance:" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed and drawn
+
+
+class Terminal:
+    def __init__(self):
+        self.text = ""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_progress_updates_in_place_on_a_terminal_only(monkeypatch, capsys):
+    options = train.parse_options(["--epochs", "2"])
+    row = {"epoch": 1, "train_loss": 0.5, "seconds": 1.0, "images_per_second": 10.0}
+    terminal = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        progress = train.Progress(options, 3)
+        for step in (1, 2, 3):
+            progress(1, step, 3, torch.tensor(0.25), 5)
+        progress.end_epoch(row, True)
+    assert "\repoch" in terminal.text.replace("\033[K", "") and "batch 3/3  loss 0.2500" in terminal.text
+    assert "images/s" in terminal.text and "left" in terminal.text and terminal.text.count("\n") == 1
+    progress = train.Progress(options, 3)
+    progress(1, 1, 3, torch.tensor(0.25), 5)
+    progress.end_epoch(row, True)
+    assert capsys.readouterr().out == "epoch 1/2  loss 0.5000  10 images/s  1.0 s  best\n"
+
+
+@pytest.mark.parametrize("losses, epochs", [([0.5], 1), ([1.0, math.nan, 0.5], 3), (list(range(5000)), 200), ([], 1)])
+def test_loss_curves_draw_from_one_point_to_many(losses, epochs):
+    history = [{"epoch": i + 1, "train_loss": 1 / (i + 1), "val_loss": math.nan} for i in range(epochs)]
+    image = train.loss_curves(losses, history, 1, "A title")
+    assert image.size == (900, 840)
+    assert not losses or len(image.getcolors(10**6)) > 20
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
+def test_ticks_are_few_and_cover_the_values(low, span):
+    ticks = train.nice_ticks(low, low + span)
+    slack = 1e-9 * (abs(low) + span)
+    assert 2 <= len(ticks) <= 9 and ticks[0] <= low + slack and ticks[-1] >= low + span - slack
+
+
+def test_smooth_is_the_running_mean():
+    values = np.random.default_rng(0).random(50)
+    expected = [values[max(0, i - 6) : i + 1].mean() for i in range(50)]
+    np.testing.assert_allclose(train.smooth(values, 7), expected)
