@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
 import dataset
 import inference
+from conftest import ROOT
 from dataset import ImageError, InputError
 
 

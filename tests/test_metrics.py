@@ -9,12 +9,12 @@ import warnings
 import numpy as np
 import pytest
 import sklearn.metrics as sk
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import metrics
+from conftest import ROOT
 
 CASES = settings(max_examples=500, deadline=None)
 AVERAGES = ("micro", "macro", "weighted", "samples", None)

@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -19,6 +18,7 @@ import dataset
 import inference
 import metrics
 import train
+from conftest import ROOT, SMALL
 from dataset import InputError
 
 # ---------------------------------------------------------------------------------------------------------------------
