@@ -94,6 +94,12 @@ def write_csv(path, rows):
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
+def write_text(path, lines):
+    """Write lines as a text file."""
+    with atomic_write(path) as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
 def write_json(path, value):
     """Write a value as JSON; NaN becomes null, since JSON has no NaN."""
 
@@ -104,8 +110,7 @@ def write_json(path, value):
             return [clean(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    with atomic_write(path) as file:
-        file.write(json.dumps(clean(value), indent=2, ensure_ascii=False) + "\n")
+    write_text(path, [json.dumps(clean(value), indent=2, ensure_ascii=False)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,12 +141,12 @@ class LabelTable:
 
 
 def read_labels(data_dir, labels=None, images=None, label_groups=None, group=None):
-    """Read a data folder -> LabelTable.
+    """Read a data folder, whatever its label format -> LabelTable.
 
-    data_dir: the folder. labels: the label file; by default it is found by looking (find_labels). images: the image
-    folder; by default DATA/images, or DATA itself. label_groups: a JSON file {group: [class, ...]}; by default
-    DATA/label_groups.json when it is there. group: the column that names the physical object an image shows.
-    Rows whose image is missing are dropped and listed in `missing`. Raises InputError.
+    data_dir: the folder. labels: the label file, or the folder of .cls files; by default it is found by looking
+    (find_labels). images: the image folder; by default DATA/images, or DATA itself. label_groups: a JSON file
+    {group: [class, ...]}; by default DATA/label_groups.json when it is there. group: the column that names the physical
+    object an image shows. Rows whose image is missing are dropped and listed in `missing`. Raises InputError.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
@@ -150,20 +155,25 @@ def read_labels(data_dir, labels=None, images=None, label_groups=None, group=Non
     folder = Path(images) if images else data_dir / "images"
     if images and not folder.is_dir():
         raise InputError(f"{folder} is not a folder: --images names the image folder")
-    files = ImageFolder(folder if folder.is_dir() else data_dir)
-    names, numbers, targets, classes, objects = _read_table(path, group)
-    table = _find_images(path, files, names, numbers, targets, classes, objects)
     groups_file = Path(label_groups) if label_groups else data_dir / "label_groups.json"
-    if label_groups or groups_file.is_file():
-        table = _apply_groups(table, groups_file)
-    return table
+    groups = _read_groups(groups_file) if label_groups or groups_file.is_file() else {}
+    if path.is_dir():
+        table, lines = _read_cls(path, data_dir)
+    else:
+        table, lines = _read_file(path, groups, group)
+    if groups:
+        table = _apply_groups(table, groups, groups_file)
+    return _find_images(table, lines, path, ImageFolder(folder if folder.is_dir() else data_dir))
 
 
 def find_labels(data_dir):
-    """The label file of a data folder, found by looking. Raises InputError when there is none, or several."""
-    for name in ("labels.txt", "labels.csv"):
+    """The label file of a data folder (or its folder of .cls files), found by looking -> Path. Raises InputError when
+    there is none, or several."""
+    for name in ("labels.txt", "labels.csv", "image_data.csv"):
         if (data_dir / name).is_file():
             return data_dir / name
+    if next((data_dir / "labels").rglob("*.cls"), None):
+        return data_dir / "labels"
     found = sorted(path for path in data_dir.iterdir() if path.suffix.lower() in (".txt", ".csv") and path.is_file())
     if len(found) == 1:
         return found[0]
@@ -217,28 +227,35 @@ def _cells(path, lines, delimiter):
         raise InputError(f"{path}:{reader.line_num}: {error}: a quote is open, perhaps") from None
 
 
-def _read_table(path, group=None):
-    """The table format, an image and its labels per line -> (names, line numbers, targets, classes, objects)."""
+def _read_file(path, groups, group):
+    """A label file in the table or the lists format -> (LabelTable without paths, line numbers)."""
     lines = _read_lines(path)
     delimiter = _delimiter(path, next((line for line in lines if line.strip()), ""))
-    number, cells = next(_cells(path, lines, delimiter), (0, []))
-    if not cells:
+    rows = _cells(path, lines, delimiter)
+    number, first = next(rows, (0, []))
+    if not first:
         raise InputError(f"{path} is empty: it needs a line per image")
-    has_header, width = _read_first(path, number, cells)
-    header = cells[1:] if has_header else [f"Attr{i + 1}" for i in range(width)]
+    if delimiter != " " and _looks_like_lists(first, rows):
+        return _read_lists(path, list(_cells(path, lines, delimiter)), groups, group)
+    return _read_table(path, lines, delimiter, number, first, group)
+
+
+def _read_table(path, lines, delimiter, number, first, group):
+    """The table format: an image per line, then a cell per class with 0, 1 or NA; the header is optional."""
+    has_header, width = _read_first(path, number, first)
+    header = first[1:] if has_header else [f"Attr{i + 1}" for i in range(width)]
     twice = next((name for i, name in enumerate(header) if name in header[:i]), None)
     if twice is not None:
         raise InputError(f"{path}:{number}: the class {twice} is there twice: rename one of the columns")
     if group and group not in header:
         raise InputError(f"--group {group}: {path} has no such column; it has {', '.join(header)}")
     skip = number if has_header else 0
-    rows = None if group else _plain_rows(lines[skip:], delimiter, width)
+    rows = None if group else _plain_rows(lines, delimiter, skip, width)
     names, numbers, targets, objects = rows or _any_rows(path, lines, delimiter, skip, header, group)
     if not names:
         raise InputError(f"{path} has a header and no rows: it needs a line per image")
-    if rows:
-        numbers = [skip + number for number in numbers]
-    return names, numbers, targets, [name for name in header if name != group], objects
+    classes = [name for name in header if name != group]
+    return LabelTable(names, [], targets, classes, objects=objects), numbers
 
 
 def _read_first(path, number, cells):
@@ -256,10 +273,10 @@ def _read_first(path, number, cells):
     return False, width
 
 
-def _plain_rows(lines, delimiter, width):
+def _plain_rows(lines, delimiter, skip, width):
     """_any_rows() as array work, for rows without quotes and with one delimiter between cells; else None."""
-    numbers = [number for number, line in enumerate(lines, 1) if line]
-    parts = [line.partition(delimiter) for line in lines if line]
+    numbers = [number for number, line in enumerate(lines, 1) if line and number > skip]
+    parts = [line.partition(delimiter) for line in lines[skip:] if line]
     data = "\n".join([part[2] for part in parts] + [""]).encode()
     for word, code in (("1.0", "1"), ("0.0", "0"), ("-1", "?"), ("NaN", "?"), ("nan", "?"), ("NA", "?")):
         data = data.replace(word.encode(), code.encode())
@@ -268,7 +285,9 @@ def _plain_rows(lines, delimiter, width):
         for _ in range(2):  # ",,,": the second pass takes the cells that share a comma with the first
             data = data.replace(comma + comma, comma + b"?" + comma)
         data = data.replace(comma + b"\n", comma + b"?\n")
-    if b'"' in data or len(data) != len(parts) * 2 * width or '"' in "".join(part[0] for part in parts):
+    names = "".join(part[0] for part in parts)
+    odd = '"' in names or b'"' in data or (delimiter == " " and len(names.split()) > 1)
+    if odd or len(data) != len(parts) * 2 * width:
         return None
     cells = np.frombuffer(data, np.uint8).reshape(len(parts), 2 * width)
     values = np.full(256, 2, np.float32)
@@ -302,6 +321,136 @@ def _any_rows(path, lines, delimiter, skip, header, group):
         numbers.append(number)
         targets.append([LABEL_VALUES[cell] for cell in cells])
     return names, numbers, np.array(targets, np.float32), objects
+
+
+ID_COLUMNS = ("id", "image_id", "image", "filename")
+
+
+def _looks_like_lists(header, rows):
+    """Whether a CSV file holds lists of names: it has an ID column, and no cell of the others is a label value or yes
+    or no. Looks at the first rows."""
+    names = [name.lower() for name in header]
+    place = next((names.index(name) for name in ID_COLUMNS if name in names), None)
+    if place is None:
+        return False
+    cells = {cell.lower() for _, row in islice(rows, 100) for i, cell in enumerate(row) if i != place}
+    return bool(cells - {"", "nan"}) and not cells & {"0", "1", "-1", "0.0", "1.0", "yes", "no", "true", "false"}
+
+
+def _read_lists(path, rows, groups, group):
+    """The lists format: an ID column and columns of names separated by ";"; rows of one ID are united."""
+    (_, header), *rows = rows
+    names = [name.lower() for name in header]
+    place = next(names.index(name) for name in ID_COLUMNS if name in names)
+    if group and group not in header:
+        raise InputError(f"--group {group}: {path} has no such column; it has {', '.join(header)}")
+    columns = [i for i, name in enumerate(header) if i != place and name != group]
+    if groups:  # other columns are no labels
+        columns = [i for i in columns if header[i] in groups or names[i] == "labels"]
+        if not columns:
+            raise InputError(f"{path}: no column is named labels, or like one of the groups {', '.join(groups)}")
+    found, lines, objects, first_column = {}, {}, {}, {}
+    for number, cells in rows:
+        if len(cells) != len(header):
+            raise InputError(f"{path}:{number}: {len(cells)} cells, but the header has {len(header)}")
+        labels = found.setdefault(cells[place], set())
+        lines.setdefault(cells[place], number)
+        if group:
+            objects.setdefault(cells[place], cells[header.index(group)])
+        for i in columns:
+            stem = names[i].removesuffix("s")
+            for name in filter(None, map(str.strip, cells[i].split(";"))):
+                if name.lower() in (stem, stem + "s", "nan"):  # a placeholder
+                    continue
+                labels.add(name)
+                if first_column.setdefault(name, i) != i and not groups:
+                    raise InputError(f"{path}:{number}: {name} is in the columns {header[first_column[name]]} and "
+                                     f"{header[i]}: rename it in one of them")
+    if not first_column:
+        raise InputError(f"{path} names no labels in {', '.join(header[i] for i in columns)}")
+    own = {header[i]: sorted(name for name, column in first_column.items() if column == i) for i in columns}
+    classes = list(dict.fromkeys(name for members in own.values() for name in members))
+    valid = [name for members in groups.values() for name in members if name not in first_column]  # known, never seen
+    index = {name: c for c, name in enumerate(classes + valid)}
+    targets = np.zeros((len(found), len(index)), np.float32)
+    for row, labels in enumerate(found.values()):
+        targets[row, [index[name] for name in labels]] = 1
+    own = {} if len(own) == 1 else own
+    return LabelTable(list(found), [], targets, list(index), own, list(objects.values())), list(lines.values())
+
+
+def _read_cls(folder, data_dir):
+    """The cls format: for each image a file LABELS/**/NAME.cls with a class index per line."""
+    classes = _read_class_names(data_dir)
+    files = sorted(folder.rglob("*.cls"))
+    if not files:
+        raise InputError(f"{folder} holds no .cls files")
+    targets, indices = np.zeros((len(files), len(classes)), np.float32), {str(c): c for c in range(len(classes))}
+    for row, file in enumerate(files):
+        for number, line in enumerate(_read_lines(file), 1):
+            if line.strip():
+                if line.strip() not in indices:
+                    raise InputError(f"{file}:{number}: {line.strip()!r} is not a class index, 0 to {len(classes) - 1}")
+                targets[row, indices[line.strip()]] = 1
+    names = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
+    return LabelTable(names, [], targets, classes), names
+
+
+def _read_class_names(data_dir):
+    """The names of classes.txt (a name per line) or classes.json (a list, or {"classes": list}), else those of COCO."""
+    text, file = data_dir / "classes.txt", data_dir / "classes.json"
+    if text.is_file():
+        return [line.strip() for line in _read_lines(text) if line.strip()]
+    if not file.is_file():
+        return COCO_CLASSES
+    content = _read_json(file)
+    classes = content.get("classes") if isinstance(content, dict) else content
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise InputError(f'{file}: it must look like ["class", ...] or {{"classes": ["class", ...]}}')
+    return classes
+
+
+COCO_CLASSES = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,
+parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,
+frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,
+wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,
+potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,
+refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(",")
+
+
+def _read_json(path):
+    try:
+        return json.loads("\n".join(_read_lines(path)))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON: {getattr(error, 'msg', error)}") from None
+
+
+def _read_groups(path):
+    """A JSON file {group: [class, ...]} -> dict."""
+    groups = _read_json(path)
+    if not isinstance(groups, dict) or not all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in groups.values()
+    ):
+        raise InputError(f'{path}: it must look like {{"group": ["class", ...], ...}}')
+    names = [name for members in groups.values() for name in members]
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise InputError(f"{path}: {twice} is there twice: rename one")
+    return groups
+
+
+def _apply_groups(table, groups, path):
+    """Order the classes by their groups; those that are in no group are dropped, and counted in a warning."""
+    column = {name: c for c, name in enumerate(table.classes)}
+    groups = {group: [name for name in names if name in column] for group, names in groups.items()}
+    classes = [name for names in groups.values() for name in names]
+    if not classes:
+        raise InputError(f"{path}: none of its names is a class; the classes are {', '.join(table.classes)}")
+    dropped = [f"{name} ({int(np.nansum(table.targets[:, column[name]]))} times)"
+               for name in table.classes if name not in classes]
+    warnings = [f"{len(dropped)} classes are in no group of {path} and were dropped: {', '.join(dropped)}"]
+    return replace(table, classes=classes, targets=table.targets[:, [column[name] for name in classes]], groups=groups,
+                   warnings=table.warnings + warnings * bool(dropped))
 
 
 class ImageFolder:
@@ -347,56 +496,30 @@ class ImageFolder:
         return self.files[found[0]] if found else None
 
 
-def _find_images(path, files, names, numbers, targets, classes, objects):
-    """Rows of names -> LabelTable: images found, missing ones dropped, rows of one image united."""
-    paths = [files.files.get(name) or files.find(name, f"{path}:{number}") for name, number in zip(names, numbers)]
-    missing = [name for name, image in zip(names, paths) if image is None]
-    if len(missing) == len(names):
-        raise InputError(f"{path}: none of its {len(names)} images is in {files.root}; the first one is {names[0]}: "
+def _find_images(table, lines, path, files):
+    """Set the paths of a table: missing images are dropped, rows of one image united. lines: for error messages."""
+    paths = [files.files.get(name) or files.find(name, f"{path}:{line}") for name, line in zip(table.ids, lines)]
+    missing = [name for name, image in zip(table.ids, paths) if image is None]
+    if len(missing) == len(paths):
+        raise InputError(f"{path}: none of its {len(paths)} images is in {files.root}; the first one is {missing[0]}: "
                          "name the image folder with --images")
-    first, keep, united = {}, [], 0
+    first, keep, targets = {}, [], table.targets
     for row, image in enumerate(paths):
+        other = first.setdefault(image, row)
         if image is None:
             continue
-        other = first.setdefault(image, row)
         if other == row:
             keep.append(row)
             continue
         conflict = np.flatnonzero(targets[row] + targets[other] == 1)
         if len(conflict):
-            raise InputError(f"{path}:{numbers[row]}: {names[row]} has another label for {classes[conflict[0]]} than "
-                             f"in line {numbers[other]}: remove one of the two lines")
+            raise InputError(f"{path}:{lines[row]}: {table.ids[row]} has another label for "
+                             f"{table.classes[conflict[0]]} than in line {lines[other]}: remove one of the two lines")
         targets[other] = np.fmax(targets[row], targets[other])
-        united += 1
-    table = LabelTable(names, paths, targets, classes, objects=objects)
-    if len(keep) < len(names):
-        table = table.subset(np.array(keep))
-    table.missing = missing
-    if united:
-        table.warnings.append(f"{united} rows name an image again and were united with its first row")
-    return table
-
-
-def _apply_groups(table, path):
-    """Set the groups of a table by a JSON file {group: [class, ...]}; classes that are in no group are dropped."""
-    try:
-        groups = json.loads("\n".join(_read_lines(path)))
-        valid = isinstance(groups, dict) and all(
-            isinstance(names, list) and all(isinstance(name, str) for name in names) for names in groups.values()
-        )
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-    if not valid:
-        raise InputError(f'{path}: it must look like {{"group": ["class", ...], ...}}')
-    keep = [c for c, name in enumerate(table.classes) if any(name in names for names in groups.values())]
-    if not keep:
-        raise InputError(f"{path}: none of its names is a class; the classes are {', '.join(table.classes)}")
-    classes = [table.classes[c] for c in keep]
-    groups = {group: [name for name in names if name in classes] for group, names in groups.items()}
-    dropped = [name for name in table.classes if name not in classes]
-    warnings = [f"{len(dropped)} classes are in no group and were dropped: {', '.join(dropped)}"] if dropped else []
-    return replace(table, classes=classes, targets=np.ascontiguousarray(table.targets[:, keep]), groups=groups,
-                   warnings=table.warnings + warnings)
+    united = len(paths) - len(missing) - len(keep)
+    warnings = [f"{united} rows name an image again and were united with its first row"] if united else []
+    table = replace(table, paths=paths, missing=missing, warnings=table.warnings + warnings)
+    return table.subset(np.array(keep)) if len(keep) < len(paths) else table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -724,16 +847,16 @@ DEMO_GROUPS = {"parts": ["bolt", "bracket", "ring"], "defects": ["rust", "crack"
 DEMO_SIZE = 128  # pixels; drawn at twice that
 
 
-def write_demo(folder, seed=0, count=1000):
-    """Write `count` drawn photographs and labels.txt into `folder`: the same files for the same seed.
+def write_demo(folder, seed=0, count=1000, style="table"):
+    """Write `count` drawn photographs and their labels into `folder`: the same files for the same seed.
 
     As in real life 8 % of the labels are NA, a few files are PNG, RGBA, greyscale or turned by EXIF, and one row names
-    a file that is not there.
+    a file that is not there. style: "table", "lists" or "cls", the label format; only the first can say NA.
     """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     classes = [name for names in DEMO_GROUPS.values() for name in names]
-    lines = ["image " + " ".join(classes)]
+    rows = []  # (file name, labels, known)
     for i in range(count):
         rng = np.random.default_rng([seed, i])
         labels = draw_demo_labels(rng)
@@ -746,12 +869,25 @@ def write_demo(folder, seed=0, count=1000):
         elif i % 100 == 10:
             image, exif[0x0112] = image.transpose(Image.Transpose.ROTATE_90), 6
         image.save(folder / "images" / name, quality=88, exif=exif)
-        known = rng.random(len(classes)) >= 0.08
-        lines.append(" ".join([name, *(str(int(c in labels)) if k else "NA" for c, k in zip(classes, known))]))
-    lines.append(f"part_{count:04}.jpg " + " ".join("0" * len(classes)))
+        rows.append((name, labels, rng.random(len(classes)) >= 0.08))
+    rows.append((f"part_{count:04}.jpg", set(), np.ones(len(classes), bool)))
+    if style == "cls":
+        write_text(folder / "classes.txt", classes)
+        for name, labels, _ in rows:
+            write_text(folder / "labels" / f"{Path(name).stem}.cls", [classes.index(label) for label in sorted(labels)])
+        return
     write_json(folder / "label_groups.json", DEMO_GROUPS)
-    with atomic_write(folder / "labels.txt") as file:  # last: a folder with labels.txt is complete
-        file.write("\n".join(lines) + "\n")
+    if style == "table":  # the label file comes last: with it the folder is complete
+        words = ([str(int(c in labels)) if k else "NA" for c, k in zip(classes, known)] for _, labels, known in rows)
+        lines = [" ".join([name, *cells]) for (name, _, _), cells in zip(rows, words)]
+        write_text(folder / "labels.txt", ["image " + " ".join(classes), *lines])
+        return
+    lists = [["ID", *DEMO_GROUPS]]  # a row per part found, as inspectors write them, with the defects in the first
+    for name, labels, _ in rows:
+        parts, defects = (sorted(labels & set(names)) for names in DEMO_GROUPS.values())
+        lists.append([Path(name).stem, parts[0] if parts else "part", ";".join(defects) or "defect"])
+        lists += [[Path(name).stem, part, "nan"] for part in parts[1:]]
+    write_csv(folder / "image_data.csv", lists)
 
 
 def draw_demo_labels(rng):
@@ -923,10 +1059,11 @@ def main(argv=None):
     parser.add_argument("--label-groups", metavar="FILE", help="JSON file {group: [class, ...]}")
     parser.add_argument("--check", action="store_true", help="decode every image and list those that cannot be read")
     parser.add_argument("--demo", metavar="DIR", help="write the demo data into DIR")
+    parser.add_argument("--format", choices=("table", "lists", "cls"), default="table", help="of the demo's labels")
     parser.add_argument("--seed", type=int, default=0, help="of the demo data")
     options = parser.parse_args(argv)
     if options.demo:
-        write_demo(options.demo, options.seed)
+        write_demo(options.demo, options.seed, style=options.format)
         options.data = options.demo
     table = read_labels(options.data, options.labels, options.images, options.label_groups)
     print(summary(table, options.data))

@@ -188,29 +188,41 @@ def load_model(path="outputs/model.pth", device="auto", precision="auto"):
     if content["format"] > FORMAT:
         raise InputError(f"{path} has format {content['format']}, and this program reads up to {FORMAT}: update it")
     fields = {name: content[name] for name in PLAIN}
-    network = build_model(fields["backbone"], fields["head"], len(fields["classes"]), fields["dropout"])
-    network.load_state_dict(content["network"])
+    with torch.device("meta"):  # no time is spent on initial values that are replaced at once
+        network = build_model(fields["backbone"], fields["head"], len(fields["classes"]), fields["dropout"])
+    network.load_state_dict(content["network"], assign=True)
     device = choose_device(device)
     return Classifier(to_device(network, device).eval(), **fields, device=device,
                       precision=choose_precision(precision, device))
 
 
-def load_weights(network, weights, backbone):
+def load_weights(network, weights, backbone, classes=()):
     """Load every tensor whose name and shape match -> (names taken, {name: why not} of the others).
 
-    weights: "imagenet" (torchvision's default weights of the backbone), or the path of a state_dict or a model.pth.
+    weights: "imagenet" (torchvision's default weights of the backbone), or the path of a state_dict or a model.pth. Of
+    a model.pth the head's last layers are taken row by row, for the classes that it and `classes` both name.
     Raises InputError when the weights cannot be had or nothing matches.
     """
+    known = ()
     if weights == "imagenet":
         state = _download(backbone)
     else:
         state = read_checkpoint(weights)
+        known = state.get("classes", ()) if isinstance(state, dict) and "network" in state else ()
         for key in ("network", "state_dict", "model"):
             state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     own = network.state_dict()
     if not isinstance(state, dict):
         raise InputError(f"{weights} holds no state_dict")
     taken, skipped = {}, {}
+    if known and classes:
+        state = dict(state)
+        for name in _class_tensors(network, backbone):
+            rows = [(c, known.index(label)) for c, label in enumerate(classes) if label in known]
+            if name in state and state[name].shape == (len(known), *own[name].shape[1:]):
+                state[name] = _copy_rows(own[name], state[name], rows)
+        skipped |= {f"head row {label}": "a class that is new" for label in classes if label not in known}
+        skipped |= {f"head row {label}": "a class that is gone" for label in known if label not in classes}
     for name, tensor in state.items():
         name = str(name).removeprefix("module.")
         if name not in own:
@@ -224,6 +236,28 @@ def load_weights(network, weights, backbone):
     network.load_state_dict(taken, strict=False)
     skipped |= {name: "not in the file" for name in own if name not in taken and name not in skipped}
     return list(taken), skipped
+
+
+def _class_tensors(network, backbone):
+    """The names of the tensors with a row per class: those of the head behind its last ReLU."""
+    path = BACKBONES[backbone]
+    layers = {path: network.get_submodule(path)}
+    if isinstance(layers[path], nn.Sequential):
+        layers = {f"{path}.{name}": layer for name, layer in layers[path].named_children()}
+    names = []
+    for path, layer in reversed(layers.items()):
+        if isinstance(layer, nn.ReLU):
+            break
+        names += [f"{path}.{name}" for name, tensor in layer.state_dict().items() if tensor.dim()]
+    return names
+
+
+def _copy_rows(into, source, rows):
+    """A copy of `into` with the rows [(row of it, row of source), ...] taken from `source`."""
+    result = into.clone()
+    for row, other in rows:
+        result[row] = source[other]
+    return result
 
 
 def _download(backbone):
@@ -412,8 +446,7 @@ def output(text, path):
     if not path:
         print(text)
         return
-    with dataset.atomic_write(path) as file:
-        file.write(text + "\n")
+    dataset.write_text(path, [text])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ threshold per class on val and reports on test. All its files are in --out.
 import argparse
 import hashlib
 import math
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -32,12 +33,44 @@ from inference import BACKBONES, HEADS
 # What --demo changes: small drawn images, and no pretrained weights to start from.
 DEMO = {"data": "data/demo", "weights": "none", "size": 96, "epochs": 18, "augment": "flip,vflip"}
 
+# Published recipes as defaults of the options; the README says what each reproduces.
+PRESETS = {
+    "default": {},
+    "inspection": {
+        "backbone": "resnet18", "head": "linear", "train_layers": "all", "lr": 1e-3, "wd": 0.0, "batch_size": 16,
+        "epochs": 10, "schedule": "constant", "monitor": "loss", "patience": 3, "pos_weight": "sqrt",
+        "pos_weight_clip": [1, 20], "augment": "flip,rotation", "thresholds": "pr_curve", "max_threshold": 0.8,
+    },
+    "two-stage": {
+        "backbone": "resnet18", "head": "mlp", "dropout": [0.5, 0.3], "train_layers": "head", "unfreeze": "layer4",
+        "unfreeze_epoch": 3, "lr": 2e-3, "lr_backbone": 1e-4, "wd": 0.0, "batch_size": 16, "epochs": 50,
+        "schedule": "constant", "monitor": "loss", "patience": 5, "pos_weight": "linear", "pos_weight_clip": [0, 100],
+        "augment": "crop,flip,jitter,perspective,erasing", "thresholds": "0.5",
+    },
+    "assignment": {
+        "backbone": "resnet18", "head": "linear", "train_layers": "all", "lr": 1e-3, "wd": 0.0, "epochs": 10,
+        "schedule": "constant", "monitor": "loss", "patience": 0, "pos_weight": "linear", "pos_weight_clip": [0, 100],
+        "augment": "none", "thresholds": "0.5", "plot_title": "Aimonk_multilabel_problem",
+    },
+    "resnet50": {
+        "backbone": "resnet50", "head": "mlp", "dropout": [0.65, 0.4], "train_layers": "layer3,layer4,head",
+        "lr": 5e-5, "wd": 1e-2, "epochs": 40, "schedule": "constant", "monitor": "loss", "patience": 5,
+        "pos_weight": "linear", "pos_weight_clip": [0, 100],
+        "augment": "resized_crop,flip,vflip,jitter,rotation,erasing", "thresholds": "0.5",
+    },
+    "coco": {
+        "head": "bn", "train_layers": "head", "unfreeze": "all", "lr": 1e-3, "wd": 0.0, "schedule": "multistep",
+        "monitor": "f1", "pos_weight": "linear", "pos_weight_clip": [0, 100], "augment": "flip",
+        "thresholds": "global",
+    },
+}
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
 
 
 def parse_options(argv=None):
-    """The command line -> argparse.Namespace. An explicit option wins over --demo, that over the default."""
+    """The command line -> argparse.Namespace. An explicit option wins over --preset, that over --demo."""
     parser = dataset.ArgumentParser(description="Fine-tune an image network on labels that may be unknown.")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="data", metavar="DIR", help="folder of labels and images")
@@ -56,6 +89,7 @@ def parse_options(argv=None):
     add("--weights", default="imagenet", metavar="W", help="imagenet, none, or a .pth file, loaded where it fits")
     add("--size", type=int, default=224, help="images are resized to SIZE x SIZE")
     add = parser.add_argument_group("recipe").add_argument
+    add("--preset", choices=PRESETS, default="default", help="a published recipe: defaults for the other options")
     add("--epochs", type=int, default=20, help="at most")
     add("-b", "--batch-size", type=int, default=16, help="images per step")
     add("--lr", type=float, default=1e-3, help="learning rate of the head")
@@ -84,6 +118,9 @@ def parse_options(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--out", default="outputs", metavar="DIR", help="folder for everything the run writes")
     add("--plot-title", default="", metavar="TEXT", help="over loss_curve.png")
+    add("--export-splits", metavar="DIR", help="copy the images into DIR/images/train, val and test")
+    add("--registry", metavar="DIR", help="keep the best run of each backbone and configuration there, by weighted F1")
+    add("--tensorboard", action="store_true", help="write scalars for TensorBoard too (package tensorboard)")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
     add = parser.add_argument_group("system").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -91,8 +128,8 @@ def parse_options(argv=None):
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where it is fast")
     add("--cache", default="auto", metavar="GB", help="decoded images kept in memory: auto, off, or gigabytes")
     add("--resume", action="store_true", help="go on from OUT/last.pth")
-    if parser.parse_known_args(argv)[0].demo:
-        parser.set_defaults(**DEMO)
+    first = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**(DEMO if first.demo else {}) | PRESETS[first.preset])
     options = parser.parse_args(argv)
     check_options(options)
     return options
@@ -168,8 +205,9 @@ def compute_pos_weight(targets, mode="sqrt", clip=(1, 20)):
 
 def layer_names(network, backbone):
     """The names that --train-layers and --unfreeze take for a network."""
-    names = [name for name, _ in network.named_children()]
-    names += [f"features.{name}" for name, _ in getattr(network, "features", torch.nn.Module()).named_children()]
+    layers = dict(network.named_children())
+    layers |= {f"features.{name}": layer for name, layer in layers.get("features", torch.nn.Module()).named_children()}
+    names = [name for name, layer in layers.items() if any(True for _ in layer.parameters())]
     return ["all", "head", *(name for name in names if name != BACKBONES[backbone])]
 
 
@@ -244,6 +282,7 @@ class Run:
     losses: list = field(default_factory=list)  # of every iteration
     history: list = field(default_factory=list)  # a dict per epoch
     reported: set = field(default_factory=set)  # bad images that the user was told of
+    board: object = None  # TensorBoard's writer
 
     @property
     def out(self):
@@ -261,6 +300,8 @@ def prepare(options):
     parts = dataset.split(table, options.split, options.split_method, options.seed)
     tables = {name: table.subset(rows) for name, rows in zip(("train", "val", "test"), parts)}
     say(options, "split: " + ", ".join(f"{len(part)} {name}" for name, part in tables.items()))
+    if options.export_splits:
+        export_splits(tables, Path(options.export_splits))
 
     torch.manual_seed(options.seed)
     device = inference.choose_device(options.device)
@@ -268,7 +309,7 @@ def prepare(options):
     trained = select_parameters(network, options.backbone, options.train_layers)
     if options.unfreeze:
         select_parameters(network, options.backbone, options.unfreeze)  # a wrong name is an error now, not in epoch N
-    say(options, load_weights(network, options))
+    say(options, load_weights(network, options, table.classes))
     freeze(network, trained)
     classifier = inference.Classifier(
         inference.to_device(network, device), options.backbone, options.head, options.dropout, table.classes,
@@ -286,18 +327,18 @@ def prepare(options):
     return Run(
         options, classifier, tables, images, torch.from_numpy(pos_weight).to(device), optimizer, scheduler,
         torch.amp.GradScaler(device.type, enabled=classifier.precision == torch.float16),
-        EarlyStopping(options.monitor != "loss", options.patience, options.min_delta),
+        EarlyStopping(options.monitor != "loss", options.patience, options.min_delta), board=open_board(options),
     )
 
 
-def load_weights(network, options):
+def load_weights(network, options, classes):
     """Load --weights into the network -> what to tell the user."""
     if options.weights == "none":
         return "weights: none, training from scratch"
-    taken, skipped = inference.load_weights(network, options.weights, options.backbone)
+    taken, skipped = inference.load_weights(network, options.weights, options.backbone, classes)
     lines = [f"weights: {len(taken)} tensors taken from {options.weights}, {len(skipped)} not"]
     for reason in sorted(set(skipped.values())):
-        layers = dict.fromkeys(name.rpartition(".")[0] for name, why in skipped.items() if why == reason)
+        layers = dict.fromkeys(name.rpartition(".")[0] or name for name, why in skipped.items() if why == reason)
         lines.append(f"  {reason}: {', '.join(layers)}")
     return "\n".join(lines)
 
@@ -380,6 +421,13 @@ def validate(run):
     return {"loss": loss} | {name: report[name] for name in metrics.HEADLINES}
 
 
+def train_scores(run):
+    """The scores of the train split, with the thresholds chosen on val."""
+    targets, probabilities, _, _ = evaluate(run, "train")
+    report = metrics.report(targets, probabilities, run.classifier.thresholds, run.classifier.classes)
+    return {name: report[name] for name in ("f1_macro", "f1_weighted", "map")}
+
+
 def fit(run):
     """Train until the last epoch, or until the early stopping says so."""
     options, monitored = run.options, {"loss": "loss", "f1": "f1_weighted", "map": "map"}[run.options.monitor]
@@ -396,6 +444,9 @@ def fit(run):
         if run.epoch % options.val_every == 0 or run.epoch == options.epochs:
             scores = validate(run)
             row |= {f"val_{name}": value for name, value in scores.items()}
+            every = options.train_metrics_every
+            if every and (run.epoch % every == 0 or run.epoch == options.epochs):
+                row |= {f"train_{name}": value for name, value in train_scores(run).items()}
             if run.stopping.improved(scores[monitored], run.epoch):
                 run.classifier.epoch, run.classifier.scores = run.epoch, scores
                 inference.save_model(run.classifier, run.out / "model.pth")
@@ -405,6 +456,8 @@ def fit(run):
         report_bad_images(run)
         save_state(run)
         write_history(run)
+        if run.board:
+            write_scalars(run, row, steps)
         progress.end_epoch(row, run.stopping.best_epoch == run.epoch)
 
 
@@ -484,8 +537,8 @@ def write_inputs(run):
         dataset.write_csv(run.out / f"{split}_metadata.csv", [["ID", *table.classes], *rows])
 
 
-HISTORY = ["epoch", "train_loss", "val_loss", *(f"val_{name}" for name in metrics.HEADLINES), "lr", "lr_backbone",
-           "seconds", "images_per_second"]
+HISTORY = ["epoch", "train_loss", "val_loss", *(f"val_{name}" for name in metrics.HEADLINES), "train_f1_macro",
+           "train_f1_weighted", "train_map", "lr", "lr_backbone", "seconds", "images_per_second"]
 
 
 def write_history(run):
@@ -509,8 +562,72 @@ def finish(run):
     dataset.write_csv(run.out / "predictions.csv", rows)
     dataset.write_json(run.out / "thresholds.json", dict(zip(best.classes, best.thresholds)))
     dataset.write_json(run.out / "metrics.json", report)
+    if run.options.thresholds == "global":
+        text = inference.format_predictions("json", table.ids, probabilities, np.array(best.thresholds), best)
+        dataset.write_text(run.out / predictions_name(run, report), [text])
+    if run.options.registry:
+        register(run, report)
     say(run.options, f"\n{split} split, {len(table)} images, epoch {best.epoch}\n{metrics.format_report(report)}")
     return report
+
+
+def predictions_name(run, report):
+    """The name of the JSON predictions, which tells how they were made."""
+    options = run.options
+    return (f"predictions_{options.backbone}_f1-{report['f1_weighted']:.4f}_epoch-{run.classifier.epoch}"
+            f"_b-{options.batch_size}_lr-{options.lr:g}_t-{run.classifier.thresholds[0]:.4f}.json")
+
+
+NO_CONFIGURATION = ("out", "registry", "seed", "quiet", "device", "workers", "cache", "resume", "tensorboard",
+                    "export_splits", "plot_title")
+
+
+def register(run, report):
+    """Copy model.pth, config.json and metrics.json into a folder of the registry that is named by backbone, head and
+    configuration, unless a run with a better weighted F1 is there."""
+    options = {name: value for name, value in run.classifier.options.items() if name not in NO_CONFIGURATION}
+    digest = hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:8]
+    folder = Path(run.options.registry) / f"{options['backbone']}-{options['head']}-{digest}"
+    if (folder / "metrics.json").exists():
+        best = metrics.read_run(folder)["f1_weighted"]
+        if best is not None and best >= report["f1_weighted"]:
+            say(run.options, f"registry: {folder} keeps its F1 of {best:.4f}")
+            return
+    for name in ("model.pth", "config.json", "metrics.json"):
+        with dataset.atomic_write(folder / name, "wb") as file:
+            file.write((run.out / name).read_bytes())
+    say(run.options, f"registry: {folder} has now an F1 of {report['f1_weighted']:.4f}")
+
+
+def export_splits(tables, folder):
+    """Copy the images into folder/images/train, val and test. Of two with one name the second gets its folder's too."""
+    for split, table in tables.items():
+        target, taken = folder / "images" / split, set()
+        target.mkdir(parents=True, exist_ok=True)
+        for path in map(Path, table.paths):
+            name = path.name if path.name not in taken else f"{path.parent.name}_{path.name}"
+            taken.add(name)
+            shutil.copy2(path, target / name)
+
+
+def open_board(options):
+    """TensorBoard's writer into OUT/tensorboard, or None. Raises InputError when the package is not there."""
+    if not options.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+    return SummaryWriter(Path(options.out) / "tensorboard")
+
+
+def write_scalars(run, row, steps):
+    """Send an epoch (a row of the history) and the losses of its iterations to TensorBoard."""
+    for name, value in row.items():
+        run.board.add_scalar(f"epoch/{name}", value, row["epoch"])
+    for step, loss in enumerate(run.losses[-steps:] if steps else [], len(run.losses) - steps + 1):
+        run.board.add_scalar("iteration/train_loss", loss, step)
+    run.board.flush()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -635,7 +752,7 @@ def finite_points(x, y):
 
 def nice_ticks(low, high, whole=False, count=6):
     """About `count` round numbers from at or below `low` to at or above `high`; whole ones inside for an x axis."""
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
         low, high = low - (0 if whole else 0.5), high + (1 if whole else 0.5)
     rough = (high - low) / count
     base = 10 ** math.floor(math.log10(rough))

@@ -83,7 +83,7 @@ def test_label_groups_order_and_select_the_classes(make_data):
     (folder / "label_groups.json").write_text('{"parts": ["bolt", "nut"], "defects": ["rust"]}')
     table = dataset.read_labels(folder)
     assert table.groups == {"parts": ["bolt"], "defects": ["rust"]} and table.classes == ["bolt", "rust"]
-    assert "1 classes are in no group and were dropped: colour" in table.warnings[0]
+    assert "1 classes are in no group of" in table.warnings[0] and "dropped: colour (1 times)" in table.warnings[0]
 
 
 def test_a_group_column_names_the_object(make_data):
@@ -146,7 +146,7 @@ def test_the_fast_reader_agrees_with_the_careful_one(data):
         line = data.draw(st.integers(0, len(lines) - 1))
         at = data.draw(st.integers(0, len(lines[line])))
         lines[line] = lines[line][:at] + data.draw(st.sampled_from(list('01N?, ;\t"A-.'))) + lines[line][at:]
-    fast = dataset._plain_rows(lines, delimiter, width)
+    fast = dataset._plain_rows(lines, delimiter, 0, width)
     if fast is None:
         return
     header = [f"c{i}" for i in range(width)]
@@ -171,6 +171,89 @@ def test_any_bytes_give_a_table_or_the_documented_error(tmp_path_factory, name, 
         assert "\n" not in str(error)
     else:
         assert table.targets.shape == (len(table), len(table.classes))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The lists format and the cls format
+
+LISTS = """ID,components,defects,pipe
+a,Centre Support;Channel Bracket,Loose,p1
+b,component,defect,p2
+a,Circular Connection,nan,p1
+c,Components,Loose; Coating Failure,p3
+d,Channel Bracket,,p3
+"""
+
+
+def test_lists_unite_the_rows_of_an_id_and_drop_placeholders(make_data):
+    folder = make_data(LISTS, ("a.png", "b.jpg", "c.webp"), "image_data.csv")
+    table = dataset.read_labels(folder, group="pipe")
+    assert table.ids == ["a", "b", "c"] and table.missing == ["d"] and table.objects == ["p1", "p2", "p3"]
+    assert table.groups == {"components": ["Centre Support", "Channel Bracket", "Circular Connection"],
+                            "defects": ["Coating Failure", "Loose"]}
+    assert table.classes == [name for names in table.groups.values() for name in names]
+    assert table.targets.tolist() == [[1, 1, 1, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_lists_with_valid_names_per_group(make_data, tmp_path, single):
+    text = LISTS.replace(",p1", "").replace(",p2", "").replace(",p3", "").replace(",pipe", "")
+    if single:
+        text = "image_id,labels\na,Centre Support;Channel Bracket;Loose\nb,label\na,Circular Connection\nc,Loose;Coating Failure\n"  # noqa: E501
+    folder = make_data(text, ("a.png", "b.jpg", "c.webp"), "image_data.csv")
+    groups = {"components": ["Channel Bracket", "Centre Support", "Weld"], "defects": ["Loose"]}
+    (tmp_path / "valid.json").write_text(str(groups).replace("'", '"'))
+    table = dataset.read_labels(folder, label_groups=tmp_path / "valid.json")
+    assert table.groups == groups and table.classes == ["Channel Bracket", "Centre Support", "Weld", "Loose"]
+    assert table.targets.tolist() == [[1, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
+    assert "2 classes are in no group" in table.warnings[0]
+    assert "Circular Connection (1 times)" in table.warnings[0] and "Coating Failure (1 times)" in table.warnings[0]
+
+
+def test_bad_lists(make_data, tmp_path):
+    folder = make_data("ID,parts,defects\na,Bolt,Rust\nb,Rust,Bolt\n", name="image_data.csv")
+    with pytest.raises(InputError, match=r"image_data.csv:3: Rust is in the columns defects and parts"):
+        dataset.read_labels(folder)
+    (folder / "image_data.csv").write_text("ID,parts\na,Bolt\nb,Bolt,Nut\n")
+    with pytest.raises(InputError, match=r"image_data.csv:3: 3 cells, but the header has 2"):
+        dataset.read_labels(folder)
+    (folder / "image_data.csv").write_text("ID,parts\na,Bolt\n")
+    (tmp_path / "g.json").write_text('{"defects": ["Bolt"]}')
+    with pytest.raises(InputError, match="no column is named labels, or like one of the groups defects"):
+        dataset.read_labels(folder, label_groups=tmp_path / "g.json")
+    (folder / "image_data.csv").write_text("image,A\na,yes\nb,no\n")
+    with pytest.raises(InputError, match=r"image_data.csv:2: 'yes' is not 0, 1 or NA"):
+        dataset.read_labels(folder)
+    for text in ('{"a": 1}', "[1]", '{"a": ["x"], "b": ["x"]}', "{", "[" * 100_000):
+        (tmp_path / "g.json").write_text(text)
+        with pytest.raises(InputError, match=r"g\.json"):
+            dataset.read_labels(folder, label_groups=tmp_path / "g.json")
+
+
+def test_cls_files(make_data):
+    folder = make_data("bolt\nnut\n", ("train/1.jpg", "train/2.png", "val/1.jpg"), "classes.txt")
+    for name, text in (("train/1", "1\n0\n\n1\n"), ("train/2", ""), ("val/1", "0"), ("val/2", "1")):
+        file = folder / "labels" / f"{name}.cls"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    table = dataset.read_labels(folder)
+    assert table.ids == ["train/1", "train/2", "val/1"] and table.missing == ["val/2"]
+    assert table.classes == ["bolt", "nut"] and table.targets.tolist() == [[1, 1], [0, 0], [1, 0]]
+    (folder / "classes.txt").unlink()
+    assert dataset.read_labels(folder).classes == dataset.COCO_CLASSES and len(dataset.COCO_CLASSES) == 80
+    (folder / "classes.json").write_text('{"classes": ["x"]}')
+    with pytest.raises(InputError, match=r"train/1.cls:1: '1' is not a class index, 0 to 0"):
+        dataset.read_labels(folder)
+
+
+@pytest.mark.parametrize("style", ["lists", "cls"])
+def test_the_demo_says_the_same_in_every_format(demo, tmp_path, style):
+    dataset.write_demo(tmp_path, seed=0, count=80, style=style)
+    table, other = dataset.read_labels(demo), dataset.read_labels(tmp_path)
+    rows = [other.ids.index(name.split(".")[0]) for name in table.ids]
+    assert other.classes == table.classes and other.missing == ["part_0080"]
+    known = ~np.isnan(table.targets)
+    assert (other.targets[rows][known] == table.targets[known]).all() and not np.isnan(other.targets).any()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_heads_save_load_and_predict_the_same(head, dropout, tmp_path, images):
     torch.manual_seed(0)
     network = inference.build_model("resnet18", head, 3, dropout).eval()
     made = inference.Classifier(network, "resnet18", head, dropout or inference.HEADS[head], ["a", "b", "c"], {},
-                                [0.5] * 3, 32)  # fmt: skip
+                                [0.5] * 3, 32)
     inference.save_model(made, tmp_path / "model.pth")
     loaded = inference.load_model(tmp_path / "model.pth", "cpu", "fp32")
     np.testing.assert_allclose(inference.predict(loaded, images), inference.predict(made, images), atol=1e-6)
@@ -86,7 +86,7 @@ def test_prediction_rows_with_groups_and_without():
     probabilities = np.array([[0.6, 0.9, 0.8], [0.1, 0.2, 0.3]])
     rows = inference.prediction_rows(["x", "y"], probabilities, [0.5] * 3, classes, groups)
     assert rows[0] == ["ID", "components", "defects", "components_confidence", "defects_confidence",
-                       "avg_component_confidence", "avg_defect_confidence", "overall_avg_confidence"]  # fmt: skip
+                       "avg_component_confidence", "avg_defect_confidence", "overall_avg_confidence"]
     assert rows[1] == ["x", "nut;bolt", "rust", "0.9000;0.6000", "0.8000", "0.7500", "0.8000", "0.7667"]
     assert rows[2] == ["y", "", "", "", "", "", "", ""]
     rows = inference.prediction_rows(["x"], probabilities, [0.7] * 3, classes, {})

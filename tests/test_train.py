@@ -173,7 +173,7 @@ def test_no_test_split_reports_on_val(demo, tmp_path):
 def test_freezing_unfreezing_and_rates(demo, tmp_path):
     run("--data", demo, "--out", tmp_path, "--epochs", 3, "--train-layers", "head", "--unfreeze", "layer4",
         "--unfreeze-epoch", 2, "--lr-backbone", 1e-4, "--schedule", "multistep", "--milestones", 2, "--val-every", 2,
-        "--wd", 0, "--monitor", "loss")  # fmt: skip
+        "--wd", 0, "--monitor", "loss")
     history = list(csv.DictReader((tmp_path / "history.csv").open()))
     assert [float(row["lr"]) for row in history] == pytest.approx([1e-3, 1e-3, 1e-4])
     assert [float(row["lr_backbone"]) for row in history] == pytest.approx([1e-4, 1e-4, 1e-5])
@@ -216,6 +216,134 @@ def test_imagenet_weights_that_cannot_be_had(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.__class__, "get_state_dict", no_network)
     with pytest.raises(InputError, match=r"resnet18 could not be downloaded .*--weights PATH .*--weights none"):
         train.main(["--data", str(demo), "--out", str(tmp_path), "-q"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets
+
+TABLE = """
+inspection: backbone=resnet18 head=linear train_layers=all lr=0.001 wd=0 batch_size=16 epochs=10 patience=3
+    monitor=loss pos_weight=sqrt pos_weight_clip=[1,20] augment=flip,rotation thresholds=pr_curve max_threshold=0.8
+two-stage: backbone=resnet18 head=mlp dropout=[0.5,0.3] train_layers=head unfreeze=layer4 unfreeze_epoch=3 lr=0.002
+    lr_backbone=0.0001 batch_size=16 epochs=50 patience=5 monitor=loss pos_weight=linear
+    augment=crop,flip,jitter,perspective,erasing thresholds=0.5
+assignment: backbone=resnet18 head=linear train_layers=all lr=0.001 wd=0 pos_weight=linear augment=none thresholds=0.5
+    plot_title=Aimonk_multilabel_problem
+resnet50: backbone=resnet50 head=mlp dropout=[0.65,0.4] train_layers=layer3,layer4,head lr=5e-05 lr_backbone=5e-05
+    wd=0.01 epochs=40 patience=5 monitor=loss pos_weight=linear thresholds=0.5
+    augment=resized_crop,flip,vflip,jitter,rotation,erasing
+coco: head=bn train_layers=head unfreeze=all wd=0 schedule=multistep monitor=f1 pos_weight=linear augment=flip
+    thresholds=global
+"""
+
+
+def test_presets_have_the_published_values_and_explicit_options_win():
+    entries = TABLE.replace("\n    ", " ").strip().splitlines()
+    assert {entry.split(":")[0] for entry in entries} == set(train.PRESETS) - {"default"}
+    for entry in entries:
+        preset, _, values = entry.partition(": ")
+        options = train.parse_options(["--preset", preset])
+        for pair in values.split():
+            name, _, expected = pair.partition("=")
+            actual = getattr(options, name)
+            number = isinstance(actual, float)
+            assert (actual == float(expected)) if number else str(actual).replace(" ", "") == expected, (preset, name)
+    options = train.parse_options(["--preset", "two-stage", "--epochs", "7", "--demo", "--size", "64"])
+    assert (options.epochs, options.size, options.weights, options.head) == (7, 64, "none", "mlp")
+
+
+def test_inspection(tmp_path):
+    dataset.write_demo(tmp_path / "data", count=60, style="lists")
+    run("--preset", "inspection", "--data", tmp_path / "data", "--out", tmp_path / "out", "--epochs", 1,
+        "--export-splits", tmp_path / "export")
+    exported = [sorted((tmp_path / "export" / "images" / split).iterdir()) for split in ("train", "val", "test")]
+    assert [len(files) for files in exported] == [42, 9, 9]
+    test = dataset.read_labels(tmp_path / "data", labels=tmp_path / "out" / "test_metadata.csv")
+    assert [path.stem for path in exported[2]] == sorted(test.ids)
+    assert (tmp_path / "out" / "predictions.csv").read_text().startswith("ID,parts,defects,parts_confidence")
+
+
+def test_coco(tmp_path):
+    dataset.write_demo(tmp_path / "data", count=60, style="cls")
+    arguments = ["--preset", "coco", "--data", tmp_path / "data", "--registry", tmp_path / "registry", "--epochs", 3]
+    out = tmp_path / "out"
+    report = run(*arguments, "--out", out, "--val-every", 2, "--train-metrics-every", 3, "--backbone", "mobilenet_v2")
+    history = list(csv.DictReader((out / "history.csv").open()))
+    assert [bool(row["val_map"]) for row in history] == [False, True, True]
+    assert [bool(row["train_map"]) for row in history] == [False, False, True]
+    content = inference.read_checkpoint(out / "model.pth")
+    assert len(set(content["thresholds"])) == 1
+    (predictions,) = out.glob("predictions_mobilenet_v2_f1-*_epoch-*_b-16_lr-0.001_t-*.json")
+    assert f"f1-{report['f1_weighted']:.4f}_" in predictions.name and len(json.loads(predictions.read_text())) == 9
+    (kept,) = (tmp_path / "registry").iterdir()
+    assert kept.name.startswith("mobilenet_v2-bn-") and "mobilenet_v2" in metrics.main([str(kept)])
+    for better, expected in ((0.0, report["f1_weighted"]), (2.0, 2.0)):
+        scores = json.loads((kept / "metrics.json").read_text())
+        (kept / "metrics.json").write_text(json.dumps(scores | {"f1_weighted": better}))
+        run(*arguments, "--out", out, "--val-every", 2, "--train-metrics-every", 3, "--backbone", "mobilenet_v2")
+        assert json.loads((kept / "metrics.json").read_text())["f1_weighted"] == expected
+
+
+def test_tensorboard_is_optional(demo, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="pip install tensorboard"):
+        run("--data", demo, "--out", tmp_path, "--tensorboard")
+
+
+@pytest.mark.parametrize("head", inference.HEADS)
+def test_a_head_for_other_classes_takes_the_rows_of_the_names_both_know(head, tmp_path):
+    old, new = ["a", "b", "c"], ["c", "d", "a", "e"]
+    torch.manual_seed(0)
+    source = inference.build_model("resnet18", head, 3)
+    inference.save_model(inference.Classifier(source, "resnet18", head, inference.HEADS[head], old, {}, [0.5] * 3, 32),
+                         tmp_path / "model.pth")
+    network = inference.build_model("resnet18", head, 4)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    _, skipped = inference.load_weights(network, tmp_path / "model.pth", "resnet18", new)
+    assert set(skipped) == {"head row d", "head row e", "head row b"}
+    names = {"linear": ["fc.weight", "fc.bias"], "mlp": ["fc.5.weight", "fc.5.bias"],
+             "bn": ["fc.0.weight", "fc.1.weight", "fc.1.running_var"]}[head]
+    for name in names:
+        was, now = source.state_dict()[name], network.state_dict()[name]
+        assert torch.equal(now[0], was[2]) and torch.equal(now[2], was[0]) and torch.equal(now[1], before[name][1])
+    assert torch.equal(network.state_dict()["conv1.weight"], source.state_dict()["conv1.weight"])
+
+
+@pytest.mark.parametrize("backbone", inference.BACKBONES)
+def test_every_backbone_and_head_trains_saves_loads_and_predicts_the_same(backbone, demo, tmp_path):
+    torch.manual_seed(0)
+    start = inference.build_model(backbone, "linear", 6).state_dict()
+    torch.save(start, tmp_path / "start.pth")
+    images = sorted((demo / "images").iterdir())[:4]
+    batch = torch.stack([dataset.ImageDataset(dataset.read_labels(demo), 32)[i][0] for i in range(4)])
+    for head in inference.HEADS:
+        network = inference.build_model(backbone, head, 6)
+        taken, _ = inference.load_weights(network, tmp_path / "start.pth", backbone)
+        assert len(taken) >= len(start) - 2
+        train.train_mode(network)
+        optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+        inference.forward(network, dataset.normalize(batch), torch.float32).sum().backward()
+        optimizer.step()
+        made = inference.Classifier(network.eval(), backbone, head, inference.HEADS[head], list("abcdef"), {},
+                                    [0.5] * 6, 32)
+        inference.save_model(made, tmp_path / "model.pth")
+        loaded = inference.load_model(tmp_path / "model.pth", "cpu", "fp32")
+        again, before = inference.predict(loaded, images), inference.predict(made, images)
+        np.testing.assert_allclose(again, before, rtol=0, atol=1e-6)
+
+
+LAYERS = {"resnet50": "layer3,layer4,head", "densenet121": "features.denseblock4,head",
+          "mobilenet_v2": "features.18,head", "efficientnet_b0": "features.8,head", "vgg16": "features.28,classifier"}
+
+
+@pytest.mark.parametrize("backbone", LAYERS)
+def test_layers_have_the_names_that_users_of_the_backbone_expect(backbone):
+    with torch.device("meta"):
+        network = inference.build_model(backbone, "mlp", 6)
+    chosen = train.select_parameters(network, backbone, LAYERS[backbone])
+    assert any(name.startswith(inference.BACKBONES[backbone]) for name in chosen)
+    assert 4 <= len(chosen) < sum(1 for _ in network.parameters())
+    assert len(train.select_parameters(network, backbone, "head")) == 6
 
 
 WRONG = [
