@@ -112,20 +112,22 @@ def to_device(network, device):
 
 
 def forward(network, images, precision):
-    """Normalised images (B, 3, H, W) -> float32 logits (B, C), computed in `precision`."""
-    images = images.contiguous(memory_format=torch.channels_last)
+    """Normalised images (B, 3, H, W), or what a head takes (B, F) -> float32 logits (B, C), computed in `precision`."""
+    if images.dim() == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
         return network(images).float()
 
 
 @torch.inference_mode()
-def compute_logits(network, images, device, precision, batch_size=32, workers=2):
-    """Logits of every image of an ImageDataset, in order -> float32 (N, C) on the CPU."""
+def compute_logits(network, images, device, precision, batch_size=32, workers=2, rows=None):
+    """Logits of the given rows of an ImageDataset (default: all), in order -> float32 (N, C) on the device."""
     network.eval()
-    order = np.array_split(np.arange(len(images)), max(1, -(-len(images) // batch_size)))
+    rows = np.arange(len(images)) if rows is None else rows
+    order = np.array_split(rows, max(1, -(-len(rows) // batch_size)))
     logits = [
-        forward(network, dataset.normalize(batch.to(device)), precision).cpu()
-        for batch, _, _ in dataset.batches(images, order, workers)
+        forward(network, dataset.normalize(batch.to(device, non_blocking=True)), precision)
+        for batch, _, _ in dataset.batches(images, order, workers, pin=device.type == "cuda")
     ]
     return torch.cat(logits)
 
@@ -295,7 +297,7 @@ def predict_all(classifier, images, batch_size=32, workers=None):
     images = ImageDataset(LabelTable(list(map(str, images)), images, unknown, classifier.classes), classifier.size)
     workers = default_workers() if workers is None else workers
     logits = compute_logits(classifier.network, images, classifier.device, classifier.precision, batch_size, workers)
-    probabilities = torch.sigmoid(logits).numpy()
+    probabilities = torch.sigmoid(logits).cpu().numpy()
     probabilities[list(images.errors)] = np.nan
     return probabilities, images.errors
 

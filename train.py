@@ -4,6 +4,7 @@
     python train.py --data data/ --weights none --epochs 50   # from scratch
     python train.py --demo                                    # drawn data, no network needed
     python train.py --data data/ --resume                     # go on where a run was stopped
+    torchrun --standalone --nproc-per-node=2 train.py --data data/      # several GPUs, or processes on a CPU
 
     report = train.main(["--data", "data/", "--epochs", "10"])     # in a notebook; inference.py uses the model
 
@@ -14,6 +15,7 @@ threshold per class on val and reports on test. All its files are in --out.
 import argparse
 import hashlib
 import math
+import os
 import shutil
 import sys
 import time
@@ -23,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import distributed, nn
 
 import dataset
 import inference
@@ -178,7 +181,7 @@ def masked_bce(logits, targets, pos_weight):
     """
     known = ~torch.isnan(targets)
     targets = torch.where(known, targets, 0.0)
-    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    bce = nn.functional.binary_cross_entropy_with_logits
     loss = bce(logits, targets, pos_weight=pos_weight, reduction="none")
     return torch.where(known, loss, 0.0).sum(), known.sum()
 
@@ -206,7 +209,7 @@ def compute_pos_weight(targets, mode="sqrt", clip=(1, 20)):
 def layer_names(network, backbone):
     """The names that --train-layers and --unfreeze take for a network."""
     layers = dict(network.named_children())
-    layers |= {f"features.{name}": layer for name, layer in layers.get("features", torch.nn.Module()).named_children()}
+    layers |= {f"features.{name}": layer for name, layer in layers.get("features", nn.Module()).named_children()}
     names = [name for name, layer in layers.items() if any(True for _ in layer.parameters())]
     return ["all", "head", *(name for name in names if name != BACKBONES[backbone])]
 
@@ -231,8 +234,55 @@ def train_mode(network):
     """network.train(), but BatchNorm layers that are frozen stay in eval mode: else their statistics would drift."""
     network.train()
     for module in network.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
             module.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes, as torchrun starts them: each takes its share of every batch, and all hold the same network
+
+
+def start_processes(options):
+    """Join the processes of torchrun, if it started this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        return
+    use_cuda = options.device in ("auto", "cuda") and torch.cuda.is_available()
+    if use_cuda:
+        options.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(options.device)
+    distributed.init_process_group("nccl" if use_cuda else "gloo")
+
+
+def rank_and_ranks():
+    """The number of this process, and of all."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def is_leader():
+    """Whether this is the process that prints and writes."""
+    return rank_and_ranks()[0] == 0
+
+
+def wait_for_leader():
+    """Go on when every process has come here."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def sum_over_ranks(tensor):
+    """The sum of a tensor over all processes."""
+    if distributed.is_initialized():
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def share_errors(images):
+    """Tell all processes of the images that one of them could not read."""
+    if distributed.is_initialized():
+        errors = [None] * distributed.get_world_size()
+        distributed.all_gather_object(errors, images.errors)
+        for found in errors:
+            images.errors.update(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,6 +333,8 @@ class Run:
     history: list = field(default_factory=list)  # a dict per epoch
     reported: set = field(default_factory=set)  # bad images that the user was told of
     board: object = None  # TensorBoard's writer
+    model: nn.Module = None  # what is trained: the network, one of its parallel copies, or its head
+    features: dict = field(default_factory=dict)  # split -> what the frozen backbone makes of its images (N, F)
 
     @property
     def out(self):
@@ -292,25 +344,29 @@ class Run:
 
 def prepare(options):
     """Read the data, build the network and all that trains it -> Run."""
-    if options.demo and not (Path(options.data) / "labels.txt").exists():
+    if options.demo and is_leader() and not (Path(options.data) / "labels.txt").exists():
         say(options, f"drawing the demo data into {options.data}")
         dataset.write_demo(options.data, seed=0)
+    wait_for_leader()
     table = dataset.read_labels(options.data, options.labels, options.images, options.label_groups, options.group)
     say(options, dataset.summary(table, options.data))
     parts = dataset.split(table, options.split, options.split_method, options.seed)
     tables = {name: table.subset(rows) for name, rows in zip(("train", "val", "test"), parts)}
     say(options, "split: " + ", ".join(f"{len(part)} {name}" for name, part in tables.items()))
-    if options.export_splits:
+    if np.isnan(tables["train"].targets).all():
+        raise InputError(f"{options.data}: no label of the train split is known: there is nothing to learn from")
+    ranks, smallest = rank_and_ranks()[1], min(len(part) for part in parts if len(part))
+    if ranks > min(smallest, len(parts[0]) // steps_per_epoch(options, len(parts[0]))):
+        raise InputError(f"{ranks} processes are too many for batches of {options.batch_size} and splits of {smallest}")
+    if options.export_splits and is_leader():
         export_splits(tables, Path(options.export_splits))
 
     torch.manual_seed(options.seed)
     device = inference.choose_device(options.device)
     network = inference.build_model(options.backbone, options.head, len(table.classes), options.dropout)
-    trained = select_parameters(network, options.backbone, options.train_layers)
-    if options.unfreeze:
-        select_parameters(network, options.backbone, options.unfreeze)  # a wrong name is an error now, not in epoch N
+    for layers in filter(None, (options.train_layers, options.unfreeze)):
+        select_parameters(network, options.backbone, layers)  # a wrong name is an error now, not in epoch N
     say(options, load_weights(network, options, table.classes))
-    freeze(network, trained)
     classifier = inference.Classifier(
         inference.to_device(network, device), options.backbone, options.head, options.dropout, table.classes,
         table.groups, [0.5] * len(table.classes), options.size, options=public_options(options), device=device,
@@ -370,44 +426,106 @@ def build_optimizer(network, options, steps):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def train_epoch(run, progress):
-    """One pass over the train split; adds the loss of each iteration to run.losses -> images seen."""
+def choose_layers(run):
+    """Set which layers the coming epoch trains, and with that run.model."""
     options, network = run.options, run.classifier.network
-    device, precision = run.classifier.device, run.classifier.precision
-    images, epoch, operations = run.images["train"], run.epoch + 1, dataset.read_operations(options.augment)
-    noise = dataset.draw_noise(len(images), options.seed, epoch)
-    shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed * 1_000_003 + epoch))
-    order = np.array_split(shuffled.numpy(), steps_per_epoch(options, len(images)))
-    train_mode(network)
-    losses = []
-    for step, (batch, targets, rows) in enumerate(dataset.batches(images, order, options.workers), 1):
-        if torch.isnan(targets).all():  # nothing is known: no step
-            run.scheduler.step()
-            continue
+    layers = options.train_layers
+    if options.unfreeze and run.epoch + 1 >= options.unfreeze_epoch:
+        layers += f",{options.unfreeze}"
+    trained = select_parameters(network, options.backbone, layers)
+    before = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    if run.model is not None and trained == before:
+        return
+    freeze(network, trained)
+    head = network.get_submodule(BACKBONES[options.backbone])
+    run.model, run.features = network, {}
+    if len(trained) == sum(1 for _ in head.parameters()) and not dataset.read_operations(options.augment):
+        run.model = head  # the images are the same each time, and so is what the backbone makes of them
+        for split in ("train", "val"):
+            run.features[split] = compute_features(run, split)
+    if distributed.is_initialized():
+        run.model = nn.parallel.DistributedDataParallel(run.model)
+
+
+def train_batches(run, order):
+    """Yield (what run.model takes, targets, rows) for each array of rows in `order`, on the device."""
+    options, device, images = run.options, run.classifier.device, run.images["train"]
+    if run.features:
+        for rows in order:
+            yield run.features["train"][rows], images.targets[rows].to(device, non_blocking=True), rows
+        return
+    operations, noise = dataset.read_operations(options.augment), None
+    if operations:
+        noise = dataset.draw_noise(len(images), options.seed, run.epoch + 1)
+    for batch, targets, rows in dataset.batches(images, order, options.workers, pin=device.type == "cuda"):
         batch = batch.to(device, non_blocking=True)
         if operations:
             batch = dataset.augment(batch, operations, noise[rows].to(device, non_blocking=True))
-        logits = inference.forward(network, dataset.normalize(batch), precision)
-        total, known = masked_bce(logits, targets.to(device, non_blocking=True), run.pos_weight)
-        loss = total / known
+        yield dataset.normalize(batch), targets.to(device, non_blocking=True), rows
+
+
+def train_epoch(run, progress):
+    """One pass over the train split; adds the loss of each iteration to run.losses -> number of iterations."""
+    options, targets = run.options, run.tables["train"].targets
+    seed = options.seed * 1_000_003 + run.epoch + 1
+    shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed)).numpy()
+    order = np.array_split(shuffled, steps_per_epoch(options, len(targets)))
+    order = [rows for rows in order if not np.isnan(targets[rows]).all()]  # nothing is known: no step
+    rank, ranks = rank_and_ranks()
+    train_mode(run.classifier.network)
+    losses = []
+    shares = [np.array_split(rows, ranks)[rank] for rows in order]
+    for step, (inputs, batch_targets, rows) in enumerate(train_batches(run, shares), 1):
+        logits = inference.forward(run.model, inputs, run.classifier.precision)
+        total, known = masked_bce(logits, batch_targets, run.pos_weight)
+        loss = total / sum_over_ranks(known).clamp(min=1)
         run.optimizer.zero_grad(set_to_none=True)
-        run.scaler.scale(loss).backward()
+        run.scaler.scale(loss * ranks).backward()  # the ranks' gradients are averaged, and should be summed
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.scheduler.step()
         losses.append(loss.detach())
-        progress(epoch, step, len(order), loss, len(rows))
-    run.losses += torch.stack(losses).tolist() if losses else []  # the epoch's only wait for the device
+        progress(run.epoch + 1, step, len(order), loss, len(rows) * ranks)
+    run.losses += sum_over_ranks(torch.stack(losses)).tolist()  # the epoch's only wait for the device
+    share_errors(run.images["train"])
     return len(losses)
+
+
+def compute_split(run, split):
+    """What the network makes of the images of a split (N, C), float32 on the device; each rank computes a share."""
+    classifier, images = run.classifier, run.images[split]
+    rank, ranks = rank_and_ranks()
+    share = np.array_split(np.arange(len(images)), ranks)[rank]
+    part = inference.compute_logits(classifier.network, images, classifier.device, classifier.precision,
+                                    2 * run.options.batch_size, run.options.workers, share)
+    whole = torch.zeros(len(images), part.shape[1], device=classifier.device)
+    whole[share] = part
+    share_errors(images)
+    return sum_over_ranks(whole)
+
+
+def compute_features(run, split):
+    """What the head takes of the images of a split (N, F): the network's output when the head passes on its input."""
+    network, (parent, _, name) = run.classifier.network, BACKBONES[run.options.backbone].rpartition(".")
+    head = getattr(network.get_submodule(parent), name)
+    setattr(network.get_submodule(parent), name, nn.Identity())
+    try:
+        return compute_split(run, split)
+    finally:
+        setattr(network.get_submodule(parent), name, head)
 
 
 def evaluate(run, split):
     """-> (targets, probabilities, loss, LabelTable) of the images of a split that can be read."""
     images, classifier = run.images[split], run.classifier
-    logits = inference.compute_logits(classifier.network, images, classifier.device, classifier.precision,
-                                      2 * run.options.batch_size, run.options.workers)
+    if split in run.features:
+        head = classifier.network.get_submodule(BACKBONES[classifier.backbone]).eval()
+        with torch.inference_mode():
+            logits = inference.forward(head, run.features[split], classifier.precision)
+    else:
+        logits = compute_split(run, split)
     good = np.array([row for row in range(len(images)) if row not in images.errors], int)
-    table, logits = run.tables[split].subset(good), logits[good]
+    table, logits = run.tables[split].subset(good), logits[good].cpu()
     total, known = masked_bce(logits, torch.from_numpy(table.targets), run.pos_weight.cpu())
     return table.targets, torch.sigmoid(logits).numpy(), (total / known).item(), table
 
@@ -433,9 +551,7 @@ def fit(run):
     options, monitored = run.options, {"loss": "loss", "f1": "f1_weighted", "map": "map"}[run.options.monitor]
     progress = Progress(options, steps_per_epoch(options, len(run.tables["train"])))
     while run.epoch < options.epochs and not run.stopping.stop:
-        if options.unfreeze and run.epoch + 1 >= options.unfreeze_epoch:
-            layers = f"{options.train_layers},{options.unfreeze}"
-            freeze(run.classifier.network, select_parameters(run.classifier.network, options.backbone, layers))
+        choose_layers(run)
         rates, started = [group["lr"] for group in run.optimizer.param_groups], time.perf_counter()
         steps = train_epoch(run, progress)
         seconds = time.perf_counter() - started
@@ -447,15 +563,16 @@ def fit(run):
             every = options.train_metrics_every
             if every and (run.epoch % every == 0 or run.epoch == options.epochs):
                 row |= {f"train_{name}": value for name, value in train_scores(run).items()}
-            if run.stopping.improved(scores[monitored], run.epoch):
+            if run.stopping.improved(scores[monitored], run.epoch) and is_leader():
                 run.classifier.epoch, run.classifier.scores = run.epoch, scores
                 inference.save_model(run.classifier, run.out / "model.pth")
         row |= {"lr": rates[1], "lr_backbone": rates[0], "seconds": seconds,
                 "images_per_second": len(run.tables["train"]) / seconds}
         run.history.append(row)
         report_bad_images(run)
-        save_state(run)
-        write_history(run)
+        if is_leader():
+            save_state(run)
+            write_history(run)
         if run.board:
             write_scalars(run, row, steps)
         progress.end_epoch(row, run.stopping.best_epoch == run.epoch)
@@ -552,12 +669,22 @@ def write_history(run):
 def finish(run):
     """Report the best model on test, or on val when there is no test split, and write it -> report dict."""
     split = "test" if len(run.tables["test"]) else "val"
+    wait_for_leader()
     best = inference.load_model(run.out / "model.pth", run.classifier.device, run.options.precision)
-    run.classifier = best
+    run.classifier, run.features = best, {}
     targets, probabilities, loss, table = evaluate(run, split)
     report_bad_images(run)
     report = metrics.report(targets, probabilities, best.thresholds, best.classes)
     report = {"split": split, "images": report.pop("rows"), "loss": loss, "epoch": best.epoch} | report
+    if is_leader():
+        write_report(run, report, table, probabilities)
+    say(run.options, f"\n{split} split, {len(table)} images, epoch {best.epoch}\n{metrics.format_report(report)}")
+    return report
+
+
+def write_report(run, report, table, probabilities):
+    """Write metrics.json, thresholds.json and predictions.csv, and what else was asked for."""
+    best = run.classifier
     rows = inference.prediction_rows(table.ids, probabilities, best.thresholds, best.classes, best.groups)
     dataset.write_csv(run.out / "predictions.csv", rows)
     dataset.write_json(run.out / "thresholds.json", dict(zip(best.classes, best.thresholds)))
@@ -567,8 +694,6 @@ def finish(run):
         dataset.write_text(run.out / predictions_name(run, report), [text])
     if run.options.registry:
         register(run, report)
-    say(run.options, f"\n{split} split, {len(table)} images, epoch {best.epoch}\n{metrics.format_report(report)}")
-    return report
 
 
 def predictions_name(run, report):
@@ -612,7 +737,7 @@ def export_splits(tables, folder):
 
 def open_board(options):
     """TensorBoard's writer into OUT/tensorboard, or None. Raises InputError when the package is not there."""
-    if not options.tensorboard:
+    if not options.tensorboard or not is_leader():
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -636,20 +761,21 @@ def write_scalars(run, row, steps):
 
 def say(options, text):
     """Print, unless --quiet."""
-    if not options.quiet:
+    if is_leader() and not options.quiet:
         print(text, flush=True)
 
 
 def warn(text):
     """Print a warning, also with --quiet."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    if is_leader():
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class Progress:
     """One line that updates in place on a terminal; elsewhere, and at its end, a line per epoch."""
 
     def __init__(self, options, steps):
-        self.live = sys.stdout.isatty() and not options.quiet
+        self.live = sys.stdout.isatty() and is_leader() and not options.quiet
         self.options, self.steps = options, steps
         self.started, self.done, self.images, self.shown = time.perf_counter(), 0, 0, 0.0
 
@@ -815,8 +941,10 @@ def loss_curves(losses, history, best_epoch, title):
 def main(argv=None):
     """Train as the command line says -> the final report, as metrics.json has it. Raises InputError."""
     options = parse_options(argv)
+    start_processes(options)
     run = prepare(options)
-    write_inputs(run)
+    if is_leader():
+        write_inputs(run)
     if options.resume:
         load_state(run)
     fit(run)

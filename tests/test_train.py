@@ -71,6 +71,22 @@ def test_frozen_layers_stay_as_they_are_batchnorm_statistics_too():
         assert torch.equal(tensor, before[name]) != trained, name
 
 
+def test_a_frozen_backbone_is_computed_once_when_nothing_is_augmented(demo, tmp_path):
+    options = ["--data", str(demo), "--out", str(tmp_path), "--train-layers", "head", *SMALL]
+    run = train.prepare(train.parse_options([*options, "--augment", "flip"]))
+    train.choose_layers(run)
+    assert not run.features
+    run = train.prepare(train.parse_options([*options, "--augment", "none", "--unfreeze", "layer4"]))
+    train.choose_layers(run)
+    assert run.model is run.classifier.network.fc and set(run.features) == {"train", "val"}
+    with torch.inference_mode():
+        torch.testing.assert_close(run.model(run.features["val"]), train.compute_split(run, "val"))
+    run.epoch = 2
+    train.choose_layers(run)
+    assert run.model is run.classifier.network and not run.features
+    assert run.classifier.network.layer4[0].conv1.weight.requires_grad
+
+
 def test_a_wrong_layer_is_named_with_the_right_ones():
     network = inference.build_model("resnet18", "linear", 2)
     with pytest.raises(InputError, match=r"no layer layer5; it has all, head, conv1, .*layer4"):
