@@ -154,19 +154,28 @@ def check_options(options):
     options.milestones = options.milestones or [options.epochs // 2, options.epochs * 3 // 4]
 
 
+def free_memory():
+    """Bytes of memory that are free now, for this container when it is limited; 4 GiB where nothing tells."""
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if not meminfo.exists():
+        return 4 * 2**30
+    free = int(meminfo.read_text().partition("MemAvailable:")[2].split()[0]) * 1024
+    limit, used = group / "memory.max", group / "memory.current"
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(0, free)
+
+
 def cache_bytes(cache):
     """--cache -> bytes. auto is half of the memory that is free now."""
     if cache == "off":
         return 0
     if cache != "auto":
         try:
-            return float(cache) * 2**30
+            return max(0.0, float(cache)) * 2**30
         except ValueError:
             raise InputError(f"--cache {cache}: use auto, off, or a number of gigabytes") from None
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return 2 * 2**30
-    return int(meminfo.read_text().partition("MemAvailable:")[2].split()[0]) * 1024 / 2
+    return free_memory() / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

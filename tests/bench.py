@@ -1,11 +1,19 @@
 """Measurements beside a stated reference, in one run, alternating: ratios hold on a noisy machine, seconds do not.
 
-    python tests/bench.py metrics       # metrics.py beside scikit-learn, on the size of COCO's validation set
-    python tests/bench.py baseline      # a linear classifier on the pixels of the demo data
+    python tests/bench.py metrics            # metrics.py beside scikit-learn, on the size of COCO's validation set
+    python tests/bench.py baseline           # a linear classifier on the pixels of the demo data
+    python tests/bench.py train DATA         # images/s beside a plain loop, and beside the compute ceiling
+    python tests/bench.py infer MODEL DIR    # inference.py beside the bare imports, and beside a plain loop
+    python tests/bench.py labels             # read_labels beside pandas (pip install pandas)
+    python tests/bench.py cache              # peak memory with and without a cache of 2 GiB
 """
 
+import os
+import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
 import warnings
@@ -151,7 +159,205 @@ def bench_baseline(data="data/demo"):
               f"mAP {report['map']:.3f}")
 
 
-BENCHES = {"metrics": bench_metrics, "baseline": bench_baseline}
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def plain_loop(table, size=224, batch_size=16):
+    """What people write: Pillow, torchvision's transforms, a DataLoader, fp32 -> a function that trains one epoch."""
+    import torch
+    import torchvision
+    from PIL import Image
+    from torchvision import transforms
+
+    change = transforms.Compose([
+        transforms.Resize((size, size)), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ])
+
+    class Images(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(table)
+
+        def __getitem__(self, i):
+            return change(Image.open(table.paths[i]).convert("RGB")), torch.tensor(table.targets[i])
+
+    loader = torch.utils.data.DataLoader(Images(), batch_size, shuffle=True, num_workers=os.cpu_count(), drop_last=True)
+    network = torchvision.models.resnet18(num_classes=len(table.classes))
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+
+    def epoch():
+        network.train()
+        for images, targets in loader:
+            known = ~torch.isnan(targets)
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(network(images)[known], targets[known])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return epoch, transforms.Compose([step for i, step in enumerate(change.transforms) if i != 1])
+
+
+def ceiling(run, batch_size=16):
+    """The same network, precision, loss and optimiser on tensors already in memory -> a function for one epoch."""
+    import copy
+
+    import torch
+
+    import inference
+    import train
+
+    network = copy.deepcopy(run.classifier.network).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
+    size, classes = run.options.size, len(run.classifier.classes)
+    images = torch.randn(batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
+    targets = torch.randint(0, 2, (batch_size, classes)).float()
+
+    def epoch():
+        for _ in range(train.steps_per_epoch(run.options, len(run.tables["train"]))):
+            total, known = train.masked_bce(
+                inference.forward(network, images, run.classifier.precision), targets, run.pos_weight
+            )
+            optimizer.zero_grad(set_to_none=True)
+            (total / known).backward()
+            optimizer.step()
+
+    return epoch
+
+
+def start_run(data, *options):
+    """A Run that is ready to train, and a function that trains one epoch of it."""
+    import train
+
+    folder = tempfile.mkdtemp()
+    run = train.prepare(train.parse_options(["--data", data, "--weights", "none", "-q", "--out", folder, *options]))
+    train.choose_layers(run)
+
+    def epoch():
+        train.train_epoch(run, lambda *_: None)
+        run.epoch += 1
+
+    return run, epoch
+
+
+def seconds(function):
+    """How long a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def bench_train(data, *options):
+    """Images per second of an epoch: ours, a plain loop's, and the ceiling's. More options are train.py's."""
+    run, ours = start_run(data, *options)
+    count = len(run.tables["train"])
+    plain, _ = plain_loop(run.tables["train"])
+    cold = count / seconds(ours)
+    epochs = {"ours": ours, "plain loop": plain, "ceiling": ceiling(run),
+              "layer4 and head only": start_run(data, *options, "--train-layers", "layer4,head")[1]}
+    epochs["layer4 and head only"]()  # its cache is warm too
+    rates = {name: [] for name in epochs}
+    for _ in range(3):
+        for name, epoch in epochs.items():
+            rates[name].append(count / seconds(epoch))
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    start = time.perf_counter()
+    _, head = start_run(data, *options, "--train-layers", "head", "--augment", "none")
+    first = time.perf_counter() - start
+    print(f"{count} images, {run.options.size} px, batch {run.options.batch_size}, {run.classifier.precision}")
+    print(f"{'images/s':24} {'median':>7}  ours / it")
+    for name, value in median.items():
+        print(f"{name:24} {value:7.1f}  {median['ours'] / value:.2f}")
+    print(f"{'ours, first epoch':24} {cold:7.1f}  {cold / median['plain loop']:.2f} x the plain loop")
+    print(f"head alone: {first:.1f} s to compute the features, then {seconds(head):.2f} s an epoch")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inference, label files, memory
+
+
+def bench_infer(model, folder):
+    """Whole processes: one image beside the bare imports; a folder beside a plain loop over its images."""
+    image = str(next(path for path in sorted(Path(folder).iterdir()) if path.suffix == ".jpg"))
+    call = [sys.executable, str(ROOT / "inference.py"), "--model", model]
+    run = lambda *command: subprocess.run(command, check=True, capture_output=True)  # noqa: E731
+    bare = lambda: run(sys.executable, "-c", "import torch, torchvision")  # noqa: E731
+    mine, other, ratio = alternate(lambda: run(*call, image), bare)
+    print(f"one image, whole process: {mine:.2f} s; import torch, torchvision: {other:.2f} s; ratio {1 / ratio:.2f}")
+    import torch
+    from PIL import Image
+
+    import dataset
+    import inference
+
+    paths = sorted(map(str, Path(folder).iterdir()))
+    fast, slow = inference.load_model(model), inference.load_model(model, precision="fp32")
+    unknown = np.zeros((len(paths), len(slow.classes)), np.float32)
+    change = plain_loop(dataset.LabelTable(paths, paths, unknown, slow.classes), slow.size)[1]
+
+    def plain():
+        with torch.no_grad():
+            for path in paths:
+                torch.sigmoid(slow.network(change(Image.open(path).convert("RGB"))[None]))
+
+    mine, other, ratio = alternate(lambda: inference.predict(fast, paths), plain, runs=3)
+    print(f"{len(paths)} images: predict {mine:.2f} s; plain loop: {other:.2f} s; ratio {ratio:.2f}")
+
+
+def bench_labels(rows=200_000, classes=80):
+    """read_labels() of a large labels.txt beside pandas.read_csv and a scan of the folder."""
+    import pandas
+
+    import dataset
+
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        os.mkdir(f"{folder}/images")
+        words = np.array(["0", "1", "NA"])[rng.choice(3, (rows, classes), p=[0.85, 0.1, 0.05])]
+        with open(f"{folder}/labels.txt", "w") as file:
+            for i, row in enumerate(words):
+                open(f"{folder}/images/image_{i}.jpg", "w").close()
+                file.write(f"image_{i}.jpg {' '.join(row)}\n")
+
+        def reference():
+            pandas.read_csv(f"{folder}/labels.txt", sep=" ", header=None, na_values=["NA"])
+            with os.scandir(f"{folder}/images") as entries:
+                assert len({entry.name for entry in entries}) == rows
+
+        mine, other, ratio = alternate(lambda: dataset.read_labels(folder), reference)
+    print(f"{rows} x {classes}: read_labels {mine:.2f} s; pandas and os.scandir {other:.2f} s; ratio {1 / ratio:.2f}")
+
+
+def bench_cache(gigabytes=None):
+    """Peak memory of reading 100,000 images of 256 px at 224, each setting in a process of its own."""
+    if gigabytes is None:
+        peaks = {}
+        for setting in ("0", "2"):
+            command = [sys.executable, __file__, "cache", setting]
+            peaks[setting] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            print(f"--cache {setting}: peak memory {peaks[setting] / 2**20:.2f} GiB", flush=True)
+        print(f"difference {(peaks['2'] - peaks['0']) / 2**20:.2f} GiB")
+        return
+    from PIL import Image
+
+    import dataset
+
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/{i}.jpg" for i in range(50)]
+        for path in paths:
+            Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(path)
+        names, targets = [str(i) for i in range(100_000)], np.zeros((100_000, 80), np.float32)
+        files = [paths[i % 50] for i in range(100_000)]
+        table = dataset.LabelTable(names, files, targets, [str(c) for c in range(80)])
+        images = dataset.ImageDataset(table, 224, float(gigabytes) * 2**30)
+        for _ in dataset.batches(images, np.array_split(np.arange(100_000), 100_000 // 64), 2):
+            pass
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+BENCHES = {"metrics": bench_metrics, "baseline": bench_baseline, "train": bench_train, "infer": bench_infer,
+           "labels": bench_labels, "cache": bench_cache}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHES:
