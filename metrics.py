@@ -523,27 +523,29 @@ def read_run(folder):
 def results_table(rows, sort="f1_macro", ascending=False, group_by=None, group_mode="best"):
     """Runs as rows -> the text of a table, sorted by a score or an option.
 
-    rows: dicts of read_run(). group_by: an option; one row is kept per value of it, the best by `sort` or the mean of
-    the scores. Raises ValueError for a name that no run has.
+    rows: dicts of read_run(). group_by: an option; one row is kept per value of it: the first in the sort order, or,
+    with group_mode "mean", the mean of the scores. Raises ValueError for a name that no run has.
     """
     for name in filter(None, (sort, group_by)):
         if not any(name in row for row in rows):
             names = sorted({key for row in rows for key in row})
             raise ValueError(f"no run has {name!r}; there is {', '.join(names)}")
 
-    def key(row):  # missing and NaN last, whatever the direction; numbers by value, words by alphabet
-        value = row.get(sort)
-        missing = value is None or value != value
-        return (missing != (not ascending), isinstance(value, str), "" if missing else value)
+    def in_order(rows):  # numbers by value, words by alphabet, and what is not there last
+        def key(row):
+            number = isinstance(row[sort], (int, float))
+            return number, row[sort] if number else str(row[sort])
 
-    rows = sorted(rows, key=key, reverse=not ascending)
+        there = [row for row in rows if row.get(sort) is not None]
+        return sorted(there, key=key, reverse=not ascending) + [row for row in rows if row.get(sort) is None]
+
+    rows = in_order(rows)
     if group_by:
         groups = {}
         for row in rows:
             groups.setdefault(str(row.get(group_by)), []).append(row)
         if group_mode == "mean":
-            rows = [_mean_row(group_by, value, group) for value, group in groups.items()]
-            rows.sort(key=key, reverse=not ascending)
+            rows = in_order([_mean_row(group_by, value, group) for value, group in groups.items()])
         else:
             rows = [group[0] for group in groups.values()]
     columns = ["run", "preset", "backbone", "epochs", "split", *HEADLINES]
@@ -572,7 +574,7 @@ def main(argv=None):
     parser.add_argument("--sort", default="f1_macro", metavar="NAME", help="a score or an option")
     parser.add_argument("--ascending", action="store_true", help="lowest first")
     parser.add_argument("--group-by", metavar="OPTION", help="one row per value of this option")
-    parser.add_argument("--group-mode", choices=("best", "mean"), default="best", help="which row a group shows")
+    parser.add_argument("--group-mode", choices=("best", "mean"), default="best", help="what a group shows")
 
     def fail(message):
         raise ValueError(message)

@@ -72,8 +72,8 @@ PRESETS = {
 # Options
 
 
-def parse_options(argv=None):
-    """The command line -> argparse.Namespace. An explicit option wins over --preset, that over --demo."""
+def option_parser():
+    """The options of the command line, with their defaults."""
     parser = dataset.ArgumentParser(description="Fine-tune an image network on labels that may be unknown.")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="data", metavar="DIR", help="folder of labels and images")
@@ -131,6 +131,12 @@ def parse_options(argv=None):
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where it is fast")
     add("--cache", default="auto", metavar="GB", help="decoded images kept in memory: auto, off, or gigabytes")
     add("--resume", action="store_true", help="go on from OUT/last.pth")
+    return parser
+
+
+def parse_options(argv=None):
+    """The command line -> argparse.Namespace. An explicit option wins over --preset, that over --demo."""
+    parser = option_parser()
     first = parser.parse_known_args(argv)[0]
     parser.set_defaults(**(DEMO if first.demo else {}) | PRESETS[first.preset])
     options = parser.parse_args(argv)
