@@ -48,11 +48,19 @@ class ImageError(ValueError):
 # What every script needs: a command line that fails in one line, and files that are written whole or not at all
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of every option that has one."""
+
+    def _get_help_string(self, action):
+        none = action.default is False or action.default in (None, "", [])
+        return action.help if none else super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that shows every default in --help and reports a wrong option as an InputError."""
+    """argparse with HelpFormatter that reports a wrong option as an InputError."""
 
     def __init__(self, **settings):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
+        super().__init__(formatter_class=HelpFormatter, **settings)
 
     def error(self, message):
         raise InputError(f"{message} (see --help)")

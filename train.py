@@ -74,7 +74,8 @@ PRESETS = {
 
 def option_parser():
     """The options of the command line, with their defaults."""
-    parser = dataset.ArgumentParser(description="Fine-tune an image network on labels that may be unknown.")
+    parser = dataset.ArgumentParser(usage="%(prog)s [--data DIR | --demo] [--preset NAME] [options]",
+                                    description="Fine-tune an image network on labels that may be unknown.")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="data", metavar="DIR", help="folder of labels and images")
     add("--labels", metavar="FILE", help="label file, when it is not found by looking")
@@ -104,8 +105,7 @@ def option_parser():
     add("--train-layers", default="all", metavar="LAYERS", help="all, head, or names such as layer3,layer4,head")
     add("--unfreeze", metavar="LAYERS", help="layers to train too from --unfreeze-epoch on")
     add("--unfreeze-epoch", type=int, default=3, metavar="N", help="counted from 1")
-    add("--augment", default="light", metavar="LEVEL",
-        help=f"{', '.join(dataset.LEVELS)}, or some of {','.join(dataset.OPERATIONS)}")
+    add("--augment", default="light", metavar="A", help=f"none, light, rich, or some of {','.join(dataset.OPERATIONS)}")
     add = parser.add_argument_group("imbalance").add_argument
     add("--pos-weight", choices=("none", "linear", "sqrt"), default="sqrt", help="weight of positives in the loss")
     add("--pos-weight-clip", type=float, nargs=2, default=[1, 20], metavar=("LO", "HI"), help="its bounds")
