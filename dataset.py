@@ -300,7 +300,7 @@ def _plain_rows(lines, delimiter, skip, width):
             data = data.replace(comma + comma, comma + b"?" + comma)
         data = data.replace(comma + b"\n", comma + b"?\n")
     joined = "".join(names)
-    odd = '"' in joined or b'"' in data or (delimiter == " " and len(joined.split()) > 1)
+    odd = '"' in joined or b'"' in data or (delimiter == " " and joined.split() != [joined])
     if odd or len(data) != len(lines) * 2 * width:
         return None
     cells = np.frombuffer(data, np.uint8).reshape(len(lines), 2 * width)
