@@ -3,6 +3,7 @@
     python tests/bench.py metrics            # metrics.py beside scikit-learn, on the size of COCO's validation set
     python tests/bench.py baseline           # a linear classifier on the pixels of the demo data
     python tests/bench.py train DATA         # images/s beside a plain loop, and beside the compute ceiling
+    python tests/bench.py learn              # time to the plain loop's best val mAP on the demo data
     python tests/bench.py infer MODEL DIR    # inference.py beside the bare imports, and beside a plain loop
     python tests/bench.py labels             # read_labels beside pandas (pip install pandas)
     python tests/bench.py cache              # peak memory with and without a cache of 2 GiB
@@ -195,6 +196,7 @@ def plain_loop(table, size=224, batch_size=16):
             loss.backward()
             optimizer.step()
 
+    epoch.network = network
     return epoch, transforms.Compose([step for i, step in enumerate(change.transforms) if i != 1])
 
 
@@ -270,6 +272,33 @@ def bench_train(data, *options):
         print(f"{name:24} {value:7.1f}  {median['ours'] / value:.2f}")
     print(f"{'ours, first epoch':24} {cold:7.1f}  {cold / median['plain loop']:.2f} x the plain loop")
     print(f"head alone: {first:.1f} s to compute the features, then {seconds(head):.2f} s an epoch")
+
+
+def bench_learn(data="data/demo", epochs=18):
+    """Training time (validation not counted) until the plain loop is at its best val mAP, and until we are there."""
+    import torch
+
+    import inference
+    import train
+
+    run, ours = start_run(data, "--demo", "--epochs", str(epochs))
+    plain, _ = plain_loop(run.tables["train"], run.options.size)
+    truth = run.tables["val"].targets
+
+    def history(epoch, network, precision):
+        spent, rows = 0.0, []
+        for _ in range(epochs):
+            spent += seconds(epoch)
+            logits = inference.compute_logits(network, run.images["val"], torch.device("cpu"), precision)
+            rows.append((metrics.average_precision(truth, torch.sigmoid(logits).numpy()), spent))
+        return rows
+
+    theirs = history(plain, plain.network, torch.float32)
+    best, when = max(theirs, key=lambda row: row[0])
+    rows = history(ours, run.classifier.network, run.classifier.precision)
+    there = next((spent for score, spent in rows if score >= best), float("nan"))
+    print(f"plain loop: best val mAP {best:.3f} after {when:.0f} s of {theirs[-1][1]:.0f} s")
+    print(f"ours: there after {there:.0f} s, ratio {there / when:.2f}; best {max(rows)[0]:.3f}, {rows[-1][1]:.0f} s in all")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,8 +385,8 @@ def bench_cache(gigabytes=None):
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-BENCHES = {"metrics": bench_metrics, "baseline": bench_baseline, "train": bench_train, "infer": bench_infer,
-           "labels": bench_labels, "cache": bench_cache}
+BENCHES = {"metrics": bench_metrics, "baseline": bench_baseline, "train": bench_train, "learn": bench_learn,
+           "infer": bench_infer, "labels": bench_labels, "cache": bench_cache}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHES:
