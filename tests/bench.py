@@ -279,7 +279,6 @@ def bench_learn(data="data/demo", epochs=18):
     import torch
 
     import inference
-    import train
 
     run, ours = start_run(data, "--demo", "--epochs", str(epochs))
     plain, _ = plain_loop(run.tables["train"], run.options.size)
@@ -298,7 +297,7 @@ def bench_learn(data="data/demo", epochs=18):
     rows = history(ours, run.classifier.network, run.classifier.precision)
     there = next((spent for score, spent in rows if score >= best), float("nan"))
     print(f"plain loop: best val mAP {best:.3f} after {when:.0f} s of {theirs[-1][1]:.0f} s")
-    print(f"ours: there after {there:.0f} s, ratio {there / when:.2f}; best {max(rows)[0]:.3f}, {rows[-1][1]:.0f} s in all")
+    print(f"ours: there after {there:.0f} s, ratio {there / when:.2f}; best {max(rows)[0]:.3f} of {rows[-1][1]:.0f} s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
