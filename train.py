@@ -13,6 +13,7 @@ threshold per class on val and reports on test. All its files are in --out.
 """
 
 import argparse
+import atexit
 import hashlib
 import math
 import os
@@ -266,6 +267,7 @@ def start_processes(options):
         options.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(options.device)
     distributed.init_process_group("nccl" if use_cuda else "gloo")
+    atexit.register(distributed.destroy_process_group)
 
 
 def rank_and_ranks():
@@ -540,6 +542,9 @@ def evaluate(run, split):
     else:
         logits = compute_split(run, split)
     good = np.array([row for row in range(len(images)) if row not in images.errors], int)
+    if 2 * len(good) < len(images):
+        raise InputError(f"{len(images) - len(good)} of {len(images)} images of the {split} split cannot be read, as "
+                         f"{next(iter(images.errors.values()))}: python dataset.py DATA --check lists them all")
     table, logits = run.tables[split].subset(good), logits[good].cpu()
     total, known = masked_bce(logits, torch.from_numpy(table.targets), run.pos_weight.cpu())
     return table.targets, torch.sigmoid(logits).numpy(), (total / known).item(), table

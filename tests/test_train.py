@@ -207,6 +207,15 @@ def test_bad_images_are_skipped_and_named_once(make_data, tmp_path, capsys):
     assert math.isfinite(report["loss"]) and report["per_class"]["Attr2"]["known"] == 0
 
 
+def test_mostly_bad_images_stop_the_run(make_data, tmp_path):
+    names = [f"{i}.jpg" for i in range(20)]
+    folder = make_data("".join(f"{name} {i % 2}\n" for i, name in enumerate(names)), names)
+    for name in names[:18]:
+        (folder / "images" / name).write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"of the val split cannot be read, as .*\.jpg: not an image"):
+        run("--data", folder, "--out", tmp_path / "out", "--epochs", 2)
+
+
 def test_weights_from_a_file_are_loaded_where_they_fit(trained, demo, tmp_path, capsys):
     out, _ = trained
     network = inference.build_model("resnet18", "linear", 3)
