@@ -54,9 +54,12 @@ def _array(values, name, ndim=2):
 def _check_targets(targets, ndim=2):
     """-> (positive, known), boolean, the shape of `targets`."""
     targets = _array(targets, "targets", ndim)
-    positive, known = targets == 1, targets == targets  # NaN alone is not equal to itself
-    if np.count_nonzero(positive) + np.count_nonzero(targets == 0) != np.count_nonzero(known):
-        wrong = known & ~positive & (targets != 0)
+    positive = targets == 1
+    known = targets == 0
+    known |= positive
+    unknown = known.size - np.count_nonzero(known)
+    if unknown and np.count_nonzero(targets != targets) != unknown:  # NaN alone is not equal to itself
+        wrong = ~known & (targets == targets)
         raise ValueError(f"targets{_first(wrong)} is {targets[wrong][0]}: it must be 0, 1 or NaN")
     return positive, known
 
@@ -89,7 +92,8 @@ def _check_predictions(predictions, shape):
 def _check(targets, predictions):
     """-> (positive, known, present), boolean (N, C); `present` only where the label is known."""
     positive, known = _check_targets(targets)
-    return positive, known, _check_predictions(predictions, positive.shape) & known
+    present = _check_predictions(predictions, positive.shape)
+    return positive, known, present if known.all() else present & known
 
 
 # ---------------------------------------------------------------------------------------------------------------------
