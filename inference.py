@@ -199,13 +199,13 @@ def load_model(path="outputs/model.pth", device="auto", precision="auto"):
 
 
 def load_weights(network, weights, backbone, classes=()):
-    """Load every tensor whose name and shape match -> (names taken, {name: why not} of the others).
+    """Load every tensor whose name and shape match -> (names taken, {name: why not} of the others, classes taken).
 
     weights: "imagenet" (torchvision's default weights of the backbone), or the path of a state_dict or a model.pth. Of
     a model.pth the head's last layers are taken row by row, for the classes that it and `classes` both name.
     Raises InputError when the weights cannot be had or nothing matches.
     """
-    known = ()
+    known, common = (), []
     if weights == "imagenet":
         state = _download(backbone)
     else:
@@ -218,13 +218,13 @@ def load_weights(network, weights, backbone, classes=()):
         raise InputError(f"{weights} holds no state_dict")
     taken, skipped = {}, {}
     if known and classes:
-        state = dict(state)
+        state, common = dict(state), [label for label in classes if label in known]
+        rows = [(classes.index(label), known.index(label)) for label in common]
         for name in _class_tensors(network, backbone):
-            rows = [(c, known.index(label)) for c, label in enumerate(classes) if label in known]
             if name in state and state[name].shape == (len(known), *own[name].shape[1:]):
                 state[name] = _copy_rows(own[name], state[name], rows)
-        skipped |= {f"head row {label}": "a class that is new" for label in classes if label not in known}
-        skipped |= {f"head row {label}": "a class that is gone" for label in known if label not in classes}
+        skipped |= {f"head row of {label}": "new class" for label in classes if label not in known}
+        skipped |= {f"head row of {label}": "class that is gone" for label in known if label not in classes}
     for name, tensor in state.items():
         name = str(name).removeprefix("module.")
         if name not in own:
@@ -237,7 +237,7 @@ def load_weights(network, weights, backbone, classes=()):
         raise InputError(f"{weights} has no tensor that fits {backbone}: is it of another backbone?")
     network.load_state_dict(taken, strict=False)
     skipped |= {name: "not in the file" for name in own if name not in taken and name not in skipped}
-    return list(taken), skipped
+    return list(taken), skipped, common
 
 
 def _class_tensors(network, backbone):

@@ -408,11 +408,14 @@ def load_weights(network, options, classes):
     """Load --weights into the network -> what to tell the user."""
     if options.weights == "none":
         return "weights: none, training from scratch"
-    taken, skipped = inference.load_weights(network, options.weights, options.backbone, classes)
-    lines = [f"weights: {len(taken)} tensors taken from {options.weights}, {len(skipped)} not"]
+    taken, skipped, common = inference.load_weights(network, options.weights, options.backbone, classes)
+    lines = [f"weights: {len(taken)} tensors taken from {options.weights}"]
+    if common:
+        lines.append(f"  head rows taken by class name: {', '.join(common)}")
     for reason in sorted(set(skipped.values())):
-        layers = dict.fromkeys(name.rpartition(".")[0] or name for name, why in skipped.items() if why == reason)
-        lines.append(f"  {reason}: {', '.join(layers)}")
+        names = [name for name, why in skipped.items() if why == reason]
+        layers = dict.fromkeys(name.rpartition(".")[0] or name for name in names)
+        lines.append(f"  {len(names)} not taken, {reason}: {', '.join(layers)}")
     return "\n".join(lines)
 
 

@@ -219,13 +219,13 @@ def test_mostly_bad_images_stop_the_run(make_data, tmp_path):
 def test_weights_from_a_file_are_loaded_where_they_fit(trained, demo, tmp_path, capsys):
     out, _ = trained
     network = inference.build_model("resnet18", "linear", 3)
-    taken, skipped = inference.load_weights(network, out / "model.pth", "resnet18")
+    taken, skipped, _ = inference.load_weights(network, out / "model.pth", "resnet18")
     saved = inference.read_checkpoint(out / "model.pth")["network"]
     assert len(taken) == 120 and set(skipped) == {"fc.weight", "fc.bias"}
     assert "another shape" in skipped["fc.bias"] and torch.equal(network.conv1.weight, saved["conv1.weight"])
     wrapped = {"state_dict": {"module.conv1.weight": saved["conv1.weight"], "other": torch.ones(1)}}
     torch.save(wrapped, tmp_path / "w.pth")
-    taken, skipped = inference.load_weights(network, tmp_path / "w.pth", "resnet18")
+    taken, skipped, _ = inference.load_weights(network, tmp_path / "w.pth", "resnet18")
     assert taken == ["conv1.weight"] and skipped["other"] == "not in this network"
     torch.save({"x": torch.ones(1)}, tmp_path / "w.pth")
     with pytest.raises(InputError, match="no tensor that fits resnet18"):
@@ -324,8 +324,8 @@ def test_a_head_for_other_classes_takes_the_rows_of_the_names_both_know(head, tm
                          tmp_path / "model.pth")
     network = inference.build_model("resnet18", head, 4)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    _, skipped = inference.load_weights(network, tmp_path / "model.pth", "resnet18", new)
-    assert set(skipped) == {"head row d", "head row e", "head row b"}
+    _, skipped, common = inference.load_weights(network, tmp_path / "model.pth", "resnet18", new)
+    assert set(skipped) == {f"head row of {name}" for name in "deb"} and common == ["c", "a"]
     names = {"linear": ["fc.weight", "fc.bias"], "mlp": ["fc.5.weight", "fc.5.bias"],
              "bn": ["fc.0.weight", "fc.1.weight", "fc.1.running_var"]}[head]
     for name in names:
@@ -343,7 +343,7 @@ def test_every_backbone_and_head_trains_saves_loads_and_predicts_the_same(backbo
     batch = torch.stack([dataset.ImageDataset(dataset.read_labels(demo), 32)[i][0] for i in range(4)])
     for head in inference.HEADS:
         network = inference.build_model(backbone, head, 6)
-        taken, _ = inference.load_weights(network, tmp_path / "start.pth", backbone)
+        taken, *_ = inference.load_weights(network, tmp_path / "start.pth", backbone)
         assert len(taken) >= len(start) - 2
         train.train_mode(network)
         optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
