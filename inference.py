@@ -218,11 +218,11 @@ def load_weights(network, weights, backbone, classes=()):
         raise InputError(f"{weights} holds no state_dict")
     taken, skipped = {}, {}
     if known and classes:
-        state, common = dict(state), [label for label in classes if label in known]
-        rows = [(classes.index(label), known.index(label)) for label in common]
+        state, labels = dict(state), [label for label in classes if label in known]
+        rows = [(classes.index(label), known.index(label)) for label in labels]
         for name in _class_tensors(network, backbone):
             if name in state and state[name].shape == (len(known), *own[name].shape[1:]):
-                state[name] = _copy_rows(own[name], state[name], rows)
+                state[name], common = _copy_rows(own[name], state[name], rows), labels
         skipped |= {f"head row of {label}": "new class" for label in classes if label not in known}
         skipped |= {f"head row of {label}": "class that is gone" for label in known if label not in classes}
     for name, tensor in state.items():

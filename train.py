@@ -970,7 +970,12 @@ def main(argv=None):
         write_inputs(run)
     if options.resume:
         load_state(run)
-    fit(run)
+    try:
+        fit(run)
+    except KeyboardInterrupt:
+        warn(f"stopped in epoch {run.epoch + 1}: the same command with --resume goes on after epoch {run.epoch}"
+             if run.epoch else "stopped in epoch 1: nothing is saved yet")
+        raise
     report = finish(run)
     some_image = run.tables["test"].paths or run.tables["val"].paths
     model = "" if options.out == "outputs" else f" --model {run.out / 'model.pth'}"

@@ -173,6 +173,7 @@ def test_resume_gives_the_run_that_was_never_stopped(demo, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "save_state", stop_after_first)
         run(*options, "--out", parts, "--epochs", 3)
+    assert "stopped in epoch 2: the same command with --resume goes on after epoch 1" in capsys.readouterr().err
     resumed = run(*options, "--out", parts, "--epochs", 3, "--resume")
     assert resumed == whole
     a, b = (inference.read_checkpoint(tmp_path / name / "model.pth")["network"] for name in ("whole", "parts"))
