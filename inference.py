@@ -378,8 +378,9 @@ def find_images(arguments):
     return paths
 
 
-def evaluate(classifier, table, batch_size=32, workers=None):
-    """Report a classifier on a LabelTable that knows its classes (others are ignored) -> metrics.report() dict."""
+def evaluate(classifier, table, batch_size=32, workers=None, bootstrap=0):
+    """Report a classifier on a LabelTable that knows its classes (others are ignored) -> metrics.report() dict, with
+    95 % intervals from `bootstrap` resamples when that is not 0."""
     import metrics  # only needed here, so that a deployed model does without it
 
     lacking = [name for name in classifier.classes if name not in table.classes]
@@ -390,7 +391,7 @@ def evaluate(classifier, table, batch_size=32, workers=None):
         print(f"skipped: {message}", file=sys.stderr)
     good = [row for row in range(len(table)) if row not in errors]
     targets = table.targets[:, [table.classes.index(name) for name in classifier.classes]]
-    return metrics.report(targets[good], probabilities[good], classifier.thresholds, classifier.classes)
+    return metrics.report(targets[good], probabilities[good], classifier.thresholds, classifier.classes, bootstrap)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,6 +413,7 @@ def parse_options(argv=None):
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="to compute in")
     parser.add_argument("--evaluate", metavar="DATA", help="report the model on this labelled folder")
     parser.add_argument("--labels", metavar="FILE", help="label file of DATA, when it is not found by looking")
+    parser.add_argument("--bootstrap", type=int, default=0, metavar="N", help="95 %% intervals, N resamples of DATA")
     return parser.parse_args(argv)
 
 
@@ -428,7 +430,7 @@ def main(argv=None):
 
         table = dataset.read_labels(options.evaluate, options.labels)
         print(dataset.summary(table, options.evaluate), end="\n\n")
-        result = evaluate(classifier, table, options.batch_size, options.workers)
+        result = evaluate(classifier, table, options.batch_size, options.workers, options.bootstrap)
         output(metrics.format_report(result), options.out)
         return result
     probabilities, errors = predict_all(classifier, paths, options.batch_size, options.workers)

@@ -124,7 +124,9 @@ def test_folders_csv_json_and_out(trained, demo, images, capsys, tmp_path):
 
 def test_evaluate_reports_on_a_labelled_folder(trained, demo, capsys):
     text = run(capsys, "--evaluate", demo, "--model", trained[0] / "model.pth")
-    assert "81 rows, 80 images" in text and "f1_macro" in text and "bracket" in text
+    assert "81 rows, 80 images" in text and "f1_macro" in text and "bracket" in text and "[0." not in text
+    text = run(capsys, "--evaluate", demo, "--model", trained[0] / "model.pth", "--bootstrap", 50)
+    assert text.count("[0.") >= 6
 
 
 def test_evaluate_needs_the_classes_of_the_model(trained, make_data):
