@@ -254,7 +254,7 @@ def _read_table(path, lines, delimiter, number, first, group):
     """The table format: an image per line, then a cell per class with 0, 1 or NA; the header is optional."""
     has_header, width = _read_first(path, number, first)
     header = first[1:] if has_header else [f"Attr{i + 1}" for i in range(width)]
-    twice = next((name for i, name in enumerate(header) if name in header[:i]), None)
+    twice = _first_repeated(header)
     if twice is not None:
         raise InputError(f"{path}:{number}: the class {twice} is there twice: rename one of the columns")
     if group and group not in header:
@@ -266,6 +266,11 @@ def _read_table(path, lines, delimiter, number, first, group):
         raise InputError(f"{path} has a header and no rows: it needs a line per image")
     classes = [name for name in header if name != group]
     return LabelTable(names, [], targets, classes, objects=objects), numbers
+
+
+def _first_repeated(names):
+    """The first name that was there before, or None."""
+    return next((name for i, name in enumerate(names) if name in names[:i]), None)
 
 
 def _read_first(path, number, cells):
@@ -446,8 +451,7 @@ def _read_groups(path):
         isinstance(names, list) and all(isinstance(name, str) for name in names) for names in groups.values()
     ):
         raise InputError(f'{path}: it must look like {{"group": ["class", ...], ...}}')
-    names = [name for members in groups.values() for name in members]
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    twice = _first_repeated([name for members in groups.values() for name in members])
     if twice is not None:
         raise InputError(f"{path}: {twice} is there twice: rename one")
     return groups

@@ -114,7 +114,10 @@ def hamming_loss(targets, predictions):
     >>> hamming_loss([[1, 0], [1, float("nan")]], [[1, 1], [1, 1]])
     0.3333333333333333
     """
-    positive, known, present = _check(targets, predictions)
+    return _hamming_loss(*_check(targets, predictions))
+
+
+def _hamming_loss(positive, known, present):
     return float(_divide(np.count_nonzero(positive ^ present), np.count_nonzero(known)))
 
 
@@ -126,7 +129,10 @@ def subset_accuracy(targets, predictions):
     >>> subset_accuracy([[1, 0], [1, float("nan")]], [[1, 1], [1, 1]])
     0.5
     """
-    positive, known, present = _check(targets, predictions)
+    return _subset_accuracy(*_check(targets, predictions))
+
+
+def _subset_accuracy(positive, known, present):
     wrong, judged = (positive ^ present).any(axis=1), known.any(axis=1)
     return float(_divide(np.count_nonzero(judged & ~wrong), np.count_nonzero(judged)))
 
@@ -363,10 +369,10 @@ def find_thresholds(targets, scores, method="pr_curve", max_threshold=np.inf):
 
 def _headlines(positive, known, present):
     """The numbers of HEADLINES that come from predictions."""
-    wrong, judged = positive ^ present, known.any(axis=1)
+    judged = known.any(axis=1)
     numbers = {
-        "hamming_loss": float(_divide(np.count_nonzero(wrong), np.count_nonzero(known))),
-        "subset_accuracy": float(_divide(np.count_nonzero(judged & ~wrong.any(axis=1)), np.count_nonzero(judged))),
+        "hamming_loss": _hamming_loss(positive, known, present),
+        "subset_accuracy": _subset_accuracy(positive, known, present),
     }
     for average in ("micro", "macro", "weighted", "samples"):
         hits, predicted, actual = _counts(positive, present, average)
@@ -456,13 +462,11 @@ def _intervals(positive, known, present, scores, resamples, seed):
     return {name: np.quantile(np.concatenate(parts), [0.025, 0.975]).tolist() for name, parts in drawn.items()}
 
 
-def _cell(value, width, digits=3):
+def _cell(value, width):
     """A table cell: floats rounded, None and NaN as n/a."""
     if value is None or value != value:
-        text = "n/a"
-    else:
-        text = f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-    return text.rjust(width)
+        return "n/a".rjust(width)
+    return (f"{value:.3f}" if isinstance(value, float) else str(value)).rjust(width)
 
 
 def shorten(text, width):
