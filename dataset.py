@@ -19,6 +19,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,9 @@ LABEL_VALUES = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0}
 LABEL_VALUES |= dict.fromkeys(["NA", "na", "N/A", "NaN", "nan", "NAN", "?", "-1", "-1.0", ""], math.nan)
 LONGEST_LINE = 2**20  # bytes; a longer one is not of a label file
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is an error, and reported as one
 
 
 class InputError(ValueError):
@@ -73,27 +77,43 @@ def run_command(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (torch.cuda.OutOfMemoryError, MemoryError):
+        print("error: out of memory: try a lower -b (--batch-size), --size or --cache", file=sys.stderr)
+        sys.exit(1)
     except (RuntimeError, OSError, ImageError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def check_numbers(options, lowest):
+    """Raise an InputError for an option (a number, or several) that is below its lowest value, {name: number}."""
+    for name, low in lowest.items():
+        values = getattr(options, name)
+        for value in values if isinstance(values, list) else [low if values is None else values]:
+            if not low <= value < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} {value}: it must be a number from {low} up")
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
-    """Open a temporary file that takes the place of `path` when the block ends well, and is removed otherwise."""
+    """Open a temporary file that takes the place of `path` when the block ends well, and is removed otherwise. A
+    process that is killed leaves it, and the next one that writes `path` uses it up. Raises OSError."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_csv(path, rows):
@@ -228,13 +248,14 @@ def _cells(path, lines, delimiter):
     if delimiter == " ":
         yield from ((number, line.split()) for number, line in enumerate(lines, 1) if line.strip())
         return
-    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, skipinitialspace=True)
+    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, skipinitialspace=True,
+                        strict=True)
     try:
         for cells in reader:
             if any(cell.strip() for cell in cells):
                 yield reader.line_num, [cell.strip() for cell in cells]
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: {error}: a quote is open, perhaps") from None
+        raise InputError(f"{path}:{reader.line_num}: {error}: is a quote left open?") from None
 
 
 def _read_file(path, groups, group):

@@ -162,8 +162,25 @@ def save_model(classifier, path):
     """Write a Classifier as model.pth: plain tensors, numbers and strings."""
     content = {"format": FORMAT} | {name: getattr(classifier, name) for name in PLAIN}
     content["network"] = {name: tensor.cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
-    with dataset.atomic_write(path, "wb") as file:
-        torch.save(content, file)
+    write_checkpoint(path, content)
+
+
+def write_checkpoint(path, content):
+    """torch.save() that leaves a whole file: the new one, or when that cannot be written the one before."""
+    try:
+        with dataset.atomic_write(path, "wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # torch's writer hides what the disk said
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+
+
+def check_content(path, content, names, kind):
+    """Raise an InputError unless `content` is a dict of a known format with these names: a `kind` of train.py."""
+    if not isinstance(content, dict) or not {"format", *names} <= content.keys():
+        raise InputError(f"{path} is not a {kind} of train.py; its weights, perhaps, are for train.py --weights {path}")
+    if content["format"] != FORMAT:
+        raise InputError(f"{path} has format {content['format']}, and this program reads {FORMAT}: use the version of "
+                         "the program that wrote it")
 
 
 def read_checkpoint(path):
@@ -176,7 +193,7 @@ def read_checkpoint(path):
         raise InputError(f"{path} holds more than tensors, numbers and strings, or is no PyTorch checkpoint: "
                          "it was not loaded") from None
     except Exception as error:  # torch's reader raises whatever the broken bytes lead it to
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from None
 
 
@@ -185,14 +202,18 @@ def load_model(path="outputs/model.pth", device="auto", precision="auto"):
     if not Path(path).exists():
         raise InputError(f"{path} is not there: train a model first (python train.py), or name one with --model")
     content = read_checkpoint(path)
-    if not isinstance(content, dict) or not {"format", "network", *PLAIN} <= content.keys():
-        raise InputError(f"{path} is not a model.pth of train.py: use it with train.py --weights {path}")
-    if content["format"] > FORMAT:
-        raise InputError(f"{path} has format {content['format']}, and this program reads up to {FORMAT}: update it")
+    check_content(path, content, ("network", *PLAIN), "model.pth")
     fields = {name: content[name] for name in PLAIN}
-    with torch.device("meta"):  # no time is spent on initial values that are replaced at once
-        network = build_model(fields["backbone"], fields["head"], len(fields["classes"]), fields["dropout"])
-    network.load_state_dict(content["network"], assign=True)
+    try:
+        with torch.device("meta"):  # no time is spent on initial values that are replaced at once
+            network = build_model(fields["backbone"], fields["head"], len(fields["classes"]), fields["dropout"])
+        network.load_state_dict(content["network"], assign=True)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} is damaged: its tensors are not those of a {fields['backbone']} network with a "
+                         f"{fields['head']} head for its classes") from None
+    if len(fields["thresholds"]) != len(fields["classes"]):
+        raise InputError(f"{path} is damaged: it has {len(fields['thresholds'])} thresholds for "
+                         f"{len(fields['classes'])} classes")
     device = choose_device(device)
     return Classifier(to_device(network, device).eval(), **fields, device=device,
                       precision=choose_precision(precision, device))
@@ -414,7 +435,9 @@ def parse_options(argv=None):
     parser.add_argument("--evaluate", metavar="DATA", help="report the model on this labelled folder")
     parser.add_argument("--labels", metavar="FILE", help="label file of DATA, when it is not found by looking")
     parser.add_argument("--bootstrap", type=int, default=0, metavar="N", help="95 %% intervals, N resamples of DATA")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    dataset.check_numbers(options, {"batch_size": 1, "workers": 0, "bootstrap": 0})
+    return options
 
 
 def main(argv=None):

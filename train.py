@@ -14,11 +14,14 @@ threshold per class on val and reports on test. All its files are in --out.
 
 import argparse
 import atexit
+import contextlib
 import hashlib
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +111,7 @@ def option_parser():
     add("--unfreeze-epoch", type=int, default=3, metavar="N", help="counted from 1")
     add("--augment", default="light", metavar="A", help=f"none, light, rich, or some of {','.join(dataset.OPERATIONS)}")
     add = parser.add_argument_group("imbalance").add_argument
-    add("--pos-weight", choices=("none", "linear", "sqrt"), default="sqrt", help="weight of positives in the loss")
+    add("--pos-weight", choices=("none", "linear", "sqrt"), default="none", help="weight of positives in the loss")
     add("--pos-weight-clip", type=float, nargs=2, default=[1, 20], metavar=("LO", "HI"), help="its bounds")
     add = parser.add_argument_group("stopping").add_argument
     add("--monitor", choices=("loss", "f1", "map"), default="map", help="what is best on val (f1: weighted)")
@@ -147,9 +150,14 @@ def parse_options(argv=None):
 
 def check_options(options):
     """Turn words into values, and refuse values that cannot work. Raises InputError."""
-    for name in ("epochs", "batch_size", "size", "val_every", "unfreeze_epoch"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    positive = dict.fromkeys(("epochs", "batch_size", "size", "val_every", "unfreeze_epoch", "milestones"), 1)
+    dataset.check_numbers(options, positive | dict.fromkeys((
+        "lr", "lr_backbone", "wd", "lr_decay", "dropout", "pos_weight_clip", "max_threshold", "patience",
+        "train_metrics_every", "workers", "seed"), 0))
+    if max(options.dropout or [0]) >= 1:
+        raise InputError(f"--dropout {max(options.dropout)}: it must be below 1")
+    if options.pos_weight_clip[0] > options.pos_weight_clip[1]:
+        raise InputError("--pos-weight-clip takes the lower bound first")
     dataset.read_operations(options.augment)
     if options.thresholds not in ("pr_curve", "grid", "global"):
         try:
@@ -293,6 +301,13 @@ def sum_over_ranks(tensor):
     return tensor
 
 
+def max_over_ranks(tensor):
+    """The largest of a tensor over all processes."""
+    if distributed.is_initialized():
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    return tensor
+
+
 def share_errors(images):
     """Tell all processes of the images that one of them could not read."""
     if distributed.is_initialized():
@@ -304,6 +319,9 @@ def share_errors(images):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
+
+
+MONITORED = {"loss": "loss", "f1": "f1_weighted", "map": "map"}  # --monitor -> name of a score
 
 
 @dataclass
@@ -346,6 +364,10 @@ class Run:
     scaler: torch.amp.GradScaler
     stopping: EarlyStopping
     epoch: int = 0  # finished epochs
+    step: int = 0  # finished iterations of the epoch after those
+    seconds: float = 0.0  # that these took
+    rates: list = field(default_factory=list)  # learning rates at its start, of the backbone and of the head
+    signal: int = 0  # that asks to stop
     losses: list = field(default_factory=list)  # of every iteration
     history: list = field(default_factory=list)  # a dict per epoch
     reported: set = field(default_factory=set)  # bad images that the user was told of
@@ -372,9 +394,7 @@ def prepare(options):
     say(options, "split: " + ", ".join(f"{len(part)} {name}" for name, part in tables.items()))
     if np.isnan(tables["train"].targets).all():
         raise InputError(f"{options.data}: no label of the train split is known: there is nothing to learn from")
-    ranks, smallest = rank_and_ranks()[1], min(len(part) for part in parts if len(part))
-    if ranks > min(smallest, len(parts[0]) // steps_per_epoch(options, len(parts[0]))):
-        raise InputError(f"{ranks} processes are too many for batches of {options.batch_size} and splits of {smallest}")
+    check_batches(options, parts)
     if options.export_splits and is_leader():
         export_splits(tables, Path(options.export_splits))
 
@@ -421,7 +441,19 @@ def load_weights(network, options, classes):
 
 def steps_per_epoch(options, count):
     """Batches are as equal as can be, so that no last batch of one image meets a BatchNorm."""
-    return -(-count // options.batch_size)
+    steps = -(-count // options.batch_size)
+    return steps if options.batch_size == 1 else max(1, min(steps, count // 2))
+
+
+def check_batches(options, parts):
+    """Raise an InputError when the processes would have too few images, each in a step or in a split (arrays)."""
+    ranks, smallest = rank_and_ranks()[1], min(len(part) for part in parts if len(part))
+    share = len(parts[0]) // steps_per_epoch(options, len(parts[0])) // ranks
+    if ranks > smallest or share == 0:
+        raise InputError(f"{ranks} processes are too many for batches of {options.batch_size} and splits of {smallest}")
+    if share == 1 and (options.head != "linear" or options.size <= 32):
+        raise InputError(f"with -b {options.batch_size} and {len(parts[0])} images to train on a process gets a single "
+                         "image in a step, and BatchNorm needs two: raise -b, or add images")
 
 
 def build_optimizer(network, options, steps):
@@ -484,31 +516,97 @@ def train_batches(run, order):
         yield dataset.normalize(batch), targets.to(device, non_blocking=True), rows
 
 
-def train_epoch(run, progress):
-    """One pass over the train split; adds the loss of each iteration to run.losses -> number of iterations."""
+def draw_order(run):
+    """The batches of the coming epoch, arrays of rows: they depend on the seed and the epoch alone."""
     options, targets = run.options, run.tables["train"].targets
     seed = options.seed * 1_000_003 + run.epoch + 1
     shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed)).numpy()
     order = np.array_split(shuffled, steps_per_epoch(options, len(targets)))
-    order = [rows for rows in order if not np.isnan(targets[rows]).all()]  # nothing is known: no step
-    rank, ranks = rank_and_ranks()
+    return [rows for rows in order if not np.isnan(targets[rows]).all()]  # nothing is known: no step
+
+
+def train_epoch(run, progress):
+    """One pass over the train split, or what is left of it after run.step iterations -> whether it was finished.
+    Adds the loss of each iteration to run.losses."""
+    order, (rank, ranks), started = draw_order(run), rank_and_ranks(), time.perf_counter()
     train_mode(run.classifier.network)
-    losses = []
-    shares = [np.array_split(rows, ranks)[rank] for rows in order]
-    for step, (inputs, batch_targets, rows) in enumerate(train_batches(run, shares), 1):
+    losses, before = [], run.seconds
+    shares = [np.array_split(rows, ranks)[rank] for rows in order[run.step :]]
+    for inputs, targets, rows in train_batches(run, shares):
         logits = inference.forward(run.model, inputs, run.classifier.precision)
-        total, known = masked_bce(logits, batch_targets, run.pos_weight)
+        total, known = masked_bce(logits, targets, run.pos_weight)
         loss = total / sum_over_ranks(known).clamp(min=1)
         run.optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss * ranks).backward()  # the ranks' gradients are averaged, and should be summed
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.scheduler.step()
+        run.step, run.seconds = run.step + 1, before + time.perf_counter() - started
         losses.append(loss.detach())
-        progress(run.epoch + 1, step, len(order), loss, len(rows) * ranks)
-    run.losses += sum_over_ranks(torch.stack(losses)).tolist()  # the epoch's only wait for the device
+        progress(run.epoch + 1, run.step, len(order), loss, len(rows) * ranks)
+        if run.step % 100 == 0:
+            keep_losses(run, losses)
+        if run.step < len(order) and asked_to_stop(run):
+            break
+    keep_losses(run, losses)
     share_errors(run.images["train"])
-    return len(losses)
+    return run.step == len(order)
+
+
+def keep_losses(run, losses):
+    """Move losses (tensors) to run.losses, which waits for the device. Raises RuntimeError when one is not finite."""
+    values = sum_over_ranks(torch.stack(losses)).tolist() if losses else []
+    losses.clear()
+    for number, loss in enumerate(values, len(run.losses) + 1):
+        if not math.isfinite(loss):
+            saved = f"{run.out / 'last.pth'} is that after epoch {run.epoch}" if run.epoch else "nothing is saved yet"
+            raise RuntimeError(f"the loss is {loss} at iteration {number}, in epoch {run.epoch + 1}: try a lower --lr, "
+                               f"or --precision fp32; {saved}")
+    run.losses += values
+
+
+@contextlib.contextmanager
+def signals_noted(run):
+    """Within the block the first Ctrl-C or SIGTERM only sets run.signal; the second one acts at once."""
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread
+        yield
+        return
+
+    def note(number, _):
+        run.signal = number
+        signal.signal(number, before[number])
+        os.write(2, b"\nstopping after this step, to save\n")  # print() may be at work on a line of its own
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def asked_to_stop(run):
+    """Whether a signal asks this process to stop, or any of several, which agree on it at every tenth step."""
+    if not distributed.is_initialized():
+        return run.signal != 0
+    if run.step % 10:
+        return False
+    run.signal = int(max_over_ranks(torch.tensor(run.signal, device=run.classifier.device)))
+    return run.signal != 0
+
+
+def place(run):
+    """Where a run is, in words."""
+    return f"iteration {run.step} of epoch {run.epoch + 1}" if run.step else f"epoch {run.epoch}"
+
+
+def stop(run):
+    """Save the state, tell how to go on, and raise what the signal stands for."""
+    if is_leader():
+        save_state(run)
+    wait_for_leader()
+    warn(f"stopped after {place(run)}: the same command with --resume goes on from here")
+    raise KeyboardInterrupt if run.signal == signal.SIGINT else SystemExit(128 + run.signal)
 
 
 def compute_split(run, split):
@@ -544,10 +642,8 @@ def evaluate(run, split):
             logits = inference.forward(head, run.features[split], classifier.precision)
     else:
         logits = compute_split(run, split)
+    check_readable(run, split)
     good = np.array([row for row in range(len(images)) if row not in images.errors], int)
-    if 2 * len(good) < len(images):
-        raise InputError(f"{len(images) - len(good)} of {len(images)} images of the {split} split cannot be read, as "
-                         f"{next(iter(images.errors.values()))}: python dataset.py DATA --check lists them all")
     table, logits = run.tables[split].subset(good), logits[good].cpu()
     total, known = masked_bce(logits, torch.from_numpy(table.targets), run.pos_weight.cpu())
     return table.targets, torch.sigmoid(logits).numpy(), (total / known).item(), table
@@ -570,35 +666,53 @@ def train_scores(run):
 
 
 def fit(run):
-    """Train until the last epoch, or until the early stopping says so."""
-    options, monitored = run.options, {"loss": "loss", "f1": "f1_weighted", "map": "map"}[run.options.monitor]
-    progress = Progress(options, steps_per_epoch(options, len(run.tables["train"])))
-    while run.epoch < options.epochs and not run.stopping.stop:
-        choose_layers(run)
-        rates, started = [group["lr"] for group in run.optimizer.param_groups], time.perf_counter()
-        steps = train_epoch(run, progress)
-        seconds = time.perf_counter() - started
-        run.epoch += 1
-        row = {"epoch": run.epoch, "train_loss": float(np.mean(run.losses[-steps:])) if steps else math.nan}
-        if run.epoch % options.val_every == 0 or run.epoch == options.epochs:
-            scores = validate(run)
-            row |= {f"val_{name}": value for name, value in scores.items()}
-            every = options.train_metrics_every
-            if every and (run.epoch % every == 0 or run.epoch == options.epochs):
-                row |= {f"train_{name}": value for name, value in train_scores(run).items()}
-            if run.stopping.improved(scores[monitored], run.epoch) and is_leader():
-                run.classifier.epoch, run.classifier.scores = run.epoch, scores
-                inference.save_model(run.classifier, run.out / "model.pth")
-        row |= {"lr": rates[1], "lr_backbone": rates[0], "seconds": seconds,
-                "images_per_second": len(run.tables["train"]) / seconds}
-        run.history.append(row)
-        report_bad_images(run)
-        if is_leader():
-            save_state(run)
-            write_history(run)
-        if run.board:
-            write_scalars(run, row, steps)
-        progress.end_epoch(row, run.stopping.best_epoch == run.epoch)
+    """Train until the last epoch, or until the early stopping or a signal says so."""
+    progress = Progress(run.options, steps_per_epoch(run.options, len(run.tables["train"])))
+    with signals_noted(run):
+        while run.epoch < run.options.epochs and not run.stopping.stop:
+            choose_layers(run)
+            if run.step == 0:
+                run.rates = [group["lr"] for group in run.optimizer.param_groups]
+            if train_epoch(run, progress):
+                row = end_epoch(run)
+                progress.end_epoch(row, run.stopping.best_epoch == run.epoch)
+            if asked_to_stop(run):
+                stop(run)
+
+
+def end_epoch(run):
+    """Validate the epoch that was trained, keep it if it is the best, and save the state -> its row of the history."""
+    options, steps, seconds = run.options, run.step, run.seconds
+    run.epoch, run.step, run.seconds = run.epoch + 1, 0, 0.0
+    check_readable(run, "train")
+    row = {"epoch": run.epoch, "train_loss": float(np.mean(run.losses[-steps:])) if steps else math.nan}
+    if run.epoch % options.val_every == 0 or run.epoch == options.epochs:
+        scores = validate(run)
+        row |= {f"val_{name}": value for name, value in scores.items()}
+        every = options.train_metrics_every
+        if every and (run.epoch % every == 0 or run.epoch == options.epochs):
+            row |= {f"train_{name}": value for name, value in train_scores(run).items()}
+        if run.stopping.improved(scores[MONITORED[options.monitor]], run.epoch) and is_leader():
+            run.classifier.epoch, run.classifier.scores = run.epoch, scores
+            inference.save_model(run.classifier, run.out / "model.pth")
+    row |= {"lr": run.rates[1], "lr_backbone": run.rates[0], "seconds": seconds,
+            "images_per_second": len(run.tables["train"]) / seconds if steps else 0.0}
+    run.history.append(row)
+    report_bad_images(run)
+    if is_leader():
+        save_state(run)
+        write_history(run)
+    if run.board:
+        write_scalars(run, row, steps)
+    return row
+
+
+def check_readable(run, split):
+    """Raise an InputError when most images of a split cannot be read."""
+    errors, count = run.images[split].errors, len(run.images[split])
+    if 2 * len(errors) > count:
+        raise InputError(f"{len(errors)} of {count} images of the {split} split cannot be read, as "
+                         f"{next(iter(errors.values()))}: python dataset.py DATA --check lists them all")
 
 
 def report_bad_images(run):
@@ -623,35 +737,38 @@ def splits_digest(run):
     return hashlib.sha256(repr([table.ids for table in run.tables.values()]).encode()).hexdigest()
 
 
+PLACE = ("epoch", "step", "seconds", "rates", "losses", "history")  # fields of a Run that tell how far it is
+
+
 def save_state(run):
     """Write last.pth: all that --resume needs to go on as if nothing had happened."""
     state = {
         "format": inference.FORMAT, "options": run.classifier.options, "classes": run.classifier.classes,
         "splits": splits_digest(run), "network": run.classifier.network.state_dict(),
         "optimizer": run.optimizer.state_dict(), "scheduler": run.scheduler.state_dict(),
-        "scaler": run.scaler.state_dict(), "stopping": vars(run.stopping), "epoch": run.epoch, "losses": run.losses,
-        "history": run.history, "random": torch.get_rng_state(),
-    }
+        "scaler": run.scaler.state_dict(), "stopping": vars(run.stopping), "random": torch.get_rng_state(),
+    } | {name: getattr(run, name) for name in PLACE}
     if run.classifier.device.type == "cuda":
         state["random_cuda"] = torch.cuda.get_rng_state(run.classifier.device)
-    with dataset.atomic_write(run.out / "last.pth", "wb") as file:
-        torch.save(state, file)
+    inference.write_checkpoint(run.out / "last.pth", state)
 
 
 def load_state(run):
     """Take up the run of last.pth. Raises InputError when it is of other data or another network."""
-    path = run.out / "last.pth"
+    path, options = run.out / "last.pth", run.classifier.options
+    if not path.exists():
+        raise InputError(f"{path} is not there: without --resume a run starts from the beginning")
     state = inference.read_checkpoint(path)
-    if not isinstance(state, dict) or "optimizer" not in state:
-        raise InputError(f"{path} is not a last.pth of train.py")
-    options = run.classifier.options
+    inference.check_content(path, state, ("optimizer", *PLACE), "last.pth")
     for name, now in (("classes", run.classifier.classes), ("splits", splits_digest(run))):
         if state[name] != now:
             raise InputError(f"--resume: {path} is of other {name}: give the same data and seed, or another --out")
     for name in ("backbone", "head"):
         if state["options"][name] != options[name]:
             raise InputError(f"--resume: {path} has --{name} {state['options'][name]}, not {options[name]}")
-    changed = [name for name in options if state["options"].get(name) != options[name] and name != "resume"]
+    before = state["options"]
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in options.items()
+               if before.get(name) != value and name not in ("resume", "quiet")]
     if changed:
         warn(f"resumed with other options than before: {', '.join(changed)}")
     run.classifier.network.load_state_dict(state["network"])
@@ -659,15 +776,20 @@ def load_state(run):
     run.scheduler.load_state_dict(state["scheduler"])
     run.scaler.load_state_dict(state["scaler"])
     vars(run.stopping).update(state["stopping"], patience=run.stopping.patience, min_delta=run.stopping.min_delta)
-    run.epoch, run.losses, run.history = state["epoch"], state["losses"], state["history"]
+    for name in PLACE:
+        setattr(run, name, state[name])
+    run.step = state["step"] * state["options"]["batch_size"] // options["batch_size"]  # as many images, if it changed
     torch.set_rng_state(state["random"])
     if "random_cuda" in state:
         torch.cuda.set_rng_state(state["random_cuda"], run.classifier.device)
-    say(run.options, f"resumed after epoch {run.epoch} of {path}")
+    say(run.options, f"resumed after {place(run)}, from {path}")
 
 
 def write_inputs(run):
-    """Write what is known before training: config.json, classes.json and the three metadata files."""
+    """Write what is known before training: config.json, classes.json and the three metadata files, and of a run that
+    is resumed the history, which may have been stopped before it was written."""
+    if run.history:
+        write_history(run)
     dataset.write_json(run.out / "config.json", run.classifier.options)
     dataset.write_json(run.out / "classes.json", {"classes": run.classifier.classes, "groups": run.classifier.groups})
     words = {1.0: "1", 0.0: "0"}
@@ -966,16 +1088,14 @@ def main(argv=None):
     options = parse_options(argv)
     start_processes(options)
     run = prepare(options)
-    if is_leader():
-        write_inputs(run)
     if options.resume:
         load_state(run)
-    try:
-        fit(run)
-    except KeyboardInterrupt:
-        warn(f"stopped in epoch {run.epoch + 1}: the same command with --resume goes on after epoch {run.epoch}"
-             if run.epoch else "stopped in epoch 1: nothing is saved yet")
-        raise
+    if is_leader():
+        try:
+            write_inputs(run)
+        except OSError as error:
+            raise InputError(f"--out {options.out}: {error}") from None
+    fit(run)
     report = finish(run)
     some_image = run.tables["test"].paths or run.tables["val"].paths
     model = "" if options.out == "outputs" else f" --model {run.out / 'model.pth'}"

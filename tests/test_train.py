@@ -160,28 +160,6 @@ def test_the_same_seed_gives_the_same_numbers_and_another_gives_others(demo, tra
     assert again == trained[1] and other["loss"] != again["loss"]
 
 
-def test_resume_gives_the_run_that_was_never_stopped(demo, tmp_path, capsys):
-    options = "--data", demo, "--head", "mlp", "--batch-size", 8
-    whole = run(*options, "--out", tmp_path / "whole", "--epochs", 3)
-    saved, parts = train.save_state, tmp_path / "parts"
-
-    def stop_after_first(state):
-        saved(state)
-        if state.epoch == 1:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_state", stop_after_first)
-        run(*options, "--out", parts, "--epochs", 3)
-    assert "stopped in epoch 2: the same command with --resume goes on after epoch 1" in capsys.readouterr().err
-    resumed = run(*options, "--out", parts, "--epochs", 3, "--resume")
-    assert resumed == whole
-    a, b = (inference.read_checkpoint(tmp_path / name / "model.pth")["network"] for name in ("whole", "parts"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    with pytest.raises(InputError, match=r"--resume: .*is of other splits"):
-        run(*options, "--out", parts, "--resume", "--seed", 5)
-
-
 def test_no_test_split_reports_on_val(demo, tmp_path):
     report = run("--data", demo, "--out", tmp_path, "--epochs", 1, "--split", 0.8, 0.2, 0)
     assert report["split"] == "val" and report["images"] == 16
@@ -195,26 +173,6 @@ def test_freezing_unfreezing_and_rates(demo, tmp_path):
     assert [float(row["lr"]) for row in history] == pytest.approx([1e-3, 1e-3, 1e-4])
     assert [float(row["lr_backbone"]) for row in history] == pytest.approx([1e-4, 1e-4, 1e-5])
     assert [bool(row["val_loss"]) for row in history] == [False, True, True]
-
-
-def test_bad_images_are_skipped_and_named_once(make_data, tmp_path, capsys):
-    names = [f"{i}.jpg" for i in range(20)]
-    folder = make_data("".join(f"{name} {i % 2} NA\n" for i, name in enumerate(names)), names)
-    (folder / "images" / "3.jpg").write_bytes(b"no image")
-    (folder / "images" / "4.jpg").write_bytes(b"")
-    report = run("--data", folder, "--out", tmp_path / "out", "--epochs", 2)
-    errors = capsys.readouterr().err
-    assert errors.count("warning: skipped") == 2 and "3.jpg: not an image" in errors and "4.jpg: not an image" in errors
-    assert math.isfinite(report["loss"]) and report["per_class"]["Attr2"]["known"] == 0
-
-
-def test_mostly_bad_images_stop_the_run(make_data, tmp_path):
-    names = [f"{i}.jpg" for i in range(20)]
-    folder = make_data("".join(f"{name} {i % 2}\n" for i, name in enumerate(names)), names)
-    for name in names[:18]:
-        (folder / "images" / name).write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"of the val split cannot be read, as .*\.jpg: not an image"):
-        run("--data", folder, "--out", tmp_path / "out", "--epochs", 2)
 
 
 def test_weights_from_a_file_are_loaded_where_they_fit(trained, demo, tmp_path, capsys):
