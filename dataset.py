@@ -2,6 +2,7 @@
 
     python dataset.py data/                     # what is in a data folder
     python dataset.py data/ --check             # and decode every image
+    python dataset.py data/ --sheet sheet.png   # and draw a sample of the images with their labels
     python dataset.py --demo data/demo          # write the demo data
 
     table = dataset.read_labels("data/")        # -> LabelTable; 1, 0 and NaN for an unknown label
@@ -20,7 +21,7 @@ import math
 import os
 import sys
 import warnings
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -28,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".avif"}
 LABEL_VALUES = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0}
@@ -852,11 +853,103 @@ def _box(noise, shape):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Pictures with words under them
+
+
+BLACK, GREY, GREEN, RED, BLUE = "#222222", "#767676", "#1b7837", "#b2182b", "#1f4e9c"
+
+
+def load_font(size):
+    """Pillow's own font, `size` pixels high."""
+    return ImageFont.load_default(size)
+
+
+def fit_text(text, font, width):
+    """The text, or as much of it as `width` pixels hold, with dots after it."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def wrap_text(text, font, width):
+    """The text as lines of at most `width` pixels, broken at its blanks; a longer word is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = fit_text(longer, font, width)
+        else:
+            lines.append(fit_text(word, font, width))
+    return lines
+
+
+def draw_sheet(cells, title, columns=6, width=200):
+    """Pictures in rows, each with lines of text under it -> PIL image. cells: [(PIL image, [(text, colour), ...]), ...].
+    """
+    font, heading, gap, line = load_font(13), load_font(17), 14, 17
+    columns = max(1, min(columns, len(cells)))
+    texts = [[(part, colour) for text, colour in lines for part in wrap_text(text, font, width)] for _, lines in cells]
+    rows = [range(start, min(start + columns, len(cells))) for start in range(0, len(cells), columns)]
+    tops = [max(ImageOps.contain(cells[i][0], (width, width)).height for i in row) for row in rows]
+    heights = [top + line * max(len(texts[i]) for i in row) + gap + 6 for top, row in zip(tops, rows)]
+    total = columns * (width + gap) + gap
+    titles = wrap_text(title, heading, total - 2 * gap)
+    y = gap + 6 + 24 * len(titles)
+    sheet = Image.new("RGB", (total, y + sum(heights)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, text in enumerate(titles):
+        pen.text((gap, 10 + 24 * number), text, BLACK, heading)
+    for row, top, height in zip(rows, tops, heights):
+        for column, i in enumerate(row):
+            x, picture = gap + column * (width + gap), ImageOps.contain(cells[i][0], (width, width))
+            sheet.paste(picture, (x + (width - picture.width) // 2, y + top - picture.height))
+            for number, (text, colour) in enumerate(texts[i]):
+                pen.text((x, y + top + 5 + number * line), text, colour, font)
+        y += height
+    return sheet
+
+
+def label_sheet(table, count=24, seed=0):
+    """A random sample of a table's images with their labels -> PIL image."""
+    rows, cells = np.random.default_rng(seed).permutation(len(table))[:count], []
+    for row in sorted(rows):
+        names = {value: [name for name, target in zip(table.classes, table.targets[row]) if target == value]
+                 for value in (0, 1)}
+        unknown = [name for name, target in zip(table.classes, table.targets[row]) if np.isnan(target)]
+        lines = [(table.ids[row], BLACK), (", ".join(names[1]) or "no label", GREEN)]
+        if unknown:
+            lines.append((f"NA: {', '.join(unknown)}", GREY))
+        try:
+            cells.append((load_image(table.paths[row]), lines))
+        except ImageError as error:
+            cells.append((Image.new("RGB", (8, 8), "#dddddd"), [*lines, (str(error).rpartition(": ")[2], RED)]))
+    return draw_sheet(cells, f"{len(cells)} of {len(table)} images")
+
+
+def distinct_names(paths):
+    """A file name for each path, without folders: its own, where two have the same with the folder's name before it,
+    and where that is not enough with a number."""
+    names, taken = [], set()
+    for path in map(Path, paths):
+        stem = path.stem if path.name not in taken else f"{path.parent.name}_{path.stem}"
+        name, number = stem + path.suffix, 1
+        while name in taken:
+            number += 1
+            name = f"{stem}_{number}{path.suffix}"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What is in a data folder
 
 
 def summary(table, title="data"):
-    """A LabelTable as text: rows, images, missing files, and per class positives, negatives, NA and prevalence."""
+    """A LabelTable as text: rows, images, missing files, and per class positives, negatives, NA and prevalence, with a
+    bar of 20 characters: # positives, - negatives, blank NA."""
     positives, negatives = (np.count_nonzero(table.targets == value, axis=0) for value in (1, 0))
     rows = len(table) + len(table.missing)
     lines = [f"{title}: {rows} rows, {len(table)} images, {len(table.missing)} missing, {len(table.classes)} classes"]
@@ -867,12 +960,40 @@ def summary(table, title="data"):
     group_of = {name: group for group, names in table.groups.items() for name in names}
     width = max(5, *map(len, table.classes))
     head = f"{'class':{width}} {'positives':>9} {'negatives':>9} {'NA':>7} {'prevalence':>10}"
-    lines.append(head + "  group" * bool(group_of))
+    lines.append(head + f"  {'':20}  group" * bool(group_of))
     for name, yes, no in zip(table.classes, positives, negatives):
         share = f"{yes / (yes + no):10.1%}" if yes + no else f"{'n/a':>10}"
-        line = f"{name:{width}} {yes:9} {no:9} {len(table) - yes - no:7} {share}  {group_of.get(name, '')}"
+        full = math.ceil(20 * yes / len(table))
+        bar = "#" * full + "-" * (math.ceil(20 * (yes + no) / len(table)) - full)
+        line = f"{name:{width}} {yes:9} {no:9} {len(table) - yes - no:7} {share}  {bar:20}  {group_of.get(name, '')}"
         lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def pairs_summary(table, most=10):
+    """The pairs of classes that are most often positive together, as text."""
+    positive = (table.targets == 1).astype(np.float32)
+    together = np.triu(positive.T @ positive, k=1)
+    pairs = [np.unravel_index(flat, together.shape) for flat in np.argsort(-together, axis=None, kind="stable")[:most]]
+    lines = [f"{int(together[a, b]):9}  {table.classes[a]} + {table.classes[b]}" for a, b in pairs if together[a, b]]
+    return "\n".join(["most frequent pairs:", *lines]) if lines else "no two classes are positive together"
+
+
+def images_summary(table, most=1000):
+    """The sizes, modes and formats of a table's images, or of `most` of them, by their headers, as text."""
+    sizes, kinds = [], Counter()
+    paths = table.paths[:: -(-len(table) // most)]
+    for path in paths:
+        with contextlib.suppress(Exception), Image.open(path) as image:  # --check is what reports bad images
+            sizes.append(image.size)
+            kinds[f"{image.mode} {image.format}"] += 1
+    if not sizes:
+        return "no image can be opened"
+    widths, heights = (sorted(values) for values in zip(*sizes))
+    middle = len(sizes) // 2
+    return (f"{len(sizes)} of {len(table)} images opened: width {widths[0]} to {widths[-1]}, median {widths[middle]}; "
+            f"height {heights[0]} to {heights[-1]}, median {heights[middle]}\n"
+            + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
 
 
 def find_bad_images(table, workers):
@@ -1106,6 +1227,7 @@ def main(argv=None):
     parser.add_argument("--labels", metavar="FILE", help="label file, when it is not found by looking")
     parser.add_argument("--images", metavar="DIR", help="image folder, when it is not DATA/images or DATA")
     parser.add_argument("--label-groups", metavar="FILE", help="JSON file {group: [class, ...]}")
+    parser.add_argument("--sheet", metavar="FILE.png", help="draw a sample of the images with their labels")
     parser.add_argument("--check", action="store_true", help="decode every image and list those that cannot be read")
     parser.add_argument("--demo", metavar="DIR", help="write the demo data into DIR")
     parser.add_argument("--format", choices=("table", "lists", "cls"), default="table", help="of the demo's labels")
@@ -1115,7 +1237,11 @@ def main(argv=None):
         write_demo(options.demo, options.seed, style=options.format)
         options.data = options.demo
     table = read_labels(options.data, options.labels, options.images, options.label_groups)
-    print(summary(table, options.data))
+    print(summary(table, options.data), pairs_summary(table), images_summary(table), sep="\n\n")
+    if options.sheet:
+        with atomic_write(options.sheet, "wb") as file:
+            label_sheet(table).save(file, "PNG")
+        print(f"drawn: {options.sheet}")
     if options.check:
         bad = find_bad_images(table, os.cpu_count())
         print("\n".join([f"{len(table) - len(bad)} of {len(table)} images decode", *bad]))

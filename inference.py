@@ -2,6 +2,7 @@
 
     python inference.py img.jpg                         # a table of labels, probabilities and thresholds
     python inference.py photos/ --format csv --out predictions.csv
+    python inference.py photos/ --save drawn/ --heatmap # pictures of the labels and of where they were seen
     python inference.py --evaluate data/                # report a saved model on a labelled folder
 
     classifier = inference.load_model("outputs/model.pth")
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 
 import dataset
@@ -34,8 +36,10 @@ BACKBONES = {  # torchvision network -> its last linear layer, which the head re
     "efficientnet_b0": "classifier.1",
     "vgg16": "classifier.6",
 }
+LAST_MAPS = dict.fromkeys(BACKBONES, "features") | {"resnet18": "layer4", "resnet50": "layer4"}  # before the pooling
 HEADS = {"linear": [0.0], "mlp": [0.5, 0.3], "bn": [0.0]}  # head -> its default dropout
 FORMAT = 1  # of model.pth
+PICTURE = 360  # pixels, the longer side of an image that --save draws
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,6 +420,106 @@ def evaluate(classifier, table, batch_size=32, workers=None, bootstrap=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def heatmaps(classifier, image, labels):
+    """Where in an image the network sees each of the labels -> float32 (len(labels), size, size), 0 to 1 each.
+
+    image: a path or PIL image. labels: column numbers. Grad-CAM: Selvaraju et al. (2017), "Grad-CAM: Visual
+    Explanations from Deep Networks via Gradient-based Localization": the last feature maps, weighted by the mean
+    gradient of the logit; for a linear head that is CAM (Zhou et al. 2016). Raises ImageError.
+    """
+    network, kept = classifier.network.eval(), []
+    pixels = torch.from_numpy(np.array(dataset.load_image(image, classifier.size))).permute(2, 0, 1)[None]
+    layer = network.get_submodule(LAST_MAPS[classifier.backbone])
+    hook = layer.register_forward_hook(lambda _, __, output: kept.append(output))
+    try:
+        with torch.enable_grad():
+            logits = network(dataset.normalize(pixels.to(classifier.device)).requires_grad_())[0]
+    finally:
+        hook.remove()
+    result = [np.zeros((0, classifier.size, classifier.size), np.float32)]
+    for label in labels:
+        gradient = torch.autograd.grad(logits[label], kept[0], retain_graph=True)[0]
+        seen = (gradient.mean((2, 3), keepdim=True) * kept[0].detach()).sum(1, keepdim=True).relu()
+        seen = _enlarge(seen, classifier.size)
+        result.append((seen / seen.max().clamp(min=1e-12)).cpu().numpy())
+    return np.concatenate(result)
+
+
+def _enlarge(seen, size):
+    """Feature maps (1, 1, h, w) -> (1, size, size). With zeros around them a cell at the edge is highest in its middle,
+    not along the edge of the image."""
+    height, width = seen.shape[2:]
+    grid = [torch.linspace(-1 + 1 / size, 1 - 1 / size, size, device=seen.device) * cells / (cells + 2)
+            for cells in (width, height)]
+    places = torch.stack(torch.meshgrid(*grid, indexing="xy"), dim=-1)[None]
+    padded = nn.functional.pad(seen, (1, 1, 1, 1))
+    return nn.functional.grid_sample(padded, places, mode="bicubic", align_corners=False)[0].clamp(min=0)
+
+
+def draw_heatmap(image, heat):
+    """A PIL image in grey with a heatmap (H, W) over it in yellow to red, and a ring where it is highest."""
+    grey = image.convert("L").convert("RGB")
+    heat = Image.fromarray(heat).resize(image.size, Image.Resampling.BILINEAR)
+    values = np.asarray(heat).clip(0, 1)
+    glow = np.stack([np.full_like(values, 255), 255 * (1 - values), np.zeros_like(values)], axis=2).astype(np.uint8)
+    grey.paste(Image.fromarray(glow), mask=Image.fromarray((170 * values).astype(np.uint8)))
+    y, x = np.unravel_index(values.argmax(), values.shape)
+    radius = max(image.size) / 30
+    ring = (x - radius, y - radius, x + radius, y + radius)
+    ImageDraw.Draw(grey).ellipse(ring, outline="white", width=max(1, round(radius / 4)))
+    return grey
+
+
+def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
+    """Draw each image with its labels under it, and with `heatmap` where the network sees each label present, into
+    folder/NAME.png -> the paths written. probabilities: (N, C), of predict()."""
+    written, thresholds = [], np.array(classifier.thresholds)
+    for path, name, row in zip(paths, dataset.distinct_names(paths), probabilities):
+        image = ImageOps.contain(dataset.load_image(path), (PICTURE, PICTURE))
+        labels = sorted(np.flatnonzero(row >= thresholds), key=lambda c: -row[c])
+        words = [(f"{classifier.classes[c]} {row[c]:.2f}", dataset.GREEN) for c in labels]
+        cells = [(image, words or [("none of the labels", dataset.GREY)])]
+        if heatmap:
+            cells += [(draw_heatmap(image, heat), [(f"{text}, seen here", dataset.RED)])
+                      for heat, (text, _) in zip(heatmaps(classifier, path, labels), words)]
+        target = Path(folder) / f"{Path(name).stem}.png"
+        with dataset.atomic_write(target, "wb") as file:
+            dataset.draw_sheet(cells, Path(path).name, 4, PICTURE).save(file, "PNG")
+        written.append(target)
+    return written
+
+
+def mistakes_sheet(table, probabilities, thresholds, count=24):
+    """The images with the most confident mistakes first -> PIL image.
+
+    table: a LabelTable of N images; probabilities (N, C); thresholds (C,). A mistake is as confident as the probability
+    of what was said: p for a false alarm, 1 - p for a missed label.
+    """
+    said = probabilities >= np.array(thresholds)
+    wrong = ~np.isnan(table.targets) & (said != (table.targets == 1))
+    confidence = np.where(wrong, np.where(said, probabilities, 1 - probabilities), 0).max(axis=1)
+    cells = []
+    for row in [row for row in np.argsort(-confidence, kind="stable")[:count] if wrong[row].any()]:
+        lines, unknown = [(table.ids[row], dataset.BLACK)], np.isnan(table.targets[row])
+        for c in sorted(np.flatnonzero(wrong[row]), key=lambda c: -abs(probabilities[row, c] - thresholds[c])):
+            kind, colour = ("+ false alarm:", dataset.RED) if said[row, c] else ("- missed:", dataset.BLUE)
+            lines.append((f"{kind} {table.classes[c]} {probabilities[row, c]:.2f}", colour))
+        for what, chosen in (("true", table.targets[row] == 1), ("said", said[row]), ("NA", unknown)):
+            names = ", ".join(table.classes[c] for c in np.flatnonzero(chosen))
+            if names or what != "NA":
+                lines.append((f"{what}: {names or 'none'}", dataset.GREY))
+        try:
+            cells.append((dataset.load_image(table.paths[row]), lines))
+        except ImageError:  # it was there a moment ago
+            continue
+    title = f"{int(wrong.any(axis=1).sum())} of {len(table)} images have a mistake"
+    return dataset.draw_sheet(cells, title + "; the most confident ones first" * bool(cells))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -428,6 +532,8 @@ def parse_options(argv=None):
     parser.add_argument("--threshold", type=float, metavar="T", help="one for all labels (default: the model's)")
     parser.add_argument("--format", choices=("table", "csv", "json"), default="table", help="of the output")
     parser.add_argument("--out", metavar="FILE", help="write the output into a file")
+    parser.add_argument("--save", metavar="DIR", help="draw each image with its labels into DIR")
+    parser.add_argument("--heatmap", action="store_true", help="with --save: and where each label was seen (Grad-CAM)")
     parser.add_argument("-b", "--batch-size", type=int, default=32, help="images at a time")
     parser.add_argument("-j", "--workers", type=int, default=default_workers(), help="threads that decode images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -437,6 +543,8 @@ def parse_options(argv=None):
     parser.add_argument("--bootstrap", type=int, default=0, metavar="N", help="95 %% intervals, N resamples of DATA")
     options = parser.parse_args(argv)
     dataset.check_numbers(options, {"batch_size": 1, "workers": 0, "bootstrap": 0})
+    if options.heatmap and not options.save:
+        raise InputError("--heatmap draws into the folder of --save DIR: give that too")
     return options
 
 
@@ -461,6 +569,10 @@ def main(argv=None):
     if good:
         output(format_predictions(options.format, [paths[row] for row in good], probabilities[good],
                                   np.array(classifier.thresholds), classifier), options.out)
+    if options.save:
+        chosen = [paths[row] for row in good]
+        save_pictures(classifier, chosen, probabilities[good], options.save, options.heatmap)
+        print(f"drawn: {len(good)} pictures in {options.save}")
     for message in errors.values():
         print(f"skipped: {message}", file=sys.stderr)
     if errors:

@@ -529,7 +529,7 @@ def read_run(folder):
 
 
 def results_table(rows, sort="f1_macro", ascending=False, group_by=None, group_mode="best"):
-    """Runs as rows -> the text of a table, sorted by a score or an option.
+    """Runs as rows -> the text of a table, sorted by a score or an option; the best of each score has a *.
 
     rows: dicts of read_run(). group_by: an option; one row is kept per value of it: the first in the sort order, or,
     with group_mode "mean", the mean of the scores. Raises ValueError for a name that no run has.
@@ -559,9 +559,21 @@ def results_table(rows, sort="f1_macro", ascending=False, group_by=None, group_m
     columns = ["run", "preset", "backbone", "epochs", "split", *HEADLINES]
     columns += [name for name in (group_by, sort) if name and name not in columns]
     columns = [name for name in columns if any(row.get(name) is not None for row in rows)]
-    table = [columns] + [[_cell(row.get(name), 0) for name in columns] for row in rows]
+    best = _best_scores(rows)
+    table = [columns] + [[_cell(row.get(name), 0) + "*" * (name in best and row.get(name) == best[name])
+                          for name in columns] for row in rows]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in table)
+
+
+def _best_scores(rows):
+    """The best value of each score among several rows -> dict."""
+    best = {}
+    for name in HEADLINES:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if len(values) > 1:
+            best[name] = min(values) if name == "hamming_loss" else max(values)
+    return best
 
 
 def _mean_row(group_by, value, group):

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import distributed, nn
 
 import dataset
@@ -808,7 +808,7 @@ def write_history(run):
     rows = [[row.get(name, "") for name in HISTORY] for row in run.history]
     dataset.write_csv(run.out / "history.csv", [HISTORY, *rows])
     with dataset.atomic_write(run.out / "loss_curve.png", "wb") as file:
-        loss_curves(run.losses, run.history, run.stopping.best_epoch, run.options.plot_title).save(file, "PNG")
+        loss_curves(run.losses, run.history, epoch_marks(run), run.options.plot_title).save(file, "PNG")
 
 
 def finish(run):
@@ -818,11 +818,13 @@ def finish(run):
     best = inference.load_model(run.out / "model.pth", run.classifier.device, run.options.precision)
     run.classifier, run.features = best, {}
     targets, probabilities, loss, table = evaluate(run, split)
+    on_val = evaluate(run, "val") if split == "test" else (targets, probabilities)
     report_bad_images(run)
     report = metrics.report(targets, probabilities, best.thresholds, best.classes)
     report = {"split": split, "images": report.pop("rows"), "loss": loss, "epoch": best.epoch} | report
     if is_leader():
         write_report(run, report, table, probabilities)
+        draw_report(run, on_val, table, probabilities)
     say(run.options, f"\n{split} split, {len(table)} images, epoch {best.epoch}\n{metrics.format_report(report)}")
     return report
 
@@ -839,6 +841,16 @@ def write_report(run, report, table, probabilities):
         dataset.write_text(run.out / predictions_name(run, report), [text])
     if run.options.registry:
         register(run, report)
+
+
+def draw_report(run, on_val, table, probabilities):
+    """Draw pr_curves.png of val and predictions.png, the mistakes on the split that is reported."""
+    best = run.classifier
+    curves = pr_curves(on_val[0], on_val[1], best.thresholds, best.classes)
+    sheet = inference.mistakes_sheet(table, probabilities, best.thresholds)
+    for name, picture in (("pr_curves.png", curves), ("predictions.png", sheet)):
+        with dataset.atomic_write(run.out / name, "wb") as file:
+            picture.save(file, "PNG")
 
 
 def predictions_name(run, report):
@@ -872,11 +884,9 @@ def register(run, report):
 def export_splits(tables, folder):
     """Copy the images into folder/images/train, val and test. Of two with one name the second gets its folder's too."""
     for split, table in tables.items():
-        target, taken = folder / "images" / split, set()
+        target = folder / "images" / split
         target.mkdir(parents=True, exist_ok=True)
-        for path in map(Path, table.paths):
-            name = path.name if path.name not in taken else f"{path.parent.name}_{path.name}"
-            taken.add(name)
+        for path, name in zip(table.paths, dataset.distinct_names(table.paths)):
             shutil.copy2(path, target / name)
 
 
@@ -960,59 +970,102 @@ COLOURS = ["#1f6fb4", "#e07b00", "#2e8b57", "#b03a5b"]
 SCALE = 2  # charts are drawn larger and shrunk, so that lines are smooth
 
 
-def draw_chart(series, title, x_label, y_label, size=(900, 420), mark=None):
+@dataclass
+class Frame:
+    """The rectangle of a chart in which the lines are, and the values at its edges."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    x: tuple
+    y: tuple
+
+    def place(self, x, y):
+        """The pixel of a point."""
+        across, up = (x - self.x[0]) / (self.x[1] - self.x[0]), (y - self.y[0]) / (self.y[1] - self.y[0])
+        return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
+
+
+def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=(), dots=(), limits=None):
     """A line chart -> PIL image.
 
     series: a list of (name, x values, y values, colour, width in pixels); values that are not finite are left out.
-    mark: (x, text) of a vertical line.
+    marks: (x, text) of vertical lines. dots: points (x, y) to ring. limits: ((lowest x, highest x), the same of y), by
+    default those of the series.
     """
     series = [(name, *finite_points(x, y), colour, width) for name, x, y, colour, width in series]
-    xs = [value for _, x, _, _, _ in series for value in x] or [0, 1]
-    ys = [value for _, _, y, _, _ in series for value in y] or [0, 1]
-    x_ticks, y_ticks = nice_ticks(min(xs), max(xs), whole=True), nice_ticks(min(ys), max(ys))
+    xs = limits[0] if limits else [value for _, x, _, _, _ in series for value in x] or [0, 1]
+    ys = limits[1] if limits else [value for _, _, y, _, _ in series for value in y] or [0, 1]
+    count = max(2, min(6, size[1] // 70))
+    x_ticks, y_ticks = nice_ticks(min(xs), max(xs), not limits, count), nice_ticks(min(ys), max(ys), False, count)
     width, height = size[0] * SCALE, size[1] * SCALE
+    frame = Frame(66 * SCALE, 58 * SCALE, width - 20 * SCALE, height - 52 * SCALE,
+                  (min(x_ticks[0], min(xs)), max(x_ticks[-1], max(xs))), (y_ticks[0], y_ticks[-1]))
     image = Image.new("RGB", (width, height), "white")
-    pen, font, small = ImageDraw.Draw(image), chart_font(15), chart_font(13)
-    left, top, right, bottom = 80 * SCALE, 44 * SCALE, width - 24 * SCALE, height - 60 * SCALE
-    x_low, x_high = min(x_ticks[0], min(xs)), max(x_ticks[-1], max(xs))
-    y_low, y_high = y_ticks[0], y_ticks[-1]
-
-    def place(x, y):
-        across, up = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
-        return left + across * (right - left), bottom - up * (bottom - top)
-
-    for value in y_ticks:
-        y = place(x_low, value)[1]
-        pen.line([(left, y), (right, y)], fill="#e4e4e4", width=SCALE)
-        pen.text((left - 8 * SCALE, y), f"{value:g}", fill="#333333", font=small, anchor="rm")
-    for value in x_ticks:
-        x = place(value, y_low)[0]
-        pen.line([(x, bottom), (x, bottom + 5 * SCALE)], fill="#333333", width=SCALE)
-        pen.text((x, bottom + 9 * SCALE), f"{value:g}", fill="#333333", font=small, anchor="mt")
-    pen.line([(left, top), (left, bottom), (right, bottom)], fill="#333333", width=SCALE)
-    if mark:
-        x = place(mark[0], y_low)[0]
-        pen.line([(x, top), (x, bottom)], fill="#888888", width=SCALE)
-        near_end = x > (left + right) / 2
-        pen.text((x + (-6 if near_end else 6) * SCALE, bottom - 8 * SCALE), mark[1], fill="#555555", font=small,
-                 anchor="rb" if near_end else "lb")
+    pen, font, small = ImageDraw.Draw(image), dataset.load_font(15 * SCALE), dataset.load_font(13 * SCALE)
+    draw_axes(pen, frame, x_ticks, y_ticks, small)
+    draw_marks(pen, frame, marks, small)
     for _, x, y, colour, line_width in series:
-        points = [place(*point) for point in zip(x, y)]
+        points = [frame.place(*point) for point in zip(x, y)]
         if len(points) > 1:
             pen.line(points, fill=colour, width=line_width * SCALE, joint="curve")
-        for px, py in points if len(points) <= 40 else []:
+        for px, py in points if len(points) <= 40 and not limits else []:
             radius = (line_width + 1) * SCALE
             pen.ellipse((px - radius, py - radius, px + radius, py + radius), fill=colour)
-    draw_legend(pen, series, right, top, small)
-    pen.text(((left + right) / 2, 22 * SCALE), title, fill="black", font=font, anchor="mm")
-    pen.text(((left + right) / 2, height - 14 * SCALE), x_label, fill="black", font=font, anchor="mm")
-    draw_turned(image, y_label, font, 18 * SCALE, (top + bottom) // 2)
+    for x, y in (frame.place(*dot) for dot in dots):
+        radius = 6 * SCALE
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline="black", width=2 * SCALE)
+    draw_legend(pen, series, frame, small)
+    middle = (frame.left + frame.right) / 2
+    title = dataset.fit_text(title, font, width - 20 * SCALE)
+    pen.text((middle, 18 * SCALE), title, fill="black", font=font, anchor="mm")
+    pen.text((middle, height - 14 * SCALE), x_label, fill="black", font=font, anchor="mm")
+    draw_turned(image, y_label, font, 16 * SCALE, (frame.top + frame.bottom) // 2)
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def chart_font(size):
-    """Pillow's own font, at a size in final pixels."""
-    return ImageFont.load_default(size * SCALE)
+def draw_axes(pen, frame, x_ticks, y_ticks, font):
+    """The axes with their numbers, and a line across for each number of the y axis."""
+    for value in y_ticks:
+        y = frame.place(frame.x[0], value)[1]
+        pen.line([(frame.left, y), (frame.right, y)], fill="#e4e4e4", width=SCALE)
+        pen.text((frame.left - 8 * SCALE, y), f"{value:g}", fill="#333333", font=font, anchor="rm")
+    for value in x_ticks:
+        x = frame.place(value, frame.y[0])[0]
+        pen.line([(x, frame.bottom), (x, frame.bottom + 5 * SCALE)], fill="#333333", width=SCALE)
+        pen.text((x, frame.bottom + 9 * SCALE), f"{value:g}", fill="#333333", font=font, anchor="mt")
+    corners = [(frame.left, frame.top), (frame.left, frame.bottom), (frame.right, frame.bottom)]
+    pen.line(corners, fill="#333333", width=SCALE)
+
+
+def draw_marks(pen, frame, marks, font):
+    """Vertical lines with words at their foot, each a line of text above the one before."""
+    for number, (value, text) in enumerate(sorted(marks)):
+        x, y = frame.place(value, frame.y[0])[0], frame.bottom - (8 + 18 * (number % 8)) * SCALE
+        pen.line([(x, frame.top), (x, frame.bottom)], fill="#888888", width=SCALE)
+        near_end = x > (frame.left + frame.right) / 2
+        side, anchor = (-6, "rb") if near_end else (6, "lb")
+        pen.text((x + side * SCALE, y), text, fill="#555555", font=font, anchor=anchor)
+
+
+def draw_legend(pen, series, frame, font):
+    """The names of the series, in a row over the right end of the frame."""
+    x, y = frame.right, frame.top - 14 * SCALE
+    for name, _, _, colour, _ in reversed([entry for entry in series if entry[0]]):
+        x -= pen.textlength(name, font=font)
+        pen.text((x, y), name, fill="#333333", font=font, anchor="lm")
+        pen.line([(x - 26 * SCALE, y), (x - 6 * SCALE, y)], fill=colour, width=3 * SCALE)
+        x -= 44 * SCALE
+
+
+def draw_turned(image, text, font, x, y):
+    """Text that reads upwards, centred at (x, y)."""
+    right, bottom = font.getbbox(text)[2:]
+    label = Image.new("L", (right + 4, bottom + 4), 0)
+    ImageDraw.Draw(label).text((2, 2), text, fill=255, font=font)
+    label = label.rotate(90, expand=True)
+    image.paste("black", (x - label.width // 2, int(y - label.height // 2)), label)
 
 
 def finite_points(x, y):
@@ -1035,25 +1088,6 @@ def nice_ticks(low, high, whole=False, count=6):
     return [round(step * k, digits) for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
-def draw_legend(pen, series, right, top, font):
-    """The names of the series, in a row at the top right."""
-    x = right
-    for name, _, _, colour, _ in reversed([entry for entry in series if entry[0]]):
-        x -= pen.textlength(name, font=font)
-        pen.text((x, top - 9 * SCALE), name, fill="#333333", font=font, anchor="lm")
-        pen.line([(x - 26 * SCALE, top - 9 * SCALE), (x - 6 * SCALE, top - 9 * SCALE)], fill=colour, width=3 * SCALE)
-        x -= 44 * SCALE
-
-
-def draw_turned(image, text, font, x, y):
-    """Text that reads upwards, centred at (x, y)."""
-    right, bottom = font.getbbox(text)[2:]
-    label = Image.new("L", (right + 4, bottom + 4), 0)
-    ImageDraw.Draw(label).text((2, 2), text, fill=255, font=font)
-    label = label.rotate(90, expand=True)
-    image.paste("black", (x - label.width // 2, int(y - label.height // 2)), label)
-
-
 def smooth(values, window):
     """The mean of the last `window` values at each place, of fewer at the start."""
     sums = np.cumsum(np.insert(np.asarray(values, float), 0, 0.0))
@@ -1062,8 +1096,21 @@ def smooth(values, window):
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def loss_curves(losses, history, best_epoch, title):
-    """The loss per iteration over the loss per epoch -> PIL image."""
+def stack(charts, columns, title=""):
+    """Charts of one size, in rows, under a title -> PIL image."""
+    (width, height), top = charts[0].size, 44 if title else 0
+    columns = min(columns, len(charts))
+    image = Image.new("RGB", (columns * width, top + -(-len(charts) // columns) * height), "white")
+    if title:
+        font, pen = dataset.load_font(18), ImageDraw.Draw(image)
+        pen.text((image.width / 2, 26), dataset.fit_text(title, font, image.width - 20), "black", font, anchor="mm")
+    for number, chart in enumerate(charts):
+        image.paste(chart, (number % columns * width, top + number // columns * height))
+    return image
+
+
+def loss_curves(losses, history, marks=(), title=""):
+    """The loss per iteration over the loss per epoch, with marks (epoch, text) -> PIL image."""
     steps = np.arange(1, len(losses) + 1)
     window = max(1, len(losses) // 40)
     raw = [("each iteration", steps, losses, "#b9d3ea", 1),
@@ -1072,12 +1119,38 @@ def loss_curves(losses, history, best_epoch, title):
     epochs = [row["epoch"] for row in history]
     both = [(name, epochs, [row.get(key, math.nan) for row in history], colour, 2)
             for name, key, colour in (("train", "train_loss", COLOURS[0]), ("val", "val_loss", COLOURS[1]))]
-    mark = (best_epoch, f"best epoch: {best_epoch}") if best_epoch else None
-    lower = draw_chart(both, "Loss per epoch", "epoch", "loss", mark=mark)
-    image = Image.new("RGB", (upper.width, upper.height + lower.height), "white")
-    image.paste(upper, (0, 0))
-    image.paste(lower, (0, upper.height))
-    return image
+    return stack([upper, draw_chart(both, "Loss per epoch", "epoch", "loss", marks=marks)], 1)
+
+
+def epoch_marks(run):
+    """What loss_curves() marks: the best epoch, that of the unfreezing, and those of a new learning rate."""
+    options, marks = run.options, []
+    if run.stopping.best_epoch:
+        marks.append((run.stopping.best_epoch, f"best epoch: {run.stopping.best_epoch}"))
+    if options.unfreeze and run.epoch >= options.unfreeze_epoch:
+        marks.append((options.unfreeze_epoch, f"{options.unfreeze} unfrozen"))
+    if options.schedule != "cosine":  # which changes it all the time
+        marks += [(row["epoch"], f"lr {row['lr']:g}") for before, row in zip(run.history, run.history[1:])
+                  if row["lr"] != before["lr"]]
+    return marks
+
+
+def pr_curves(targets, probabilities, thresholds, classes, split="val", most=20):
+    """Precision over recall of each class, its threshold ringed; of many classes the `most` with the lowest average
+    precision -> PIL image. targets (N, C) with 1, 0, NaN; probabilities (N, C); thresholds (C,)."""
+    scores = metrics.average_precision(targets, probabilities, None)
+    worst = np.argsort(scores, kind="stable")[:most] if len(classes) > most else range(len(classes))
+    charts = []
+    for c in worst:
+        precision, recall, cuts = metrics.precision_recall_curve(targets[:, c], probabilities[:, c])
+        at, positives = np.searchsorted(cuts, thresholds[c]), int(np.nansum(targets[:, c]))
+        curve, dots = (f"AP {scores[c]:.3f}, {positives} positives", recall, precision), [(recall[at], precision[at])]
+        if not positives:
+            curve, dots = ("no known positive", [], []), []
+        charts.append(draw_chart([(*curve, COLOURS[0], 2)], classes[c], "recall", "precision", (300, 280), dots=dots,
+                                 limits=((0, 1), (0, 1))))
+    what = f"the {most} of {len(classes)} classes with the lowest average precision" if len(classes) > most else ""
+    return stack(charts, 4, f"Precision and recall on {split}; circle: the threshold" + f"; {what}" * bool(what))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

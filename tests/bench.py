@@ -7,6 +7,7 @@
     python tests/bench.py infer MODEL DIR    # inference.py beside the bare imports, and beside a plain loop
     python tests/bench.py labels             # read_labels beside pandas (pip install pandas)
     python tests/bench.py cache              # peak memory with and without a cache of 2 GiB
+    python tests/bench.py pointing MODEL     # how often the heatmaps of the demo's defects are highest on the defect
 """
 
 import os
@@ -238,7 +239,7 @@ def start_run(data, *options):
 
     def epoch():
         train.train_epoch(run, lambda *_: None)
-        run.epoch += 1
+        run.epoch, run.step = run.epoch + 1, 0
 
     return run, epoch
 
@@ -385,8 +386,36 @@ def bench_cache(gigabytes=None):
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
+def bench_pointing(model, data="data/demo", seed=0):
+    """How often the heatmap of a defect that is rightly found is highest inside the box that the demo drew it in,
+    beside the share of the image that the boxes cover: what chance would give."""
+    import dataset
+    import inference
+
+    classifier = inference.load_model(model)
+    table = dataset.read_labels(data, Path(model).parent / "test_metadata.csv")
+    found, hits, chance = [], [], []
+    for row, probabilities in enumerate(inference.predict(classifier, table.paths)):
+        rng = np.random.default_rng([seed, int(Path(table.paths[row]).stem.removeprefix("part_"))])
+        boxes = dataset.draw_demo_image(dataset.draw_demo_labels(rng), rng)[1]
+        for name in dataset.DEMO_GROUPS["defects"]:
+            c = classifier.classes.index(name)
+            if table.targets[row, c] == 1 and probabilities[c] >= classifier.thresholds[c]:
+                heat = inference.heatmaps(classifier, table.paths[row], [c])[0]
+                y, x = (np.array(np.unravel_index(heat.argmax(), heat.shape)) + 0.5) * dataset.DEMO_SIZE / len(heat)
+                left, top, right, bottom = boxes[name]
+                found.append(name)
+                hits.append(left <= x <= right and top <= y <= bottom)
+                chance.append((right - left) * (bottom - top) / dataset.DEMO_SIZE**2)
+    for name in dict.fromkeys(["all defects", *found]):
+        rows = [i for i, other in enumerate(found) if name in (other, "all defects")]
+        print(f"{name:12} {len(rows):4} found, {np.mean([hits[i] for i in rows]):.1%} pointed at, "
+              f"{np.mean([chance[i] for i in rows]):.1%} by chance")
+
+
 BENCHES = {"metrics": bench_metrics, "baseline": bench_baseline, "train": bench_train, "learn": bench_learn,
-           "infer": bench_infer, "labels": bench_labels, "cache": bench_cache}
+           "infer": bench_infer, "labels": bench_labels, "cache": bench_cache,
+           "pointing": bench_pointing}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHES:

@@ -117,6 +117,7 @@ def test_a_run_leaves_every_file_and_returns_its_report(trained):
     assert {path.name for path in out.iterdir()} == {
         "model.pth", "last.pth", "classes.json", "thresholds.json", "predictions.csv", "train_metadata.csv",
         "val_metadata.csv", "test_metadata.csv", "loss_curve.png", "history.csv", "metrics.json", "config.json",
+        "pr_curves.png", "predictions.png",
     }
     written = json.loads((out / "metrics.json").read_text())
     assert written["split"] == "test" and written["images"] == report["images"] == 12
