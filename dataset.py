@@ -886,7 +886,7 @@ def wrap_text(text, font, width):
 
 
 def draw_sheet(cells, title, columns=6, width=200):
-    """Pictures in rows, each with lines of text under it -> PIL image. cells: [(PIL image, [(text, colour), ...]), ...].
+    """Pictures in rows with words under them -> PIL image. cells: a list of (PIL image, [(line of text, colour), ...]).
     """
     font, heading, gap, line = load_font(13), load_font(17), 14, 17
     columns = max(1, min(columns, len(cells)))

@@ -444,7 +444,7 @@ def heatmaps(classifier, image, labels):
         gradient = torch.autograd.grad(logits[label], kept[0], retain_graph=True)[0]
         seen = (gradient.mean((2, 3), keepdim=True) * kept[0].detach()).sum(1, keepdim=True).relu()
         seen = _enlarge(seen, classifier.size)
-        result.append((seen / seen.max().clamp(min=1e-12)).cpu().numpy())
+        result.append((seen / seen.max().clamp(min=1e-30)).cpu().numpy())
     return np.concatenate(result)
 
 

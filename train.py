@@ -1003,9 +1003,9 @@ def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=(), dots=
     frame = Frame(66 * SCALE, 58 * SCALE, width - 20 * SCALE, height - 52 * SCALE,
                   (min(x_ticks[0], min(xs)), max(x_ticks[-1], max(xs))), (y_ticks[0], y_ticks[-1]))
     image = Image.new("RGB", (width, height), "white")
-    pen, font, small = ImageDraw.Draw(image), dataset.load_font(15 * SCALE), dataset.load_font(13 * SCALE)
+    pen, small = ImageDraw.Draw(image), dataset.load_font(13 * SCALE)
+    font = dataset.load_font(15 * SCALE) if size[0] > 400 else small
     draw_axes(pen, frame, x_ticks, y_ticks, small)
-    draw_marks(pen, frame, marks, small)
     for _, x, y, colour, line_width in series:
         points = [frame.place(*point) for point in zip(x, y)]
         if len(points) > 1:
@@ -1013,13 +1013,14 @@ def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=(), dots=
         for px, py in points if len(points) <= 40 and not limits else []:
             radius = (line_width + 1) * SCALE
             pen.ellipse((px - radius, py - radius, px + radius, py + radius), fill=colour)
+    draw_marks(pen, frame, marks, small)
     for x, y in (frame.place(*dot) for dot in dots):
         radius = 6 * SCALE
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline="black", width=2 * SCALE)
     draw_legend(pen, series, frame, small)
     middle = (frame.left + frame.right) / 2
-    title = dataset.fit_text(title, font, width - 20 * SCALE)
-    pen.text((middle, 18 * SCALE), title, fill="black", font=font, anchor="mm")
+    title = dataset.fit_text(title, font, width - 12 * SCALE)
+    pen.text((width / 2, 18 * SCALE), title, fill="black", font=font, anchor="mm")
     pen.text((middle, height - 14 * SCALE), x_label, fill="black", font=font, anchor="mm")
     draw_turned(image, y_label, font, 16 * SCALE, (frame.top + frame.bottom) // 2)
     return image.resize(size, Image.Resampling.LANCZOS)
@@ -1046,7 +1047,7 @@ def draw_marks(pen, frame, marks, font):
         pen.line([(x, frame.top), (x, frame.bottom)], fill="#888888", width=SCALE)
         near_end = x > (frame.left + frame.right) / 2
         side, anchor = (-6, "rb") if near_end else (6, "lb")
-        pen.text((x + side * SCALE, y), text, fill="#555555", font=font, anchor=anchor)
+        pen.text((x + side * SCALE, y), text, "#333333", font, anchor, stroke_width=3 * SCALE, stroke_fill="white")
 
 
 def draw_legend(pen, series, frame, font):
@@ -1077,7 +1078,7 @@ def finite_points(x, y):
 def nice_ticks(low, high, whole=False, count=6):
     """About `count` round numbers from at or below `low` to at or above `high`; whole ones inside for an x axis."""
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
-        low, high = low - (0 if whole else 0.5), high + (1 if whole else 0.5)
+        low, high = low - (1 if whole else 0.5), high + (1 if whole else 0.5)
     rough = (high - low) / count
     base = 10 ** math.floor(math.log10(rough))
     step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= rough)
@@ -1113,8 +1114,9 @@ def loss_curves(losses, history, marks=(), title=""):
     """The loss per iteration over the loss per epoch, with marks (epoch, text) -> PIL image."""
     steps = np.arange(1, len(losses) + 1)
     window = max(1, len(losses) // 40)
-    raw = [("each iteration", steps, losses, "#b9d3ea", 1),
-           (f"mean of {window}", steps, smooth(losses, window), COLOURS[0], 2)]
+    raw = [("each iteration", steps, losses, "#b9d3ea" if window > 1 else COLOURS[0], 1)]
+    if window > 1:
+        raw.append((f"mean of {window}", steps, smooth(losses, window), COLOURS[0], 2))
     upper = draw_chart(raw, title or "Loss per iteration", "iteration_number", "training_loss")
     epochs = [row["epoch"] for row in history]
     both = [(name, epochs, [row.get(key, math.nan) for row in history], colour, 2)

@@ -399,25 +399,3 @@ def test_progress_updates_in_place_on_a_terminal_only(monkeypatch, capsys):
     progress(1, 1, 3, torch.tensor(0.25), 5)
     progress.end_epoch(row, True)
     assert capsys.readouterr().out == "epoch 1/2  loss 0.5000  10 images/s  1.0 s  best\n"
-
-
-@pytest.mark.parametrize("losses, epochs", [([0.5], 1), ([1.0, math.nan, 0.5], 3), (list(range(5000)), 200), ([], 1)])
-def test_loss_curves_draw_from_one_point_to_many(losses, epochs):
-    history = [{"epoch": i + 1, "train_loss": 1 / (i + 1), "val_loss": math.nan} for i in range(epochs)]
-    image = train.loss_curves(losses, history, 1, "A title")
-    assert image.size == (900, 840)
-    assert not losses or len(image.getcolors(10**6)) > 20
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
-def test_ticks_are_few_and_cover_the_values(low, span):
-    ticks = train.nice_ticks(low, low + span)
-    slack = 1e-9 * (abs(low) + span)
-    assert 2 <= len(ticks) <= 9 and ticks[0] <= low + slack and ticks[-1] >= low + span - slack
-
-
-def test_smooth_is_the_running_mean():
-    values = np.random.default_rng(0).random(50)
-    expected = [values[max(0, i - 6) : i + 1].mean() for i in range(50)]
-    np.testing.assert_allclose(train.smooth(values, 7), expected)
