@@ -57,6 +57,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every option that has one."""
 
     def _get_help_string(self, action):
+        if isinstance(action.default, list) and action.default:
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         none = action.default is False or action.default in (None, "", [])
         return action.help if none else super()._get_help_string(action)
 
@@ -1236,6 +1238,7 @@ def main(argv=None):
     if options.demo:
         write_demo(options.demo, options.seed, style=options.format)
         options.data = options.demo
+        print(f"drawn: {options.demo}; next: python train.py --demo --data {options.demo}\n")
     table = read_labels(options.data, options.labels, options.images, options.label_groups)
     print(summary(table, options.data), pairs_summary(table), images_summary(table), sep="\n\n")
     if options.sheet:

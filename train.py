@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -109,7 +110,8 @@ def option_parser():
     add("--train-layers", default="all", metavar="LAYERS", help="all, head, or names such as layer3,layer4,head")
     add("--unfreeze", metavar="LAYERS", help="layers to train too from --unfreeze-epoch on")
     add("--unfreeze-epoch", type=int, default=3, metavar="N", help="counted from 1")
-    add("--augment", default="light", metavar="A", help=f"none, light, rich, or some of {','.join(dataset.OPERATIONS)}")
+    add("--augment", default="light", metavar="A",
+        help=f"none, light, rich, or operations separated by commas, of {', '.join(dataset.OPERATIONS)}")
     add = parser.add_argument_group("imbalance").add_argument
     add("--pos-weight", choices=("none", "linear", "sqrt"), default="none", help="weight of positives in the loss")
     add("--pos-weight-clip", type=float, nargs=2, default=[1, 20], metavar=("LO", "HI"), help="its bounds")
@@ -1172,10 +1174,12 @@ def main(argv=None):
             raise InputError(f"--out {options.out}: {error}") from None
     fit(run)
     report = finish(run)
-    some_image = run.tables["test"].paths or run.tables["val"].paths
-    model = "" if options.out == "outputs" else f" --model {run.out / 'model.pth'}"
-    say(options, f"\nwritten to {run.out}/: model.pth, metrics.json, predictions.csv, loss_curve.png and more\n"
-                 f"next: python inference.py {some_image[0]}{model}")
+    image = (run.tables["test"].paths or run.tables["val"].paths)[0]
+    model = [] if options.out == "outputs" else ["--model", str(run.out / "model.pth")]
+    next_one = shlex.join(["python", "inference.py", str(image), *model, "--save", "drawn", "--heatmap"])
+    say(options, f"\nwritten to {run.out}/: model.pth, the report (metrics.json, predictions.csv, history.csv)\n"
+                 "  and pictures (loss_curve.png, pr_curves.png; predictions.png shows the worst mistakes)\n"
+                 f"next: {next_one}")
     return report
 
 

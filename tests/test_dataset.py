@@ -399,5 +399,5 @@ def test_command_line_summary_and_check(make_data, capsys):
     text = capsys.readouterr().out
     assert "3 rows, 3 images, 0 missing, 3 classes" in text
     assert "2 of 3 images decode" in text and "b.jpg: not an image" in text
-    assert text.splitlines()[2].split() == ["Attr1", "1", "1", "1", "50.0%"]
+    assert text.splitlines()[2].split() == ["Attr1", "1", "1", "1", "50.0%", "#######-------"]
     assert "Attr2" in text and "100.0%" in text
