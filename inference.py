@@ -428,7 +428,8 @@ def heatmaps(classifier, image, labels):
 
     image: a path or PIL image. labels: column numbers. Grad-CAM: Selvaraju et al. (2017), "Grad-CAM: Visual
     Explanations from Deep Networks via Gradient-based Localization": the last feature maps, weighted by the mean
-    gradient of the logit; for a linear head that is CAM (Zhou et al. 2016). Raises ImageError.
+    gradient of the logit; for a linear head that is CAM (Zhou et al. 2016). All 0 where no place speaks for the label.
+    Raises ImageError.
     """
     network, kept = classifier.network.eval(), []
     pixels = torch.from_numpy(np.array(dataset.load_image(image, classifier.size))).permute(2, 0, 1)[None]
@@ -466,10 +467,11 @@ def draw_heatmap(image, heat):
     values = np.asarray(heat).clip(0, 1)
     glow = np.stack([np.full_like(values, 255), 255 * (1 - values), np.zeros_like(values)], axis=2).astype(np.uint8)
     grey.paste(Image.fromarray(glow), mask=Image.fromarray((170 * values).astype(np.uint8)))
-    y, x = np.unravel_index(values.argmax(), values.shape)
-    radius = max(image.size) / 30
-    ring = (x - radius, y - radius, x + radius, y + radius)
-    ImageDraw.Draw(grey).ellipse(ring, outline="white", width=max(1, round(radius / 4)))
+    if values.any():
+        y, x = np.unravel_index(values.argmax(), values.shape)
+        radius = max(image.size) / 30
+        ring = (x - radius, y - radius, x + radius, y + radius)
+        ImageDraw.Draw(grey).ellipse(ring, outline="white", width=max(1, round(radius / 4)))
     return grey
 
 
@@ -483,8 +485,9 @@ def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
         words = [(f"{classifier.classes[c]} {row[c]:.2f}", dataset.GREEN) for c in labels]
         cells = [(image, words or [("none of the labels", dataset.GREY)])]
         if heatmap:
-            cells += [(draw_heatmap(image, heat), [(f"{text}, seen here", dataset.RED)])
-                      for heat, (text, _) in zip(heatmaps(classifier, path, labels), words)]
+            for heat, (text, _) in zip(heatmaps(classifier, path, labels), words):
+                place = "seen here" if heat.any() else "no place speaks for it"
+                cells.append((draw_heatmap(image, heat), [(f"{text}, {place}", dataset.RED)]))
         target = Path(folder) / f"{Path(name).stem}.png"
         with dataset.atomic_write(target, "wb") as file:
             dataset.draw_sheet(cells, Path(path).name, 4, PICTURE).save(file, "PNG")

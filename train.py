@@ -1116,9 +1116,10 @@ def loss_curves(losses, history, marks=(), title=""):
     """The loss per iteration over the loss per epoch, with marks (epoch, text) -> PIL image."""
     steps = np.arange(1, len(losses) + 1)
     window = max(1, len(losses) // 40)
-    raw = [("each iteration", steps, losses, "#b9d3ea" if window > 1 else COLOURS[0], 1)]
+    raw = [("each iteration", steps, losses, COLOURS[0], 2)]
     if window > 1:
-        raw.append((f"mean of {window}", steps, smooth(losses, window), COLOURS[0], 2))
+        raw = [("each iteration", steps, losses, "#b9d3ea", 1),
+               (f"mean of {window}", steps, smooth(losses, window), COLOURS[0], 2)]
     upper = draw_chart(raw, title or "Loss per iteration", "iteration_number", "training_loss")
     epochs = [row["epoch"] for row in history]
     both = [(name, epochs, [row.get(key, math.nan) for row in history], colour, 2)
