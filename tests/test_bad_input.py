@@ -333,6 +333,14 @@ OPTIONS = [
     (["--split", "1", "0", "0"], "--split takes three ratios"),
     (["--group", "pipe"], "--group pipe: "),
     (["--weights", "labels.txt"], "labels.txt is not there"),
+    (["--data", "/nowhere"], "/nowhere is not a folder"),
+    (["--thresholds", "best"], "--thresholds best: use pr_curve"),
+    (["--augment", "spin"], "--augment spin: 'spin' is not one of"),
+    (["--cache", "lots"], "--cache lots: use auto"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--weights", "/nowhere.pth"], "/nowhere.pth is not there"),
+    (["--backbone", "vgg99"], "argument --backbone: invalid choice: 'vgg99'"),
+    (["--train-layers", "layer9"], "resnet18 has no layer layer9"),
     (["--frobnicate"], "unrecognized arguments: --frobnicate (see --help)"),
 ]
 

@@ -331,26 +331,6 @@ def test_layers_have_the_names_that_users_of_the_backbone_expect(backbone):
     assert len(train.select_parameters(network, backbone, "head")) == 6
 
 
-WRONG = [
-    (["--data", "/nowhere"], "/nowhere is not a folder"),
-    (["--epochs", "0"], "--epochs must be at least 1"),
-    (["--thresholds", "best"], "--thresholds best: use pr_curve"),
-    (["--augment", "spin"], "--augment spin: 'spin' is not one of"),
-    (["--cache", "lots"], "--cache lots: use auto"),
-    (["--device", "abacus"], "--device abacus"),
-    (["--weights", "/nowhere.pth"], "/nowhere.pth is not there"),
-    (["--backbone", "vgg99"], "argument --backbone: invalid choice: 'vgg99'"),
-    (["--train-layers", "layer9"], "resnet18 has no layer layer9"),
-]
-
-
-@pytest.mark.parametrize("arguments, message", WRONG)
-def test_wrong_options_are_one_clear_error(demo, tmp_path, arguments, message):
-    with pytest.raises(InputError) as error:
-        train.main(["--data", str(demo), "--out", str(tmp_path / "out"), *SMALL, *arguments])
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
 def test_the_command_exits_with_2_and_one_line():
     result = subprocess.run([sys.executable, ROOT / "train.py", "--data", "/nowhere"], capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
