@@ -875,8 +875,8 @@ def fit_text(text, font, width):
     return text + "..."
 
 
-def wrap_text(text, font, width):
-    """The text as lines of at most `width` pixels, broken at its blanks; a longer word is cut."""
+def wrap_text(text, font, width, most=4):
+    """The text as at most `most` lines of at most `width` pixels, broken at its blanks; what does not fit is cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -884,6 +884,8 @@ def wrap_text(text, font, width):
             lines[-1] = fit_text(longer, font, width)
         else:
             lines.append(fit_text(word, font, width))
+    if len(lines) > most:
+        lines = [*lines[: most - 1], fit_text(f"{lines[most - 1]} {lines[most]}", font, width)]
     return lines
 
 

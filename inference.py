@@ -507,9 +507,12 @@ def mistakes_sheet(table, probabilities, thresholds, count=24):
     cells = []
     for row in [row for row in np.argsort(-confidence, kind="stable")[:count] if wrong[row].any()]:
         lines, unknown = [(table.ids[row], dataset.BLACK)], np.isnan(table.targets[row])
-        for c in sorted(np.flatnonzero(wrong[row]), key=lambda c: -abs(probabilities[row, c] - thresholds[c])):
+        mistakes = sorted(np.flatnonzero(wrong[row]), key=lambda c: -abs(probabilities[row, c] - thresholds[c]))
+        for c in mistakes[:6]:
             kind, colour = ("+ false alarm:", dataset.RED) if said[row, c] else ("- missed:", dataset.BLUE)
             lines.append((f"{kind} {table.classes[c]} {probabilities[row, c]:.2f}", colour))
+        if len(mistakes) > 6:
+            lines.append((f"and {len(mistakes) - 6} mistakes more", dataset.GREY))
         for what, chosen in (("true", table.targets[row] == 1), ("said", said[row]), ("NA", unknown)):
             names = ", ".join(table.classes[c] for c in np.flatnonzero(chosen))
             if names or what != "NA":

@@ -110,8 +110,7 @@ def option_parser():
     add("--train-layers", default="all", metavar="LAYERS", help="all, head, or names such as layer3,layer4,head")
     add("--unfreeze", metavar="LAYERS", help="layers to train too from --unfreeze-epoch on")
     add("--unfreeze-epoch", type=int, default=3, metavar="N", help="counted from 1")
-    add("--augment", default="light", metavar="A",
-        help=f"none, light, rich, or operations separated by commas, of {', '.join(dataset.OPERATIONS)}")
+    add("--augment", default="light", metavar="A", help=f"none, light, rich, or a list: {','.join(dataset.OPERATIONS)}")
     add = parser.add_argument_group("imbalance").add_argument
     add("--pos-weight", choices=("none", "linear", "sqrt"), default="none", help="weight of positives in the loss")
     add("--pos-weight-clip", type=float, nargs=2, default=[1, 20], metavar=("LO", "HI"), help="its bounds")

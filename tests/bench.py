@@ -3,7 +3,7 @@
     python tests/bench.py metrics            # metrics.py beside scikit-learn, on the size of COCO's validation set
     python tests/bench.py baseline           # a linear classifier on the pixels of the demo data
     python tests/bench.py train DATA         # images/s beside a plain loop, and beside the compute ceiling
-    python tests/bench.py learn              # time to the plain loop's best val mAP on the demo data
+    python tests/bench.py learn DATA [WEIGHTS]     # time to the plain loop's best val mAP on the demo data
     python tests/bench.py infer MODEL DIR    # inference.py beside the bare imports, and beside a plain loop
     python tests/bench.py labels             # read_labels beside pandas (pip install pandas)
     python tests/bench.py cache              # peak memory with and without a cache of 2 GiB
@@ -276,14 +276,17 @@ def bench_train(data, *options):
     print(f"head alone: {first:.1f} s to compute the features, then {seconds(head):.2f} s an epoch")
 
 
-def bench_learn(data="data/demo", epochs=18):
-    """Training time (validation not counted) until the plain loop is at its best val mAP, and until we are there."""
+def bench_learn(data="data/demo", weights="none", epochs=18):
+    """Training time (validation not counted) until the plain loop is at its best val mAP, and until we are there, both
+    from scratch or from the same weights."""
     import torch
 
     import inference
 
-    run, ours = start_run(data, "--demo", "--epochs", str(epochs))
+    run, ours = start_run(data, "--demo", "--epochs", str(epochs), "--weights", weights)
     plain, _ = plain_loop(run.tables["train"], run.options.size)
+    if weights != "none":
+        inference.load_weights(plain.network, weights, "resnet18")
     truth = run.tables["val"].targets
 
     def history(epoch, network, precision):

@@ -24,8 +24,10 @@ from dataset import InputError
 def test_text_fits(text, width):
     font = dataset.load_font(13)
     assert font.getlength(dataset.fit_text(text, font, width)) <= width
-    lines = dataset.wrap_text(text, font, width)
+    lines = dataset.wrap_text(text, font, width, 99)
     assert all(font.getlength(line) <= width for line in lines)
+    few = dataset.wrap_text(text, font, width, 2)
+    assert few == lines if len(lines) <= 2 else len(few) == 2 and few[0] == lines[0] and few[1].endswith("...")
     if not any(font.getlength(word) > width for word in text.split()):
         assert " ".join(lines).split() == text.split()
 
