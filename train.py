@@ -555,14 +555,17 @@ def train_epoch(run, progress):
 
 
 def keep_losses(run, losses):
-    """Move losses (tensors) to run.losses, which waits for the device. Raises RuntimeError when one is not finite."""
+    """Move losses (tensors) to run.losses, which waits for the device. Raises RuntimeError when one of them or a weight
+    is not finite: such a state is never saved."""
     values = sum_over_ranks(torch.stack(losses)).tolist() if losses else []
     losses.clear()
-    for number, loss in enumerate(values, len(run.losses) + 1):
-        if not math.isfinite(loss):
-            saved = f"{run.out / 'last.pth'} is that after epoch {run.epoch}" if run.epoch else "nothing is saved yet"
-            raise RuntimeError(f"the loss is {loss} at iteration {number}, in epoch {run.epoch + 1}: try a lower --lr, "
-                               f"or --precision fp32; {saved}")
+    bad = next((f"loss is {loss} at iteration {number}" for number, loss in enumerate(values, len(run.losses) + 1)
+                if not math.isfinite(loss)), None)
+    finite = torch.stack([weight.isfinite().all() for weight in run.classifier.network.parameters()]).all()
+    if bad or not finite:
+        saved = f"{run.out / 'last.pth'} is that after epoch {run.epoch}" if run.epoch else "nothing is saved yet"
+        raise RuntimeError(f"the {bad or 'weights are no longer finite'}, in epoch {run.epoch + 1}: try a lower --lr, "
+                           f"or --precision fp32; {saved}")
     run.losses += values
 
 
@@ -647,6 +650,8 @@ def evaluate(run, split):
     good = np.array([row for row in range(len(images)) if row not in images.errors], int)
     table, logits = run.tables[split].subset(good), logits[good].cpu()
     total, known = masked_bce(logits, torch.from_numpy(table.targets), run.pos_weight.cpu())
+    if not logits.isfinite().all():
+        raise RuntimeError(f"the outputs on {split} are not all finite: try a lower --lr, or --precision fp32")
     return table.targets, torch.sigmoid(logits).numpy(), (total / known).item(), table
 
 

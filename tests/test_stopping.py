@@ -299,6 +299,14 @@ def test_a_loss_that_is_not_a_number_stops_the_run(demo, tmp_path, monkeypatch):
     assert train.main([*options, "--resume"])["epoch"] in (1, 2, 3)
 
 
+@pytest.mark.parametrize("rate", ["1e30", "1e18"])
+def test_weights_that_overflow_are_not_saved(demo, tmp_path, rate):
+    with pytest.raises(RuntimeError, match="try a lower --lr, or --precision fp32"):
+        train.main(["--data", str(demo), "--out", str(tmp_path), "--epochs", "3", "--lr", rate, *SMALL])
+    for path in tmp_path.glob("*.pth"):
+        assert all(tensor.isfinite().all() for tensor in tensors(path).values())
+
+
 def test_out_of_memory_gives_a_hint(demo, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate ...")
