@@ -674,6 +674,9 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 
+PAGE = 4096  # bytes of memory that an image in the cache takes beside its pixels: they fill whole pages, in objects
+
+
 class ImageDataset(torch.utils.data.Dataset):
     """The images of a LabelTable: dataset[i] is (image uint8 (3, size, size), targets float32 (C,), id).
 
@@ -685,7 +688,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.table, self.size, self.errors = table, size, {}
         self.targets = torch.from_numpy(table.targets.copy())
         self._pixels = {}
-        self._capacity = int(cache_bytes // (3 * size * size))
+        self._capacity = int(cache_bytes // (3 * size * size + PAGE))
 
     def __len__(self):
         return len(self.table)
