@@ -3,7 +3,7 @@
     python tests/bench.py metrics            # metrics.py beside scikit-learn, on the size of COCO's validation set
     python tests/bench.py baseline           # a linear classifier on the pixels of the demo data
     python tests/bench.py train DATA         # images/s beside a plain loop, and beside the compute ceiling
-    python tests/bench.py learn DATA [WEIGHTS]     # time to the plain loop's best val mAP on the demo data
+    python tests/bench.py learn [DATA [WEIGHTS [EPOCHS]]]  # time to the plain loop's best val mAP on the demo data
     python tests/bench.py infer MODEL DIR    # inference.py beside the bare imports, and beside a plain loop
     python tests/bench.py labels             # read_labels beside pandas (pip install pandas)
     python tests/bench.py cache              # peak memory with and without a cache of 2 GiB
@@ -283,6 +283,7 @@ def bench_learn(data="data/demo", weights="none", epochs=18):
 
     import inference
 
+    epochs = int(epochs)
     run, ours = start_run(data, "--demo", "--epochs", str(epochs), "--weights", weights)
     plain, _ = plain_loop(run.tables["train"], run.options.size)
     if weights != "none":

@@ -327,6 +327,15 @@ def test_dataset_and_batches(demo):
     assert next(iter(loader))[0].shape == (4, 3, 32, 32)
 
 
+def test_the_cache_holds_what_it_may(demo):
+    table = dataset.read_labels(demo)
+    for limit, count in ((0, 0), (3 * 224 * 224 * 5, 4), (10**9, 80)):
+        images = dataset.ImageDataset(table, 224, cache_bytes=limit)
+        first = [images[i][0] for i in range(80)]
+        assert len(images._pixels) == count and sum(pixels.nbytes for pixels in images._pixels.values()) <= limit
+        assert all(torch.equal(images[i][0], first[i]) for i in range(80))
+
+
 def test_a_bad_image_counts_for_nothing_and_is_remembered(make_data):
     folder = make_data(TABLE)
     (folder / "images" / "b.jpg").write_bytes(b"no image")
