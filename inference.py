@@ -531,22 +531,27 @@ def mistakes_sheet(table, probabilities, thresholds, count=24):
 
 def parse_options(argv=None):
     """The command line's options."""
-    parser = ArgumentParser(description="Say which labels images carry.")
+    parser = ArgumentParser(usage="%(prog)s IMAGE|DIR ... [options], or %(prog)s --evaluate DATA [options]",
+                            description="Say which labels images carry.")
     parser.add_argument("images", nargs="*", metavar="IMAGE|DIR", help="images, or folders of images")
     parser.add_argument("--image", action="append", default=[], metavar="IMAGE", help="the same, as an option")
-    parser.add_argument("--model", default="outputs/model.pth", metavar="FILE", help="what train.py wrote")
-    parser.add_argument("--threshold", type=float, metavar="T", help="one for all labels (default: the model's)")
-    parser.add_argument("--format", choices=("table", "csv", "json"), default="table", help="of the output")
-    parser.add_argument("--out", metavar="FILE", help="write the output into a file")
-    parser.add_argument("--save", metavar="DIR", help="draw each image with its labels into DIR")
-    parser.add_argument("--heatmap", action="store_true", help="with --save: and where each label was seen (Grad-CAM)")
-    parser.add_argument("-b", "--batch-size", type=int, default=32, help="images at a time")
-    parser.add_argument("-j", "--workers", type=int, default=default_workers(), help="threads that decode images")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="to compute in")
-    parser.add_argument("--evaluate", metavar="DATA", help="report the model on this labelled folder")
-    parser.add_argument("--labels", metavar="FILE", help="label file of DATA, when it is not found by looking")
-    parser.add_argument("--bootstrap", type=int, default=0, metavar="N", help="95 %% intervals, N resamples of DATA")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="outputs/model.pth", metavar="FILE", help="what train.py wrote")
+    add("--threshold", type=float, metavar="T", help="one for all labels (default: the model's)")
+    add = parser.add_argument_group("output").add_argument
+    add("--format", choices=("table", "csv", "json"), default="table", help="of the predictions")
+    add("--out", metavar="FILE", help="write the output into a file")
+    add("--save", metavar="DIR", help="draw each image with its labels into DIR")
+    add("--heatmap", action="store_true", help="with --save: and where each label was seen (Grad-CAM)")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--evaluate", metavar="DATA", help="report the model on this labelled folder")
+    add("--labels", metavar="FILE", help="label file of DATA, when it is not found by looking")
+    add("--bootstrap", type=int, default=0, metavar="N", help="95 %% intervals, from N resamples of DATA; 0: none")
+    add = parser.add_argument_group("system").add_argument
+    add("-b", "--batch-size", type=int, default=32, metavar="N", help="images at a time")
+    add("-j", "--workers", type=int, default=default_workers(), metavar="N", help="threads that decode images")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="to compute in")
     options = parser.parse_args(argv)
     dataset.check_numbers(options, {"batch_size": 1, "workers": 0, "bootstrap": 0})
     if options.heatmap and not options.save:

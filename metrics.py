@@ -587,14 +587,14 @@ def _mean_row(group_by, value, group):
 
 def main(argv=None):
     """The command line; returns the text of the table it prints."""
-    parser = argparse.ArgumentParser(
-        description="Print the results table of runs.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Print the results table of runs; * is the best of a column.")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a folder that train.py wrote")
-    parser.add_argument("--sort", default="f1_macro", metavar="NAME", help="a score or an option")
+    parser.add_argument("--sort", default="f1_macro", metavar="NAME",
+                        help="a score or an option (default: %(default)s)")
     parser.add_argument("--ascending", action="store_true", help="lowest first")
     parser.add_argument("--group-by", metavar="OPTION", help="one row per value of this option")
-    parser.add_argument("--group-mode", choices=("best", "mean"), default="best", help="what a group shows")
+    parser.add_argument("--group-mode", choices=("best", "mean"), default="best",
+                        help="what a group shows (default: %(default)s)")
 
     def fail(message):
         raise ValueError(message)
