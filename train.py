@@ -38,8 +38,9 @@ import metrics
 from dataset import InputError
 from inference import BACKBONES, HEADS
 
-# What --demo changes: small drawn images, and no pretrained weights to start from.
-DEMO = {"data": "data/demo", "weights": "none", "size": 96, "epochs": 18, "augment": "flip,vflip"}
+# What --demo changes: small drawn images, and no pretrained weights to start from, for which another rate is best.
+DEMO = {"data": "data/demo", "weights": "none", "size": 96, "epochs": 18, "augment": "flip,vflip", "lr": 1e-3,
+        "pos_weight": "none"}
 
 # Published recipes as defaults of the options; the README says what each reproduces.
 PRESETS = {
@@ -101,7 +102,7 @@ def option_parser():
     add("--preset", choices=PRESETS, default="default", help="a published recipe: defaults for the other options")
     add("--epochs", type=int, default=20, help="at most")
     add("-b", "--batch-size", type=int, default=16, help="images per step")
-    add("--lr", type=float, default=1e-3, help="learning rate of the head")
+    add("--lr", type=float, default=3e-4, help="learning rate of the head")
     add("--lr-backbone", type=float, help="learning rate of the backbone (default: that of the head)")
     add("--wd", type=float, default=1e-2, help="weight decay of AdamW; 0 makes it Adam")
     add("--schedule", choices=("constant", "cosine", "multistep"), default="cosine", help="of the learning rates")
@@ -112,7 +113,7 @@ def option_parser():
     add("--unfreeze-epoch", type=int, default=3, metavar="N", help="counted from 1")
     add("--augment", default="light", metavar="A", help=f"none, light, rich, or a list: {','.join(dataset.OPERATIONS)}")
     add = parser.add_argument_group("imbalance").add_argument
-    add("--pos-weight", choices=("none", "linear", "sqrt"), default="none", help="weight of positives in the loss")
+    add("--pos-weight", choices=("none", "linear", "sqrt"), default="sqrt", help="weight of positives in the loss")
     add("--pos-weight-clip", type=float, nargs=2, default=[1, 20], metavar=("LO", "HI"), help="its bounds")
     add = parser.add_argument_group("stopping").add_argument
     add("--monitor", choices=("loss", "f1", "map"), default="map", help="what is best on val (f1: weighted)")

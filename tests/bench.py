@@ -284,7 +284,8 @@ def bench_learn(data="data/demo", weights="none", epochs=18):
     import inference
 
     epochs = int(epochs)
-    run, ours = start_run(data, "--demo", "--epochs", str(epochs), "--weights", weights)
+    recipe = ["--demo"] if weights == "none" else ["--size", "96", "--weights", weights]
+    run, ours = start_run(data, "--epochs", str(epochs), *recipe)
     plain, _ = plain_loop(run.tables["train"], run.options.size)
     if weights != "none":
         inference.load_weights(plain.network, weights, "resnet18")

@@ -169,7 +169,7 @@ def test_no_test_split_reports_on_val(demo, tmp_path):
 def test_freezing_unfreezing_and_rates(demo, tmp_path):
     run("--data", demo, "--out", tmp_path, "--epochs", 3, "--train-layers", "head", "--unfreeze", "layer4",
         "--unfreeze-epoch", 2, "--lr-backbone", 1e-4, "--schedule", "multistep", "--milestones", 2, "--val-every", 2,
-        "--wd", 0, "--monitor", "loss")
+        "--wd", 0, "--monitor", "loss", "--lr", 1e-3)
     history = list(csv.DictReader((tmp_path / "history.csv").open()))
     assert [float(row["lr"]) for row in history] == pytest.approx([1e-3, 1e-3, 1e-4])
     assert [float(row["lr_backbone"]) for row in history] == pytest.approx([1e-4, 1e-4, 1e-5])
