@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -43,7 +44,9 @@ def losses_of(processes, data, folder, *options):
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run([*command, str(folder / "script.py")], capture_output=True, text=True)
+    # torchrun's own default: with another number of threads sums round differently, and Adam makes that grow
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(folder / "script.py")], capture_output=True, text=True, env=one_thread)
     assert done.returncode == 0, done.stderr
     return json.load(open(result))
 
