@@ -582,8 +582,8 @@ def main(argv=None):
                                   np.array(classifier.thresholds), classifier), options.out)
     if options.save:
         chosen = [paths[row] for row in good]
-        save_pictures(classifier, chosen, probabilities[good], options.save, options.heatmap)
-        print(f"drawn: {len(good)} pictures in {options.save}")
+        drawn = save_pictures(classifier, chosen, probabilities[good], options.save, options.heatmap)
+        print(f"drawn: {drawn[0]}" + f" and {len(drawn) - 1} more" * (len(drawn) > 1) if drawn else "drawn: nothing")
     for message in errors.values():
         print(f"skipped: {message}", file=sys.stderr)
     if errors:

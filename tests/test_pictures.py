@@ -120,7 +120,7 @@ def test_pictures_are_saved_for_all_images_of_a_folder(trained, demo, tmp_path, 
     call = [*map(str, images), "--model", str(trained[0] / "model.pth"), "--device", "cpu", "--threshold", "0"]
     inference.main([*call, "--save", str(tmp_path / "plain")])
     inference.main([*call, "--save", str(tmp_path / "heat"), "--heatmap"])
-    assert f"drawn: 2 pictures in {tmp_path / 'heat'}" in capsys.readouterr().out
+    assert f"drawn: {tmp_path / 'heat' / images[0].stem}.png and 1 more" in capsys.readouterr().out
     for image in images:
         plain, heat = (Image.open(tmp_path / name / f"{image.stem}.png") for name in ("plain", "heat"))
         assert plain.width < heat.width and heat.height > 2 * 360  # seven pictures in rows of four
