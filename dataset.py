@@ -382,7 +382,10 @@ def _looks_like_lists(header, rows):
 
 def _read_lists(path, rows, groups, group):
     """The lists format: an ID column and columns of names separated by ";"; rows of one ID are united."""
-    (_, header), *rows = rows
+    (number, header), *rows = rows
+    twice = _first_repeated(header)
+    if twice is not None:
+        raise InputError(f"{path}:{number}: the column {twice!r} is there twice: rename one of the columns")
     names = [name.lower() for name in header]
     place = next(names.index(name) for name in ID_COLUMNS if name in names)
     if group and group not in header:
@@ -892,6 +895,11 @@ def wrap_text(text, font, width, most=4):
     return lines
 
 
+def fit_image(image, side):
+    """A PIL image, resized so that its longer side has `side` pixels."""
+    return image.resize([max(1, round(length * side / max(image.size))) for length in image.size])
+
+
 def draw_sheet(cells, title, columns=6, width=200):
     """Pictures in rows with words under them -> PIL image. cells: a list of (PIL image, [(line of text, colour), ...]).
     """
@@ -899,7 +907,8 @@ def draw_sheet(cells, title, columns=6, width=200):
     columns = max(1, min(columns, len(cells)))
     texts = [[(part, colour) for text, colour in lines for part in wrap_text(text, font, width)] for _, lines in cells]
     rows = [range(start, min(start + columns, len(cells))) for start in range(0, len(cells), columns)]
-    tops = [max(ImageOps.contain(cells[i][0], (width, width)).height for i in row) for row in rows]
+    pictures = [fit_image(picture, width) for picture, _ in cells]
+    tops = [max(pictures[i].height for i in row) for row in rows]
     heights = [top + line * max(len(texts[i]) for i in row) + gap + 6 for top, row in zip(tops, rows)]
     total = columns * (width + gap) + gap
     titles = wrap_text(title, heading, total - 2 * gap)
@@ -910,7 +919,7 @@ def draw_sheet(cells, title, columns=6, width=200):
         pen.text((gap, 10 + 24 * number), text, BLACK, heading)
     for row, top, height in zip(rows, tops, heights):
         for column, i in enumerate(row):
-            x, picture = gap + column * (width + gap), ImageOps.contain(cells[i][0], (width, width))
+            x, picture = gap + column * (width + gap), pictures[i]
             sheet.paste(picture, (x + (width - picture.width) // 2, y + top - picture.height))
             for number, (text, colour) in enumerate(texts[i]):
                 pen.text((x, y + top + 5 + number * line), text, colour, font)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from torch import nn
 
 import dataset
@@ -480,7 +480,7 @@ def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
     folder/NAME.png -> the paths written. probabilities: (N, C), of predict()."""
     written, thresholds = [], np.array(classifier.thresholds)
     for path, name, row in zip(paths, dataset.distinct_names(paths), probabilities):
-        image = ImageOps.contain(dataset.load_image(path), (PICTURE, PICTURE))
+        image = dataset.fit_image(dataset.load_image(path), PICTURE)
         labels = sorted(np.flatnonzero(row >= thresholds), key=lambda c: -row[c])
         words = [(f"{classifier.classes[c]} {row[c]:.2f}", dataset.GREEN) for c in labels]
         cells = [(image, words or [("none of the labels", dataset.GREY)])]

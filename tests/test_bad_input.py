@@ -67,6 +67,7 @@ LABELS = {  # name, content -> (classes, targets), or the error
     "no image there": ("labels.txt", "x.jpg 1\n", "none of its 1 images is in"),
     "lists, a cell too many": ("image_data.csv", "ID,parts\na,Bolt\nb,Bolt,Nut\n",
                                "image_data.csv:3: 3 cells, but the header has 2"),
+    "lists, a column twice": ("image_data.csv", "ID,,\na,Bolt,\n", "image_data.csv:1: the column '' is there twice"),
     "lists, placeholders only": ("image_data.csv", "ID,parts\na,part\nb,parts\n",
                                  "image_data.csv names no labels in parts"),
     "lists, a name in two columns": ("image_data.csv", "ID,parts,defects\na,Bolt,Rust\nb,Rust,\n",
