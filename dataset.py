@@ -144,6 +144,12 @@ def write_json(path, value):
     write_text(path, [json.dumps(clean(value), indent=2, ensure_ascii=False)])
 
 
+def write_png(path, image):
+    """Write a PIL image as a PNG file."""
+    with atomic_write(path, "wb") as file:
+        image.save(file, "PNG")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Label files
 
@@ -927,16 +933,20 @@ def draw_sheet(cells, title, columns=6, width=200):
     return sheet
 
 
+def list_names(classes, chosen):
+    """The names of the chosen classes (C,), boolean, as text."""
+    return ", ".join(classes[c] for c in np.flatnonzero(chosen))
+
+
 def label_sheet(table, count=24, seed=0):
     """A random sample of a table's images with their labels -> PIL image."""
     rows, cells = np.random.default_rng(seed).permutation(len(table))[:count], []
     for row in sorted(rows):
-        names = {value: [name for name, target in zip(table.classes, table.targets[row]) if target == value]
-                 for value in (0, 1)}
-        unknown = [name for name, target in zip(table.classes, table.targets[row]) if np.isnan(target)]
-        lines = [(table.ids[row], BLACK), (", ".join(names[1]) or "no label", GREEN)]
+        present, unknown = (list_names(table.classes, chosen)
+                            for chosen in (table.targets[row] == 1, np.isnan(table.targets[row])))
+        lines = [(table.ids[row], BLACK), (present or "no label", GREEN)]
         if unknown:
-            lines.append((f"NA: {', '.join(unknown)}", GREY))
+            lines.append((f"NA: {unknown}", GREY))
         try:
             cells.append((load_image(table.paths[row]), lines))
         except ImageError as error:
@@ -1256,8 +1266,7 @@ def main(argv=None):
     table = read_labels(options.data, options.labels, options.images, options.label_groups)
     print(summary(table, options.data), pairs_summary(table), images_summary(table), sep="\n\n")
     if options.sheet:
-        with atomic_write(options.sheet, "wb") as file:
-            label_sheet(table).save(file, "PNG")
+        write_png(options.sheet, label_sheet(table))
         print(f"drawn: {options.sheet}")
     if options.check:
         bad = find_bad_images(table, os.cpu_count())

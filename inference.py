@@ -489,8 +489,7 @@ def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
                 place = "seen here" if heat.any() else "no place speaks for it"
                 cells.append((draw_heatmap(image, heat), [(f"{text}, {place}", dataset.RED)]))
         target = Path(folder) / f"{Path(name).stem}.png"
-        with dataset.atomic_write(target, "wb") as file:
-            dataset.draw_sheet(cells, Path(path).name, 4, PICTURE).save(file, "PNG")
+        dataset.write_png(target, dataset.draw_sheet(cells, Path(path).name, 4, PICTURE))
         written.append(target)
     return written
 
@@ -514,7 +513,7 @@ def mistakes_sheet(table, probabilities, thresholds, count=24):
         if len(mistakes) > 6:
             lines.append((f"and {len(mistakes) - 6} mistakes more", dataset.GREY))
         for what, chosen in (("true", table.targets[row] == 1), ("said", said[row]), ("NA", unknown)):
-            names = ", ".join(table.classes[c] for c in np.flatnonzero(chosen))
+            names = dataset.list_names(table.classes, chosen)
             if names or what != "NA":
                 lines.append((f"{what}: {names or 'none'}", dataset.GREY))
         try:

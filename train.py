@@ -814,8 +814,8 @@ def write_history(run):
     """Write history.csv and loss_curve.png."""
     rows = [[row.get(name, "") for name in HISTORY] for row in run.history]
     dataset.write_csv(run.out / "history.csv", [HISTORY, *rows])
-    with dataset.atomic_write(run.out / "loss_curve.png", "wb") as file:
-        loss_curves(run.losses, run.history, epoch_marks(run), run.options.plot_title).save(file, "PNG")
+    curves = loss_curves(run.losses, run.history, epoch_marks(run), run.options.plot_title)
+    dataset.write_png(run.out / "loss_curve.png", curves)
 
 
 def finish(run):
@@ -853,11 +853,9 @@ def write_report(run, report, table, probabilities):
 def draw_report(run, on_val, table, probabilities):
     """Draw pr_curves.png of val and predictions.png, the mistakes on the split that is reported."""
     best = run.classifier
-    curves = pr_curves(on_val[0], on_val[1], best.thresholds, best.classes)
+    dataset.write_png(run.out / "pr_curves.png", pr_curves(on_val[0], on_val[1], best.thresholds, best.classes))
     sheet = inference.mistakes_sheet(table, probabilities, best.thresholds)
-    for name, picture in (("pr_curves.png", curves), ("predictions.png", sheet)):
-        with dataset.atomic_write(run.out / name, "wb") as file:
-            picture.save(file, "PNG")
+    dataset.write_png(run.out / "predictions.png", sheet)
 
 
 def predictions_name(run, report):
@@ -1145,9 +1143,9 @@ def epoch_marks(run):
     return marks
 
 
-def pr_curves(targets, probabilities, thresholds, classes, split="val", most=20):
-    """Precision over recall of each class, its threshold ringed; of many classes the `most` with the lowest average
-    precision -> PIL image. targets (N, C) with 1, 0, NaN; probabilities (N, C); thresholds (C,)."""
+def pr_curves(targets, probabilities, thresholds, classes, most=20):
+    """Precision over recall of each class on val, its threshold ringed; of many classes the `most` with the lowest
+    average precision -> PIL image. targets (N, C) with 1, 0, NaN; probabilities (N, C); thresholds (C,)."""
     scores = metrics.average_precision(targets, probabilities, None)
     worst = np.argsort(scores, kind="stable")[:most] if len(classes) > most else range(len(classes))
     charts = []
@@ -1159,8 +1157,8 @@ def pr_curves(targets, probabilities, thresholds, classes, split="val", most=20)
             curve, dots = ("no known positive", [], []), []
         charts.append(draw_chart([(*curve, COLOURS[0], 2)], classes[c], "recall", "precision", (300, 280), dots=dots,
                                  limits=((0, 1), (0, 1))))
-    what = f"the {most} of {len(classes)} classes with the lowest average precision" if len(classes) > most else ""
-    return stack(charts, 4, f"Precision and recall on {split}; circle: the threshold" + f"; {what}" * bool(what))
+    few = f"; the {most} of {len(classes)} classes with the lowest average precision" if len(classes) > most else ""
+    return stack(charts, 4, "Precision and recall on val; circle: the threshold" + few)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

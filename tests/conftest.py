@@ -1,5 +1,6 @@
 """Small data and one small trained run, shared by all tests."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,13 @@ import dataset  # noqa: E402
 import train  # noqa: E402
 
 SMALL = ["--weights", "none", "--size", "32", "-q", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
+
+
+def encoded(image, kind, **options):
+    """The bytes of an image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Odd and broken label files, images and options: each has its defined outcome."""
 
-import io
 import math
 import os
 import resource
@@ -17,7 +16,7 @@ from PIL import Image
 import dataset
 import inference
 import train
-from conftest import SMALL
+from conftest import SMALL, encoded
 from dataset import ImageError, InputError
 
 
@@ -106,12 +105,6 @@ def test_a_line_of_a_gigabyte_is_refused_in_little_memory(make_data, capsys):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
-
-
-def encoded(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def noise(mode="RGB", size=(40, 30)):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import dataset
+from conftest import encoded
 from dataset import InputError
 
 NAN = float("nan")
@@ -266,10 +267,7 @@ def test_every_split_gets_something_or_it_is_an_error():
 
 
 def saved(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    file.seek(0)
-    return file
+    return io.BytesIO(encoded(image, kind, **options))
 
 
 @pytest.mark.parametrize("mode, colour", [
