@@ -184,7 +184,7 @@ def free_memory():
 
 
 def cache_bytes(cache):
-    """--cache -> bytes. auto is half of the memory that is free now."""
+    """--cache -> bytes. auto is half of the memory that is free now, divided by the processes on this machine."""
     if cache == "off":
         return 0
     if cache != "auto":
@@ -192,7 +192,7 @@ def cache_bytes(cache):
             return max(0.0, float(cache)) * 2**30
         except ValueError:
             raise InputError(f"--cache {cache}: use auto, off, or a number of gigabytes") from None
-    return free_memory() / 2
+    return free_memory() / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,9 +206,9 @@ def masked_bce(logits, targets, pos_weight):
     positives. The mean is sum / number; with no known label both are 0.
     """
     known = ~torch.isnan(targets)
-    targets = torch.where(known, targets, 0.0)
     bce = nn.functional.binary_cross_entropy_with_logits
-    loss = bce(logits, targets, pos_weight=pos_weight, reduction="none")
+    loss = bce(logits, torch.where(known, targets, 0.0).to(logits.dtype), pos_weight=pos_weight.to(logits.dtype),
+               reduction="none")
     return torch.where(known, loss, 0.0).sum(), known.sum()
 
 
@@ -310,6 +310,13 @@ def max_over_ranks(tensor):
     return tensor
 
 
+def share_buffers(network):
+    """Give all processes the leader's BatchNorm statistics, which are those that are saved."""
+    if distributed.is_initialized():
+        for buffer in network.buffers():
+            distributed.broadcast(buffer, 0)
+
+
 def share_errors(images):
     """Tell all processes of the images that one of them could not read."""
     if distributed.is_initialized():
@@ -402,6 +409,7 @@ def prepare(options):
 
     torch.manual_seed(options.seed)
     device = inference.choose_device(options.device)
+    precision = choose_precision(options, device)
     network = inference.build_model(options.backbone, options.head, len(table.classes), options.dropout)
     for layers in filter(None, (options.train_layers, options.unfreeze)):
         select_parameters(network, options.backbone, layers)  # a wrong name is an error now, not in epoch N
@@ -409,7 +417,7 @@ def prepare(options):
     classifier = inference.Classifier(
         inference.to_device(network, device), options.backbone, options.head, options.dropout, table.classes,
         table.groups, [0.5] * len(table.classes), options.size, options=public_options(options), device=device,
-        precision=inference.choose_precision(options.precision, device),
+        precision=precision,
     )
     pos_weight = compute_pos_weight(tables["train"].targets, options.pos_weight, options.pos_weight_clip)
     for name, column in zip(table.classes, tables["train"].targets.T):
@@ -424,6 +432,22 @@ def prepare(options):
         torch.amp.GradScaler(device.type, enabled=classifier.precision == torch.float16),
         EarlyStopping(options.monitor != "loss", options.patience, options.min_delta), board=open_board(options),
     )
+
+
+def choose_precision(options, device):
+    """The dtype of --precision: for auto that of the run that is resumed, else what the leader finds fastest."""
+    name, path = options.precision, Path(options.out) / "last.pth"
+    before = inference.read_checkpoint(path) if options.resume and name == "auto" and path.exists() else {}
+    if before.get("precision") in ("torch.float32", "torch.bfloat16", "torch.float16"):
+        precision, reason = getattr(torch, before["precision"].removeprefix("torch.")), "as in the run that is resumed"
+    else:
+        precision, reason = inference.choose_precision(name, device)
+    if distributed.is_initialized():
+        chosen = [precision, reason]
+        distributed.broadcast_object_list(chosen)
+        precision, reason = chosen
+    say(options, f"precision: {str(precision).removeprefix('torch.')} on {device}: {reason}")
+    return precision
 
 
 def load_weights(network, options, classes):
@@ -466,7 +490,7 @@ def build_optimizer(network, options, steps):
         groups[name.startswith(head)].append(parameter)
     optimizer = torch.optim.AdamW(
         [{"params": groups[False], "lr": options.lr_backbone}, {"params": groups[True], "lr": options.lr}],
-        weight_decay=options.wd, fused=True,
+        weight_decay=options.wd, fused=next(network.parameters()).device.type != "mps",  # torch 2.4 has none there
     )
     total, warmup = steps * options.epochs, min(steps, steps * options.epochs // 10)
 
@@ -537,14 +561,15 @@ def train_epoch(run, progress):
     for inputs, targets, rows in train_batches(run, shares):
         logits = inference.forward(run.model, inputs, run.classifier.precision)
         total, known = masked_bce(logits, targets, run.pos_weight)
-        loss = total / sum_over_ranks(known).clamp(min=1)
+        all_total, all_known = sum_over_ranks(torch.stack([total.detach(), known]))
+        loss = all_total / all_known.clamp(min=1)
         run.optimizer.zero_grad(set_to_none=True)
-        run.scaler.scale(loss * ranks).backward()  # the ranks' gradients are averaged, and should be summed
+        run.scaler.scale(total * ranks / all_known.clamp(min=1)).backward()  # DDP averages what should be summed
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.scheduler.step()
         run.step, run.seconds = run.step + 1, before + time.perf_counter() - started
-        losses.append(loss.detach())
+        losses.append(loss)
         progress(run.epoch + 1, run.step, len(order), loss, len(rows) * ranks)
         if run.step % 100 == 0:
             keep_losses(run, losses)
@@ -558,7 +583,7 @@ def train_epoch(run, progress):
 def keep_losses(run, losses):
     """Move losses (tensors) to run.losses, which waits for the device. Raises RuntimeError when one of them or a weight
     is not finite: such a state is never saved."""
-    values = sum_over_ranks(torch.stack(losses)).tolist() if losses else []
+    values = torch.stack(losses).tolist() if losses else []
     losses.clear()
     bad = next((f"loss is {loss} at iteration {number}" for number, loss in enumerate(values, len(run.losses) + 1)
                 if not math.isfinite(loss)), None)
@@ -617,11 +642,12 @@ def stop(run):
 def compute_split(run, split):
     """What the network makes of the images of a split (N, C), float32 on the device; each rank computes a share."""
     classifier, images = run.classifier, run.images[split]
+    share_buffers(classifier.network)
     rank, ranks = rank_and_ranks()
     share = np.array_split(np.arange(len(images)), ranks)[rank]
     part = inference.compute_logits(classifier.network, images, classifier.device, classifier.precision,
                                     2 * run.options.batch_size, run.options.workers, share)
-    whole = torch.zeros(len(images), part.shape[1], device=classifier.device)
+    whole = part.new_zeros(len(images), part.shape[1])
     whole[share] = part
     share_errors(images)
     return sum_over_ranks(whole)
@@ -753,7 +779,7 @@ def save_state(run):
         "format": inference.FORMAT, "options": run.classifier.options, "classes": run.classifier.classes,
         "splits": splits_digest(run), "network": run.classifier.network.state_dict(),
         "optimizer": run.optimizer.state_dict(), "scheduler": run.scheduler.state_dict(),
-        "scaler": run.scaler.state_dict(), "stopping": vars(run.stopping), "random": torch.get_rng_state(),
+        "scaler": run.scaler.state_dict(), "precision": str(run.classifier.precision), "stopping": vars(run.stopping), "random": torch.get_rng_state(),
     } | {name: getattr(run, name) for name in PLACE}
     if run.classifier.device.type == "cuda":
         state["random_cuda"] = torch.cuda.get_rng_state(run.classifier.device)
@@ -781,7 +807,8 @@ def load_state(run):
     run.classifier.network.load_state_dict(state["network"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
-    run.scaler.load_state_dict(state["scaler"])
+    if run.scaler.is_enabled() and state["scaler"]:
+        run.scaler.load_state_dict(state["scaler"])
     vars(run.stopping).update(state["stopping"], patience=run.stopping.patience, min_delta=run.stopping.min_delta)
     for name in PLACE:
         setattr(run, name, state[name])
@@ -822,7 +849,9 @@ def finish(run):
     """Report the best model on test, or on val when there is no test split, and write it -> report dict."""
     split = "test" if len(run.tables["test"]) else "val"
     wait_for_leader()
-    best = inference.load_model(run.out / "model.pth", run.classifier.device, run.options.precision)
+    precision = run.classifier.precision
+    best = inference.load_model(run.out / "model.pth", run.classifier.device)
+    best.precision = precision
     run.classifier, run.features = best, {}
     targets, probabilities, loss, table = evaluate(run, split)
     on_val = evaluate(run, "val") if split == "test" else (targets, probabilities)

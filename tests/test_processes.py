@@ -1,68 +1,130 @@
-"""Several processes train as one does."""
+"""Several processes train as one does.
+
+Compared is what is equal by mathematics, so that no processor's way of rounding decides: the first step in single
+precision, and whole runs in double precision, each with one thread as torchrun sets it.
+"""
 
 import json
-import math
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+import inference
 from conftest import ROOT, SMALL
-from dataset import read_labels
 
-# Trains with every BatchNorm in eval mode, since its statistics are those of a process's own share of a batch.
+# Runs the cases one after the other. "double": in float64, with BatchNorm in eval mode, since in training its statistics
+# are those of a process's own share. Each rank keeps the gradients of its first step, and what it validated with.
 SCRIPT = """
-import json, sys
+import json, os, sys
 sys.path.insert(0, {root!r})
-import train
+import torch
 from torch import nn
-whole = train.train_mode
-def frozen(network):
-    whole(network)
+import inference, train
+
+def sums(tensors):
+    return {{name: tensor.double().sum().item() for name, tensor in tensors}}
+
+build_model, forward, train_mode = inference.build_model, inference.forward, train.train_mode
+compute_logits, adam_step = inference.compute_logits, torch.optim.AdamW.step
+
+def frozen_statistics(network):
+    train_mode(network)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-train.train_mode = frozen
-losses = []
-fit = train.fit
-def keep(run):
-    fit(run)
-    losses.extend(run.losses)
-train.fit = keep
-report = train.main({arguments!r})
-if train.is_leader():
-    json.dump([losses, report], open({result!r}, "w"))
+
+def keep_gradients(optimizer, *rest):
+    if not kept["gradients"]:
+        kept["gradients"] = [p.grad.double().norm().item() for g in optimizer.param_groups for p in g["params"]
+                             if p.grad is not None]
+    return adam_step(optimizer, *rest)
+
+def keep_statistics(network, *rest):
+    kept["validated with"].append(sums((n, t) for n, t in network.state_dict().items() if "running" in n))
+    return compute_logits(network, *rest)
+
+torch.optim.AdamW.step, inference.compute_logits = keep_gradients, keep_statistics
+for name, arguments in json.load(open({cases!r})).items():
+    double = "double" in name
+    inference.build_model = (lambda *a: build_model(*a).double()) if double else build_model
+    inference.forward = (lambda network, x, _: network(x.double())) if double else forward
+    train.train_mode = frozen_statistics if "frozen" in name else train_mode
+    kept = {{"gradients": [], "validated with": []}}
+    kept["report"] = train.main(arguments)
+    rank = os.environ.get("RANK", "0")
+    json.dump(kept, open(arguments[arguments.index("--out") + 1] + "/kept_" + rank + ".json", "w"))
 """
 
-
-def losses_of(processes, data, folder, *options):
-    folder.mkdir()
-    arguments = ["--data", str(data), "--out", str(folder / "out"), "--epochs", "2", *SMALL, *options]
-    result = str(folder / "result.json")
-    (folder / "script.py").write_text(SCRIPT.format(root=str(ROOT), arguments=arguments, result=result))
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    # torchrun's own default: with another number of threads sums round differently, and Adam makes that grow
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(folder / "script.py")], capture_output=True, text=True, env=one_thread)
-    assert done.returncode == 0, done.stderr
-    return json.load(open(result))
+CASES = {
+    "double frozen": ["--augment", "flip", "--epochs", "3"],
+    "double frozen, head only": ["--train-layers", "head", "--augment", "none", "--epochs", "3"],
+    "single frozen": ["--augment", "flip", "--epochs", "1"],
+    "single": ["--augment", "flip", "--epochs", "2", "--lr", "3e-3"],
+}
 
 
-@pytest.mark.parametrize("options", [["--augment", "flip"], ["--train-layers", "head", "--augment", "none"]])
-def test_two_processes_have_the_losses_of_one(demo, tmp_path, options):
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "images").symlink_to(demo / "images")
+@pytest.fixture(scope="module")
+def runs(demo, tmp_path_factory):
+    """(processes, case) -> the folder of a finished run. Every second image knows one label alone, so that the ranks
+    know unequally much."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "images").symlink_to(demo / "images")
     lines = (demo / "labels.txt").read_text().splitlines()
-    for i in range(1, len(lines), 2):  # every second image knows little, so that the ranks know unequally much
+    for i in range(1, len(lines), 2):
         name, first, *rest = lines[i].split()
         lines[i] = " ".join([name, first, *["NA"] * len(rest)])
-    (data / "labels.txt").write_text("\n".join(lines))
-    assert len(read_labels(data)) == 80
-    one, report = losses_of(1, data, tmp_path / "one", *options)
-    two, other = losses_of(2, data, tmp_path / "two", *options)
-    assert len(one) == 8 and two == pytest.approx(one, abs=1e-5)
-    assert other["map"] == pytest.approx(report["map"], abs=1e-3) and math.isfinite(report["loss"])
+    (folder / "labels.txt").write_text("\n".join(lines))
+    made = {}
+    for processes in (1, 2):
+        cases = {}
+        for case, options in CASES.items():
+            made[processes, case] = folder / f"{processes} {case}"
+            cases[case] = ["--data", str(folder), "--out", str(made[processes, case]), *SMALL, *options]
+        cases_file = folder / f"{processes}.json"
+        cases_file.write_text(json.dumps(cases))
+        script = folder / f"{processes}.py"
+        script.write_text(SCRIPT.format(root=str(ROOT), cases=str(cases_file)))
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, str(script)], capture_output=True, text=True, env=one_thread)
+        assert done.returncode == 0, done.stderr
+    return made
+
+
+def losses(folder):
+    return inference.read_checkpoint(folder / "last.pth")["losses"]
+
+
+def kept(folder, rank=0):
+    return json.loads((folder / f"kept_{rank}.json").read_text())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "double" in case])
+def test_two_processes_have_the_losses_of_one(runs, case):
+    one = losses(runs[1, case])
+    assert len(one) == 12
+    np.testing.assert_allclose(losses(runs[2, case]), one, rtol=1e-9)
+    for name, value in kept(runs[1, case])["report"].items():
+        if isinstance(value, float):
+            assert kept(runs[2, case])["report"][name] == pytest.approx(value, rel=1e-6, nan_ok=True), name
+
+
+def test_the_first_step_of_two_processes_has_the_loss_and_the_gradients_of_one(runs):
+    one, two = runs[1, "single frozen"], runs[2, "single frozen"]
+    assert losses(two)[0] == pytest.approx(losses(one)[0], rel=1e-5)
+    gradients = np.array(kept(one)["gradients"])
+    assert len(gradients) == 62
+    np.testing.assert_allclose(kept(two)["gradients"], gradients, rtol=1e-5, atol=1e-5 * gradients.max())
+
+
+def test_all_processes_validate_with_the_same_statistics(runs):
+    first, second = (kept(runs[2, "single"], rank)["validated with"] for rank in (0, 1))
+    assert len(first) >= 2 and first == second
+    saved = inference.read_checkpoint(runs[2, "single"] / "last.pth")["network"]
+    last = {name: tensor.double().sum().item() for name, tensor in saved.items() if "running" in name}
+    assert last in first
