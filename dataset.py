@@ -1,7 +1,7 @@
 """Label files and images in, tensors out.
 
-    python dataset.py data/                     # what is in a data folder
-    python dataset.py data/ --check             # and decode every image
+    python dataset.py data/                     # what is in a data folder, and how it was understood
+    python dataset.py data/ --check             # and decode every image, and list identical ones
     python dataset.py data/ --sheet sheet.png   # and draw a sample of the images with their labels
     python dataset.py --demo data/demo          # write the demo data
 
@@ -16,14 +16,21 @@ A LabelTable is the one currency between label files, splits, datasets and repor
 import argparse
 import contextlib
 import csv
+import errno
+import hashlib
+import io
 import json
 import math
 import os
+import re
 import sys
+import textwrap
+import time
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -32,126 +39,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".avif"}
-LABEL_VALUES = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0}
-LABEL_VALUES |= dict.fromkeys(["NA", "na", "N/A", "NaN", "nan", "NAN", "?", "-1", "-1.0", ""], math.nan)
-LONGEST_LINE = 2**20  # bytes; a longer one is not of a label file
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is an error, and reported as one
-
-
-class InputError(ValueError):
-    """The user's input is wrong. The message names the file, the line or the option, and what to do."""
-
-
-class ImageError(ValueError):
-    """A file cannot be read as an image. The message names the file and the reason."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What every script needs: a command line that fails in one line, and files that are written whole or not at all
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of every option that has one."""
-
-    def _get_help_string(self, action):
-        if isinstance(action.default, list) and action.default:
-            return f"{action.help} (default: {' '.join(map(str, action.default))})"
-        none = action.default is False or action.default in (None, "", [])
-        return action.help if none else super()._get_help_string(action)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse with HelpFormatter that reports a wrong option as an InputError."""
-
-    def __init__(self, **settings):
-        super().__init__(formatter_class=HelpFormatter, **settings)
-
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
-
-
-def run_command(main):
-    """Run main() as a command and exit: 0 done, 1 the run failed, 2 the input is wrong, 130 Ctrl-C."""
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (torch.cuda.OutOfMemoryError, MemoryError):
-        print("error: out of memory: try a lower -b (--batch-size), --size or --cache", file=sys.stderr)
-        sys.exit(1)
-    except (RuntimeError, OSError, ImageError) as error:
-        print(f"error: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def check_numbers(options, lowest):
-    """Raise an InputError for an option (a number, or several) that is below its lowest value, {name: number}."""
-    for name, low in lowest.items():
-        values = getattr(options, name)
-        for value in values if isinstance(values, list) else [low if values is None else values]:
-            if not low <= value < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} {value}: it must be a number from {low} up")
-
-
-@contextlib.contextmanager
-def atomic_write(path, mode="w"):
-    """Open a temporary file that takes the place of `path` when the block ends well, and is removed otherwise. A
-    process that is killed leaves it, and the next one that writes `path` uses it up. Raises OSError."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def write_csv(path, rows):
-    """Write rows (lists of cells, the header first) as a CSV file."""
-    with atomic_write(path) as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-
-
-def write_text(path, lines):
-    """Write lines as a text file."""
-    with atomic_write(path) as file:
-        file.writelines(f"{line}\n" for line in lines)
-
-
-def write_json(path, value):
-    """Write a value as JSON; NaN becomes null, since JSON has no NaN."""
-
-    def clean(value):
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [clean(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    write_text(path, [json.dumps(clean(value), indent=2, ensure_ascii=False)])
-
-
-def write_png(path, image):
-    """Write a PIL image as a PNG file."""
-    with atomic_write(path, "wb") as file:
-        image.save(file, "PNG")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Label files
+PARTS = ("train", "val", "test")
 
 
 @dataclass
@@ -159,307 +47,573 @@ class LabelTable:
     """Images and what is known of them: row i is the image `paths[i]`, named `ids[i]`, with labels `targets[i]`."""
 
     ids: list  # N names, as the label file writes them
-    paths: list  # N files (or PIL images)
+    paths: list  # N files (or PIL images, bytes, arrays)
     targets: np.ndarray  # float32 (N, C): 1, 0, NaN where the label is unknown
     classes: list  # C names
     groups: dict = field(default_factory=dict)  # group name -> its class names; may be empty
     objects: list = field(default_factory=list)  # N names of the physical object shown, kept in one split; may be empty
+    parts: list = field(default_factory=list)  # N of "train", "val", "test" or "": the data's own split; may be empty
+    copies: list = field(default_factory=list)  # N ids of the first image with the same bytes; empty when all differ
+    origins: list = field(default_factory=list)  # N places "FILE:LINE", for messages
     missing: list = field(default_factory=list)  # ids of the rows that were dropped: their image is not there
+    notes: list = field(default_factory=list)  # how the label file was understood, one line each
     warnings: list = field(default_factory=list)  # what was odd in the label file, one line each
+    absent: float = math.nan  # the label of a class that is not named: 0 where a file lists what is there
 
     def __len__(self):
         return len(self.ids)
 
     def subset(self, rows):
         """The table of the given rows (an array of row numbers), in that order."""
-        columns = (self.ids, self.paths, self.objects)
-        ids, paths, objects = ([values[i] for i in rows] if values else [] for values in columns)
-        return replace(self, ids=ids, paths=paths, targets=self.targets[rows], objects=objects)
+        chosen = {}
+        for name in ("ids", "paths", "objects", "parts", "copies", "origins"):
+            values = getattr(self, name)
+            chosen[name] = [values[i] for i in rows] if values else []
+        return replace(self, targets=self.targets[rows], **chosen)
 
 
-def read_labels(data_dir, labels=None, images=None, label_groups=None, group=None):
+# ---------------------------------------------------------------------------------------------------------------------
+# Label files
+
+
+@dataclass
+class Reading:
+    """What read_labels() is told instead of finding it out by looking: the options of add_data_options()."""
+
+    label_groups: str = None
+    group: str = None
+    split_column: str = None
+    image_column: str = None
+    ignore: list = ()
+    separator: str = None
+    label_threshold: float = None
+    negative: str = None
+    unknown: str = None
+    image_list: str = None
+
+
+def read_labels(data_dir, labels=None, images=None, **how):
     """Read a data folder, whatever its label format -> LabelTable.
 
     data_dir: the folder. labels: the label file, or the folder of .cls files; by default it is found by looking
-    (find_labels). images: the image folder; by default DATA/images, or DATA itself. label_groups: a JSON file
-    {group: [class, ...]}; by default DATA/label_groups.json when it is there. group: the column that names the physical
-    object an image shows. Rows whose image is missing are dropped and listed in `missing`. Raises InputError.
+    (find_labels). images: the image folder; by default DATA/images, or DATA itself. how: fields of Reading, which
+    add_data_options() explains. Rows whose image is missing are dropped and listed in `missing`; `notes` says how
+    the files were understood. Raises InputError.
     """
     data_dir = Path(data_dir)
+    how = Reading(**how)
     if not data_dir.is_dir():
         raise InputError(f"{data_dir} is not a folder: --data names the folder of labels and images")
-    path = Path(labels) if labels else find_labels(data_dir)
-    folder = Path(images) if images else data_dir / "images"
-    if images and not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: --images names the image folder")
-    groups_file = Path(label_groups) if label_groups else data_dir / "label_groups.json"
-    groups = _read_groups(groups_file) if label_groups or groups_file.is_file() else {}
-    if path.is_dir():
-        table, lines = _read_cls(path, data_dir)
-    else:
-        table, lines = _read_file(path, groups, group)
+    if images and not Path(images).is_dir():
+        raise InputError(f"{images} is not a folder: --images names the image folder")
+    default = data_dir / "images"
+    folder = ImageFolder(images or (default if default.is_dir() else data_dir))
+    groups_file = Path(how.label_groups or data_dir / "label_groups.json")
+    groups = _read_groups(groups_file) if how.label_groups or groups_file.is_file() else {}
+
+    files = {"": _given_file(labels, data_dir)} if labels else find_labels(data_dir)
+    tables = []
+    for part, path in files.items():
+        table = _read_cls(path, data_dir) if path.is_dir() else _read_file(path, groups, folder, how)
+        if part:
+            table.parts = [part] * len(table)
+        tables.append(table)
+    table = _join_tables(tables)
+    if len(files) > 1:
+        table.notes.append(f"divided: {', '.join(f'{path} is {part}' for part, path in files.items())}")
     if groups:
         table = _apply_groups(table, groups, groups_file)
-    return _find_images(table, lines, path, ImageFolder(folder if folder.is_dir() else data_dir))
+    table = _attach_images(table, folder, data_dir)
+    if how.split_column == "folder":
+        table.parts = [_part_of_folder(path, folder.root) for path in table.paths]
+        table.notes.append("split: by the folders below the image folder")
+    return _find_copies(_unite_rows(table))
+
+
+def add_data_options(parser):
+    """Add --labels, --images and the options of Reading to a parser (or a group of one)."""
+    add = parser.add_argument
+    add("--labels", metavar="FILE", help="label file, when it is not found by looking")
+    add("--images", metavar="DIR", help="image folder, when it is not DATA/images or DATA")
+    add("--label-groups", metavar="FILE", help="JSON file {group: [class, ...]}; DATA/label_groups.json when there")
+    add("--group", metavar="COLUMN", help="column of the physical object shown: its images stay in one split")
+    add("--split-column", metavar="COLUMN", help="column with train, val or test (a column named split is found); "
+        "folder: the folder below the image folder says it")
+    add("--image-column", metavar="COLUMN", help="column that names the image, when it is not found by looking")
+    add("--ignore", nargs="+", default=[], metavar="COLUMN", help="columns that are no labels")
+    add("--separator", metavar="TEXT", help="between the labels of a cell, when it is not ; | or ,")
+    add("--label-threshold", type=number(float), metavar="T", help="labels from 0 to 1: present from T on")
+    add("--negative", metavar="WORD", help="a cell that means absent, such as -1")
+    add("--unknown", metavar="WORD", help="a cell that means unknown (NA), such as -1")
+    add("--image-list", metavar="FILE", help="file of image names, for labels without any: a name per line")
+
+
+def data_options(options):
+    """The options of add_data_options() as keywords of read_labels()."""
+    names = ["labels", "images", *Reading.__dataclass_fields__]
+    return {name: getattr(options, name) for name in names}
 
 
 def find_labels(data_dir):
-    """The label file of a data folder (or its folder of .cls files), found by looking -> Path. Raises InputError when
-    there is none, or several."""
-    for name in ("labels.txt", "labels.csv", "image_data.csv"):
+    """The label files of a data folder, found by looking -> {part: Path}: the part is "" for one file (or the folder
+    of .cls files), else one of PARTS. Raises InputError when there is none, or several."""
+    for name in ("labels.txt", "labels.csv", "labels.tsv", "image_data.csv"):
         if (data_dir / name).is_file():
-            return data_dir / name
+            return {"": data_dir / name}
+    divided = _find_divided(data_dir)
+    if "train" in divided and len(divided) > 1:
+        return divided
     if next((data_dir / "labels").rglob("*.cls"), None):
-        return data_dir / "labels"
-    found = sorted(path for path in data_dir.iterdir() if path.suffix.lower() in (".txt", ".csv") and path.is_file())
+        return {"": data_dir / "labels"}
+    found = _table_files(data_dir)
     if len(found) == 1:
-        return found[0]
-    names = ", ".join(path.name for path in found) or "no .txt or .csv file"
-    raise InputError(f"{data_dir} has {names}: name the label file with --labels FILE, or call it labels.txt")
+        return {"": found[0]}
+    names = ", ".join(path.name for path in found) or "no .txt, .csv or .tsv file"
+    more = "; for a matrix of labels beside a list of images --labels MATRIX --image-list LIST" if found else ""
+    raise InputError(f"{data_dir} has {names}: name the label file with --labels FILE, or call it labels.txt{more}")
 
 
-def _read_lines(path):
-    """The lines of a label file, without line ends. UTF-8 with or without BOM; any line end."""
+def _table_files(folder):
+    names = [path for path in folder.iterdir() if path.suffix.lower() in (".txt", ".csv", ".tsv") and path.is_file()]
+    return sorted(path for path in names if not path.name.startswith("._"))
+
+
+def _find_divided(data_dir):
+    """Label files of train, val and test: train.csv, train_metadata.csv, or the only table file of a folder train/."""
+    divided = {}
+    for word, part in PART_WORDS.items():
+        for path in _table_files(data_dir):
+            if path.stem.lower() in (word, f"{word}_metadata"):
+                divided[part] = path
+        inside = data_dir / word
+        if inside.is_dir() and len(_table_files(inside)) == 1:
+            divided.setdefault(part, _table_files(inside)[0])
+    return {part: divided[part] for part in PARTS if part in divided}
+
+
+PART_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+              "test": "test", "testing": "test"}
+
+
+def _given_file(labels, data_dir):
+    """--labels FILE, looked for in the working directory and in DATA."""
+    for path in (Path(labels), data_dir / labels):
+        if path.exists():
+            return path
+    raise InputError(f"{labels} cannot be read: No such file or directory, nor in {data_dir}")
+
+
+LONGEST_LINE = 2**20  # bytes; a longer one is not of a label file
+
+
+def read_lines(path):
+    """The lines of a text file, without line ends. UTF-8 with or without BOM; any line end. Raises InputError."""
+    parts = []
     try:
-        parts = []
         with open(path, "rb") as file:
             while part := file.read(LONGEST_LINE):
                 if len(part) == LONGEST_LINE and b"\n" not in part and b"\r" not in part:
                     raise InputError(f"{path} has a line of over {LONGEST_LINE} bytes: it is not a label file")
                 parts.append(part)
-        content = b"".join(parts)
-        if b"\0" in content:
-            raise InputError(f"{path} has zero bytes, as UTF-16 and binary files do: save it as text in UTF-8")
-        text = content.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    content = b"".join(parts)
+    if b"\0" in content:
+        raise InputError(f"{path} has zero bytes, as UTF-16 and binary files do: save it as text in UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: byte {content[error.start]:#04x} is not UTF-8: save it as UTF-8") from None
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text.rstrip("\n").split("\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
 
 
-def _delimiter(path, line):
-    """What separates the cells of a table, by its first line that is not blank. " " stands for any white space."""
-    if path.suffix.lower() != ".csv" and len(line.split()) > 1:
-        return " "
+def read_rows(path):
+    """The cells of a table -> ([(line number, cells), ...] without blank lines, delimiter). " " stands for any white
+    space. Raises InputError."""
+    lines = read_lines(path)
+    first = next((line for line in lines if line.strip()), "")
+    delimiter = _find_delimiter(path, first)
+    if delimiter == " ":
+        return [(number, line.split()) for number, line in enumerate(lines, 1) if line.strip()], delimiter
+    rows = []
+    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, skipinitialspace=True, strict=True)
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if any(cells):
+                rows.append((reader.line_num, cells))
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: {error}: is a quote left open?") from None
+    return rows, delimiter
+
+
+def _find_delimiter(path, line):
+    """What separates the cells of a table, by its first line that is not blank."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
     delimiter = max(",;\t", key=line.count)
+    blanks = len(re.findall(" +", line.strip()))
+    if path.suffix.lower() != ".csv" and (blanks > line.count(delimiter) or delimiter not in line):
+        return " "
     if line and delimiter not in line:
         raise InputError(f"{path}:1: no label column: separate the cells by a comma, a semicolon or a tab, "
                          "or by white space in a .txt file")
     return delimiter
 
 
-def _cells(path, lines, delimiter):
-    """Yield (line number, cells) of every line that is not blank. In CSV a quoted cell may hold the delimiter."""
-    if delimiter == " ":
-        yield from ((number, line.split()) for number, line in enumerate(lines, 1) if line.strip())
-        return
-    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, skipinitialspace=True,
-                        strict=True)
-    try:
-        for cells in reader:
-            if any(cell.strip() for cell in cells):
-                yield reader.line_num, [cell.strip() for cell in cells]
-    except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: {error}: is a quote left open?") from None
+DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", " ": "white space"}
+ID_TITLES = ("id", "image_id", "imageid", "image", "images", "image_name", "image name", "image index", "filename",
+             "file_name", "file name", "file", "path", "filepath", "file_path", "image_path", "img", "name")
 
 
-def _read_file(path, groups, group):
-    """A label file in the table or the lists format -> (LabelTable without paths, line numbers)."""
-    lines = _read_lines(path)
-    delimiter = _delimiter(path, next((line for line in lines if line.strip()), ""))
-    rows = _cells(path, lines, delimiter)
-    number, first = next(rows, (0, []))
-    if not first:
+def _read_file(path, groups, folder, how):
+    """A label file in the table or the lists format -> LabelTable without paths."""
+    rows, delimiter = read_rows(path)
+    if not rows:
         raise InputError(f"{path} is empty: it needs a line per image")
-    if delimiter != " " and _looks_like_lists(first, rows):
-        return _read_lists(path, list(_cells(path, lines, delimiter)), groups, group)
-    return _read_table(path, lines, delimiter, number, first, group)
+    values = LabelValues(how, decimal_comma=delimiter == ";")
+    notes = [f"{path}: cells separated by {DELIMITER_NAMES[delimiter]}"]
+    if len(rows) > 2 and len(rows[0][1]) == 1 and rows[0][1][0] in (str(len(rows) - 1), str(len(rows) - 2)):
+        notes.append(f"line {rows[0][0]} tells the number of rows")
+        rows = rows[1:]
+    if how.image_list:
+        rows = _add_image_names(path, rows, how.image_list)
+    header, rows = _split_header(path, rows, delimiter, folder, values, notes)
+    columns = _columns(path, header, rows, delimiter, values)
+    title = _find_image_column(path, columns, folder, how)
+    notes.append(f"images: in the column {title or 'without a title'}")
+    table = LabelTable(list(columns.pop(title)), [], None, [], notes=notes)
+    table.origins = [f"{path}:{number}" for number, _ in rows]
+    for name in how.ignore:
+        _take(path, columns, name, "--ignore")
+    if how.group:
+        table.objects = list(_take(path, columns, how.group, "--group"))
+    _read_parts(path, table, columns, how)
+    if delimiter != " " and title.lower() in ID_TITLES and _looks_like_lists(columns, values, groups):
+        _read_lists(path, table, columns, groups, values, how)
+    else:
+        _read_table(path, table, columns, values, how)
+    return table
 
 
-def _read_table(path, lines, delimiter, number, first, group):
-    """The table format: an image per line, then a cell per class with 0, 1 or NA; the header is optional."""
-    has_header, width = _read_first(path, number, first)
-    header = first[1:] if has_header else [f"Attr{i + 1}" for i in range(width)]
-    twice = _first_repeated(header)
-    if twice is not None:
-        raise InputError(f"{path}:{number}: the class {twice} is there twice: rename one of the columns")
-    if group and group not in header:
-        raise InputError(f"--group {group}: {path} has no such column; it has {', '.join(header)}")
-    skip = number if has_header else 0
-    rows = None if group else _plain_rows(lines, delimiter, skip, width)
-    names, numbers, targets, objects = rows or _any_rows(path, lines, delimiter, skip, header, group)
-    if not names:
-        raise InputError(f"{path} has a header and no rows: it needs a line per image")
-    classes = [name for name in header if name != group]
-    return LabelTable(names, [], targets, classes, objects=objects), numbers
+def _add_image_names(path, rows, image_list):
+    """Put the names of a file with a name per line before the cells of a matrix of labels."""
+    names = [line.strip() for line in read_lines(image_list) if line.strip()]
+    if len(names) != len(rows):
+        raise InputError(f"{image_list} names {len(names)} images, but {path} has {len(rows)} rows")
+    return [(number, [name, *cells]) for name, (number, cells) in zip(names, rows)]
 
 
-def _first_repeated(names):
-    """The first name that was there before, or None."""
-    return next((name for i, name in enumerate(names) if name in names[:i]), None)
-
-
-def _read_first(path, number, cells):
-    """Whether the first line is a header, and how many label columns there are."""
-    labels = [cell in LABEL_VALUES for cell in cells]
-    width = labels[::-1].index(False) if False in labels else len(cells) - 1  # the cells at the end that read as labels
+def _split_header(path, rows, delimiter, folder, values, notes):
+    """-> (titles of the columns, the other rows); the titles are made up where the first row names an image."""
+    number, cells = rows[0]
     if len(cells) < 2:
         raise InputError(f"{path}:{number}: no label column: the image comes first, then 0, 1 or NA for each class")
-    if width == 0 and not any(labels[1:]) and Path(cells[0]).suffix.lower() not in IMAGE_SUFFIXES:
-        return True, len(cells) - 1
-    name = " ".join(cells[: len(cells) - width])  # a file name may hold blanks
-    if width == 0 or (width < len(cells) - 1 and Path(name).suffix.lower() not in IMAGE_SUFFIXES):
-        bad = next(cell for cell in cells[1:] if cell not in LABEL_VALUES)
-        raise InputError(f"{path}:{number}: {bad!r} is not 0, 1 or NA")
-    return False, width
+    labels = 0  # cells at the end that read as labels
+    while labels < len(cells) and values[cells[len(cells) - 1 - labels]] is not None:
+        labels += 1
+    name = cells[0]
+    width = len(cells) - 1
+    if delimiter == " " and 0 < labels < width:  # a file name may hold blanks
+        name = " ".join(cells[: len(cells) - labels])
+        width = labels
+    if folder.names_image(name) or (0 < labels < len(cells) and len(set(cells[1:])) < len(cells) - 1):
+        notes.append(f"no header: the image comes first, and the classes are called Attr1 to Attr{width}")
+        return ["image", *(f"Attr{i + 1}" for i in range(width))], rows
+    if labels == len(cells):
+        raise InputError(f"{path}:{number}: a row of labels without an image: name the file of image names with "
+                         "--image-list FILE")
+    if len(rows) == 1:
+        raise InputError(f"{path} has a header and no rows: it needs a line per image")
+    if delimiter == " " and len(rows[1][1]) == len(cells) + 1:  # the image column has no title
+        cells = ["image", *cells]
+    repeated = first_repeated(cells)
+    if repeated is not None:
+        raise InputError(f"{path}:{number}: the column {repeated!r} is there twice: rename one")
+    return cells, rows[1:]
 
 
-def _plain_rows(lines, delimiter, skip, width):
-    """_any_rows() as array work, for rows without quotes and with one delimiter between cells; else None."""
-    if "" in lines:
-        return None
-    numbers, lines = range(skip + 1, len(lines) + 1), lines[skip:]
-    names = [line[: line.find(delimiter)] for line in lines]
-    data = "\n".join([line[len(name) + 1 :] for line, name in zip(lines, names)] + [""]).encode()
-    for letter, word, code in ((".", "1.0", "1"), (".", "0.0", "0"), ("-", "-1", "?"), ("n", "nan", "?"),
-                               ("N", "NaN", "?"), ("N", "NA", "?")):
-        if letter.encode() in data:  # to find a letter takes a tenth of the time of a word
-            data = data.replace(word.encode(), code.encode())
-    if delimiter != " ":
-        comma = delimiter.encode()
-        for _ in range(2):  # ",,,": the second pass takes the cells that share a comma with the first
-            data = data.replace(comma + comma, comma + b"?" + comma)
-        data = data.replace(comma + b"\n", comma + b"?\n")
-    joined = "".join(names)
-    odd = '"' in joined or b'"' in data or (delimiter == " " and joined.split() != [joined])
-    if odd or len(data) != len(lines) * 2 * width:
-        return None
-    cells = np.frombuffer(data, np.uint8).reshape(len(lines), 2 * width)
-    values = np.full(256, 2, np.float32)
-    values[[ord("0"), ord("1"), ord("?")]] = 0, 1, math.nan
-    targets = values[cells[:, ::2]]
-    separators = np.array([ord(delimiter)] * (width - 1) + [ord("\n")], np.uint8)
-    if (targets == 2).any() or (cells[:, 1::2] != separators).any():
-        return None
-    return names if delimiter == " " else [name.strip() for name in names], numbers, targets, []
-
-
-def _any_rows(path, lines, delimiter, skip, header, group):
-    """-> (names, line numbers, targets (N, C), objects) of the lines after the first `skip`."""
-    names, numbers, targets, objects = [], [], [], []
-    place = header.index(group) if group else None
-    for number, cells in _cells(path, lines, delimiter):
-        if number <= skip:
-            continue
-        extra = len(cells) - len(header) - 1
-        if delimiter == " " and extra > 0 and cells[extra] not in LABEL_VALUES:
-            cells, extra = [" ".join(cells[: extra + 1]), *cells[extra + 1 :]], 0  # a file name with blanks
-        if extra:
-            raise InputError(f"{path}:{number}: {len(cells) - 1} labels, but there are {len(header)} classes")
-        name, *cells = cells
-        if group:
-            objects.append(cells.pop(place))
-        bad = next((cell for cell in cells if cell not in LABEL_VALUES), None)
-        if bad is not None:
-            raise InputError(f"{path}:{number}: {bad!r} is not 0, 1 or NA")
-        names.append(name)
-        numbers.append(number)
-        targets.append([LABEL_VALUES[cell] for cell in cells])
-    return names, numbers, np.array(targets, np.float32), objects
-
-
-ID_COLUMNS = ("id", "image_id", "image", "filename")
-
-
-def _looks_like_lists(header, rows):
-    """Whether a CSV file holds lists of names: it has an ID column, and no cell of the others is a label value or yes
-    or no. Looks at the first rows."""
-    names = [name.lower() for name in header]
-    place = next((names.index(name) for name in ID_COLUMNS if name in names), None)
-    if place is None:
-        return False
-    cells = {cell.lower() for _, row in islice(rows, 100) for i, cell in enumerate(row) if i != place}
-    return bool(cells - {"", "nan"}) and not cells & {"0", "1", "-1", "0.0", "1.0", "yes", "no", "true", "false"}
-
-
-def _read_lists(path, rows, groups, group):
-    """The lists format: an ID column and columns of names separated by ";"; rows of one ID are united."""
-    (number, header), *rows = rows
-    twice = _first_repeated(header)
-    if twice is not None:
-        raise InputError(f"{path}:{number}: the column {twice!r} is there twice: rename one of the columns")
-    names = [name.lower() for name in header]
-    place = next(names.index(name) for name in ID_COLUMNS if name in names)
-    if group and group not in header:
-        raise InputError(f"--group {group}: {path} has no such column; it has {', '.join(header)}")
-    columns = [i for i, name in enumerate(header) if i != place and name != group]
-    if groups:  # other columns are no labels
-        columns = [i for i in columns if header[i] in groups or names[i] == "labels"]
-        if not columns:
-            raise InputError(f"{path}: no column is named labels, or like one of the groups {', '.join(groups)}")
-    found, lines, objects, first_column = {}, {}, {}, {}
+def _columns(path, header, rows, delimiter, values):
+    """{title: the cells of the column, a tuple}, of rows that must have a cell for each title."""
+    whole = []
     for number, cells in rows:
+        extra = len(cells) - len(header)
+        if delimiter == " " and extra > 0 and values[cells[extra]] is None:  # a file name with blanks
+            cells = [" ".join(cells[: extra + 1]), *cells[extra + 1 :]]
         if len(cells) != len(header):
-            raise InputError(f"{path}:{number}: {len(cells)} cells, but the header has {len(header)}")
-        labels = found.setdefault(cells[place], set())
-        lines.setdefault(cells[place], number)
-        if group:
-            objects.setdefault(cells[place], cells[header.index(group)])
-        for i in columns:
-            stem = names[i].removesuffix("s")
-            for name in filter(None, map(str.strip, cells[i].split(";"))):
-                if name.lower() in (stem, stem + "s", "nan"):  # a placeholder
-                    continue
-                labels.add(name)
-                if first_column.setdefault(name, i) != i and not groups:
-                    raise InputError(f"{path}:{number}: {name} is in the columns {header[first_column[name]]} and "
-                                     f"{header[i]}: rename it in one of them")
-    if not first_column:
-        raise InputError(f"{path} names no labels in {', '.join(header[i] for i in columns)}")
-    own = {header[i]: sorted(name for name, column in first_column.items() if column == i) for i in columns}
-    classes = list(dict.fromkeys(name for members in own.values() for name in members))
-    valid = [name for members in groups.values() for name in members if name not in first_column]  # known, never seen
-    index = {name: c for c, name in enumerate(classes + valid)}
-    targets = np.zeros((len(found), len(index)), np.float32)
-    for row, labels in enumerate(found.values()):
-        targets[row, [index[name] for name in labels]] = 1
-    own = {} if len(own) == 1 else own
-    return LabelTable(list(found), [], targets, list(index), own, list(objects.values())), list(lines.values())
+            raise InputError(f"{path}:{number}: {len(cells)} cells, but there are {len(header)} columns")
+        whole.append(cells)
+    return dict(zip(header, zip(*whole)))
+
+
+def _take(path, columns, title, option):
+    """Remove a column that an option names, and return its cells."""
+    if title not in columns:
+        raise InputError(f"{option} {title}: {path} has no such column; it has {', '.join(columns)}")
+    return columns.pop(title)
+
+
+def _find_image_column(path, columns, folder, how):
+    """The title of the column of images: that of --image-column, the one whose cells name images, or the first."""
+    if how.image_column:
+        _take(path, dict(columns), how.image_column, "--image-column")
+        return how.image_column
+    known = [title for title in columns if title.lower() in ID_TITLES]
+    candidates = [*known, *(title for title in columns if title not in known and not _is_index(title))]
+    candidates = candidates or list(columns)
+    hits = [sum(folder.names_image(cell) for cell in columns[title][:50]) for title in candidates]
+    return candidates[hits.index(max(hits))]
+
+
+def _is_index(title):
+    """Whether a title is that of an index which pandas wrote."""
+    return title == "" or title.startswith("Unnamed: ")
+
+
+def _read_parts(path, table, columns, how):
+    """Take the column that says train, val or test, if there is one, into table.parts."""
+    title = how.split_column if how.split_column != "folder" else None
+    for name in columns:
+        if not title and name.lower() == "split" and {cell.lower() for cell in columns[name]} <= {"", *PART_WORDS}:
+            title = name
+    if not title:
+        return
+    cells = _take(path, columns, title, "--split-column")
+    for origin, cell in zip(table.origins, cells):
+        if cell and cell.lower() not in PART_WORDS:
+            raise InputError(f"{origin}: {cell!r} in the column {title} is not train, val or test")
+    table.parts = [PART_WORDS.get(cell.lower(), "") for cell in cells]
+    table.notes.append(f"split: from the column {title}")
+
+
+def first_repeated(names):
+    """The first name that was there before, or None."""
+    seen = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+LABEL_WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
+LABEL_WORDS |= dict.fromkeys(["", "na", "n/a", "nan", "none", "null", "?"], math.nan)
+
+
+class LabelValues(dict):
+    """cell -> 1.0, 0.0, NaN, or None when the cell is no label; filled as cells are asked for."""
+
+    def __init__(self, how, decimal_comma=False):
+        self.how = how
+        self.decimal_comma = decimal_comma
+
+    def __missing__(self, cell):
+        self[cell] = self._value(cell)
+        return self[cell]
+
+    def _value(self, cell):
+        number = self.number(cell)
+        if cell == self.how.negative:
+            return 0.0
+        if cell == self.how.unknown or number == -1:
+            return math.nan
+        if self.how.label_threshold is not None and number is not None and 0 <= number <= 1:
+            return float(number >= self.how.label_threshold)
+        return number if number in (0, 1) else LABEL_WORDS.get(cell.lower())
+
+    def number(self, cell):
+        """The cell as a float, or None."""
+        if self.decimal_comma:
+            cell = cell.replace(",", ".")
+        return float(cell) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", cell) else None
+
+    def is_word(self, cell):
+        """Whether a cell is neither a label, nor a number, nor a date."""
+        return self[cell] is None and self.number(cell) is None and not re.match(r"\d+[-./]\d+[-./]\d", cell)
+
+
+def _read_table(path, table, columns, values, how):
+    """The table format: a column per class with 0, 1 or NA. Sets targets and classes of the table."""
+    left_out = []
+    for title, cells in columns.items():
+        if (_is_index(title) and len(columns) > 1) or not _is_label_column(path, table, title, cells, values):
+            left_out.append(title or "one without a title")
+        else:
+            table.classes.append(title)
+    if not table.classes:
+        raise InputError(f"{path}: no column holds labels (0, 1 or NA): it has {', '.join(columns)}")
+    _refuse_signs(path, [columns[title] for title in table.classes], values, how)
+    table.targets = np.empty((len(table), len(table.classes)), np.float32)
+    for c, title in enumerate(table.classes):
+        table.targets[:, c] = [values[cell] for cell in columns[title]]
+    table.notes.append(f"labels: a table with {len(table.classes)} columns of 1, 0 and NA")
+    _warn_left_out(table, left_out)
+
+
+def _is_label_column(path, table, title, cells, values):
+    """Whether the known cells of a column are labels; an InputError when only some are."""
+    counts = Counter(cells)
+    odd = [cell for cell in counts if values[cell] is None]
+    if not odd:
+        return True
+    numbers = [values.number(cell) for cell in odd]
+    if all(number is not None and 0 < number < 1 for number in numbers):
+        raise InputError(f"{path}: the column {title} holds numbers between 0 and 1: give --label-threshold T to make "
+                         f"them labels, or --ignore {title}")
+    labels = sum(count for cell, count in counts.items() if values[cell] in (0, 1))
+    if labels < sum(counts[cell] for cell in odd):
+        return False
+    row = next(row for row, cell in enumerate(cells) if values[cell] is None)
+    raise InputError(f"{table.origins[row]}: {cells[row]!r} in the column {title} is not 0, 1 or NA: correct it, or "
+                     f"leave the column out with --ignore {title}")
+
+
+def _refuse_signs(path, columns, values, how):
+    """An InputError where -1 may mean absent as well as unknown: it is in every column, and oftener than 0."""
+    minus = [sum(values.number(cell) == -1 for cell in cells) for cells in columns]
+    if "-1" in (how.negative, how.unknown) or min(minus) == 0 or len(columns[0]) == 1:
+        return
+    zeros = sum(sum(values[cell] == 0 for cell in cells) for cells in columns)
+    if sum(minus) > zeros:
+        raise InputError(f"{path}: every column has -1, which can mean absent or unknown: say which with --negative -1 "
+                         "(and --unknown 0 where 0 means unknown) or with --unknown -1")
+
+
+def _warn_left_out(table, titles):
+    if titles:
+        table.warnings.append(f"columns that hold no labels were left out: {', '.join(titles)}")
+
+
+LIST_TITLE = re.compile(r"label|tag|class|categor|finding", re.IGNORECASE)
+OTHER_TITLES = {"split", "fold", "set", "subset", "caption", "text", "description", "comment", "comments", "remarks",
+                "note", "notes", "date", "time", "timestamp", "inspector", "operator", "author", "user", "source",
+                "url", "confidence"}  # which may hold words, but hardly labels
+
+
+def _looks_like_lists(columns, values, groups):
+    """Whether columns hold lists of names: one has words and a title that says so, or there are words and no labels."""
+    words = [title for title, cells in columns.items() if any(values.is_word(cell) for cell in set(cells))]
+    if any(LIST_TITLE.search(title) or title in groups for title in words):
+        return True
+    others = [title for title in columns if title not in words and not _is_index(title)]
+    return bool(words) and not any(values[cell] in (0, 1) for title in others for cell in set(columns[title]))
+
+
+def _read_lists(path, table, columns, groups, values, how):
+    """The lists format: columns of names, several in a cell. Sets targets, classes and groups of the table."""
+    titles = _list_columns(path, columns, groups, values)
+    cells = {cell for title in titles for cell in columns[title]}
+    separator = how.separator or _find_separator(path, [cell for cell in cells if values.is_word(cell)])
+    confidence = next((columns[title] for title in columns if title.lower() == "confidence"), None)
+    placeholders = {"", "nan", "none", "na", "n/a", "null"}
+    for title in titles:
+        stem = title.lower().removesuffix("s")
+        placeholders |= {stem, stem + "s"}
+    names = {}  # cell -> the names in it
+    for cell in cells:
+        parts = cell.strip("[]").split(separator) if separator else [cell]
+        parts = [part.strip(" '\"") for part in parts]
+        names[cell] = [part for part in parts if part.lower() not in placeholders]
+
+    own = {title: sorted({name for cell in set(columns[title]) for name in names[cell]}) for title in titles}
+    repeated = first_repeated([name for members in own.values() for name in members])
+    if repeated is not None and not groups:
+        raise InputError(f"{path}: {repeated} is in the columns "
+                         f"{' and '.join(title for title in titles if repeated in own[title])}: rename it in one of "
+                         "them, or give --label-groups")
+    if not any(own.values()):
+        raise InputError(f"{path} names no labels in {', '.join(titles)}")
+    valid = [name for members in groups.values() for name in members]  # some may never be seen
+    table.classes = list(dict.fromkeys([name for members in own.values() for name in members] + valid))
+    table.groups = own if len(own) > 1 else {}
+    table.absent = 0.0 if confidence is None else math.nan
+    table.targets = np.full((len(table), len(table.classes)), table.absent, np.float32)
+    index = {name: c for c, name in enumerate(table.classes)}
+    for row, origin in enumerate(table.origins):
+        value = 1.0 if confidence is None else values[confidence[row]]
+        if value is None:
+            raise InputError(f"{origin}: the confidence {confidence[row]} is not 0 or 1: give --label-threshold T")
+        for title in titles:
+            for name in names[columns[title][row]]:
+                table.targets[row, index[name]] = value
+
+    table.notes.append(f"labels: lists of names in {', '.join(titles)}, " + (
+        f"separated by {separator!r}" if separator else "one in a cell"))
+    if confidence is not None:
+        table.notes.append("labels: confidence 0 means absent, and a label that is not listed is unknown")
+    _warn_left_out(table, [title or "one without a title" for title in columns if title not in titles])
+
+
+def _list_columns(path, columns, groups, values):
+    """The titles of the columns that hold lists of names."""
+    if groups:
+        titles = [title for title in columns if title in groups or title.lower() == "labels"]
+        if not titles:
+            raise InputError(f"{path}: no column is named labels, or like one of the groups {', '.join(groups)}")
+        return titles
+    words = []
+    for title, cells in columns.items():
+        distinct = set(cells)
+        some_words = any(values.is_word(cell) for cell in distinct)
+        only_na = all(values[cell] is not None and values[cell] != values[cell] for cell in distinct)
+        repeated = len(cells) <= 20 or len(distinct) < 0.9 * len(cells)
+        if (some_words or only_na) and repeated and title.lower() not in OTHER_TITLES and not _is_index(title):
+            words.append(title)
+    titles = [title for title in words if LIST_TITLE.search(title)] or words
+    if not titles:
+        raise InputError(f"{path}: no column holds names of labels: it has {', '.join(columns)}")
+    return titles
+
+
+def _find_separator(path, cells):
+    """What separates the names of a cell: the first of ; | and , that is there, or None."""
+    for separator in (";", "|", ","):
+        if any(separator in cell for cell in cells):
+            return separator
+    words = {word for cell in cells for word in cell.split()}
+    if len(words) < len(cells):
+        example = max(sorted(cells), key=lambda cell: len(cell.split()))
+        raise InputError(f'{path}: {example!r} can be one label or several: say --separator " " or --separator ";"')
+    return None
+
+
+# The cls format: for each image a file LABELS/**/NAME.cls with a class index per line
 
 
 def _read_cls(folder, data_dir):
-    """The cls format: for each image a file LABELS/**/NAME.cls with a class index per line."""
-    classes = _read_class_names(data_dir)
+    """A folder of .cls files -> LabelTable without paths."""
+    classes, source = _read_class_names(data_dir)
     files = sorted(folder.rglob("*.cls"))
     if not files:
         raise InputError(f"{folder} holds no .cls files")
-    targets, indices = np.zeros((len(files), len(classes)), np.float32), {str(c): c for c in range(len(classes))}
+    targets = np.zeros((len(files), len(classes)), np.float32)
+    indices = {str(c): c for c in range(len(classes))}
     for row, file in enumerate(files):
-        for number, line in enumerate(_read_lines(file), 1):
-            if line.strip():
-                if line.strip() not in indices:
-                    raise InputError(f"{file}:{number}: {line.strip()!r} is not a class index, 0 to {len(classes) - 1}")
-                targets[row, indices[line.strip()]] = 1
+        for number, line in enumerate(read_lines(file), 1):
+            if not line.strip():
+                continue
+            if line.strip() not in indices:
+                raise InputError(f"{file}:{number}: {line.strip()!r} is not a class index, 0 to {len(classes) - 1}")
+            targets[row, indices[line.strip()]] = 1
     names = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
-    return LabelTable(names, [], targets, classes), names
+    notes = [f"{folder}: {len(files)} .cls files of class indices", f"class names: {source}"]
+    return LabelTable(names, [], targets, classes, origins=list(map(str, files)), notes=notes, absent=0.0)
 
 
 def _read_class_names(data_dir):
-    """The names of classes.txt (a name per line) or classes.json (a list, or {"classes": list}), else those of COCO."""
-    text, file = data_dir / "classes.txt", data_dir / "classes.json"
+    """The names of classes.txt (a name per line) or classes.json (a list), else those of COCO -> (names, source)."""
+    text = data_dir / "classes.txt"
+    file = data_dir / "classes.json"
     if text.is_file():
-        return [line.strip() for line in _read_lines(text) if line.strip()]
+        return [line.strip() for line in read_lines(text) if line.strip()], str(text)
     if not file.is_file():
-        return COCO_CLASSES
+        return COCO_CLASSES, "the 80 of COCO"
     content = _read_json(file)
     classes = content.get("classes") if isinstance(content, dict) else content
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise InputError(f'{file}: it must look like ["class", ...] or {{"classes": ["class", ...]}}')
-    return classes
+    return classes, str(file)
 
 
 COCO_CLASSES = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,
@@ -470,9 +624,12 @@ potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,
 refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(",")
 
 
+# What all formats share: groups, tables of several files, the images of the rows
+
+
 def _read_json(path):
     try:
-        return json.loads("\n".join(_read_lines(path)))
+        return json.loads("\n".join(read_lines(path)))
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON: {getattr(error, 'msg', error)}") from None
 
@@ -480,13 +637,15 @@ def _read_json(path):
 def _read_groups(path):
     """A JSON file {group: [class, ...]} -> dict."""
     groups = _read_json(path)
-    if not isinstance(groups, dict) or not all(
-        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in groups.values()
-    ):
-        raise InputError(f'{path}: it must look like {{"group": ["class", ...], ...}}')
-    twice = _first_repeated([name for members in groups.values() for name in members])
-    if twice is not None:
-        raise InputError(f"{path}: {twice} is there twice: rename one")
+    form = f'{path}: it must look like {{"group": ["class", ...], ...}}'
+    if not isinstance(groups, dict):
+        raise InputError(form)
+    for names in groups.values():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(form)
+    repeated = first_repeated([name for members in groups.values() for name in members])
+    if repeated is not None:
+        raise InputError(f"{path}: {repeated} is there twice: rename one")
     return groups
 
 
@@ -497,88 +656,190 @@ def _apply_groups(table, groups, path):
     classes = [name for names in groups.values() for name in names]
     if not classes:
         raise InputError(f"{path}: none of its names is a class; the classes are {', '.join(table.classes)}")
-    dropped = [f"{name} ({int(np.nansum(table.targets[:, column[name]]))} times)"
-               for name in table.classes if name not in classes]
-    warnings = [f"{len(dropped)} classes are in no group of {path} and were dropped: {', '.join(dropped)}"]
-    return replace(table, classes=classes, targets=table.targets[:, [column[name] for name in classes]], groups=groups,
-                   warnings=table.warnings + warnings * bool(dropped))
+    dropped = []
+    for name in table.classes:
+        if name not in classes:
+            dropped.append(f"{name} ({int(np.nansum(table.targets[:, column[name]]))} times)")
+    warnings = list(table.warnings)
+    if dropped:
+        warnings.append(f"{len(dropped)} classes are in no group of {path} and were dropped: {', '.join(dropped)}")
+    targets = table.targets[:, [column[name] for name in classes]]
+    return replace(table, classes=classes, targets=targets, groups=groups, warnings=warnings,
+                   notes=[*table.notes, f"groups: {', '.join(groups)}, from {path}"])
+
+
+def _join_tables(tables):
+    """Tables of several label files -> one. A class that one of them does not know is absent or unknown there."""
+    if len(tables) == 1:
+        return tables[0]
+    classes = list(dict.fromkeys(name for table in tables for name in table.classes))
+    targets = []
+    joined = LabelTable([], [], None, classes, tables[0].groups, absent=tables[0].absent)
+    for table in tables:
+        part = np.full((len(table), len(classes)), table.absent, np.float32)
+        part[:, [classes.index(name) for name in table.classes]] = table.targets
+        targets.append(part)
+        lacking = [name for name in classes if name not in table.classes]
+        if lacking:
+            table.warnings.append(f"{table.origins[0].rpartition(':')[0]} has no {', '.join(lacking)}")
+        for name in ("ids", "objects", "parts", "origins", "notes", "warnings"):
+            getattr(joined, name).extend(getattr(table, name))
+    joined.targets = np.concatenate(targets)
+    return joined
 
 
 class ImageFolder:
-    """The files below a folder, listed once, and found by their name or their stem."""
+    """The files below a folder, listed once, and found by their path, their name or their stem."""
 
     def __init__(self, root):
         self.root = str(root)
         self.names = set()  # relative to root, with "/"
-        folders = [("", self.root)]
-        while folders:
-            prefix, folder = folders.pop()
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    name = prefix + entry.name
-                    if entry.is_dir():
-                        folders.append((name + "/", entry.path))
-                    else:
-                        self.names.add(name)
-        self.stems = None
+        visited = set()
+        for folder, folders, names in os.walk(self.root, followlinks=True):
+            visited.add(os.path.realpath(folder))
+            folders[:] = [name for name in folders if os.path.realpath(f"{folder}/{name}") not in visited]
+            inside = os.path.relpath(folder, self.root).replace(os.sep, "/")
+            prefix = "" if inside == "." else inside + "/"
+            self.names.update(prefix + name for name in names if not name.startswith("._"))
 
-    def path(self, name):
+    @cached_property
+    def loose(self):
+        """{path, path without suffix, name, stem: [relative paths]} of the images; suffixes in lower case."""
+        found = {}
+        for relative in sorted(self.names):
+            stem, suffix = os.path.splitext(relative)
+            if suffix.lower() in IMAGE_SUFFIXES:
+                last = stem.rpartition("/")[2]
+                for key in {stem, last, stem + suffix.lower(), last + suffix.lower()}:
+                    found.setdefault(key, []).append(relative)
+        return found
+
+    def path(self, relative):
         """The path of one of the names."""
-        return f"{self.root}/{name}"
+        return f"{self.root}/{relative}"
 
-    def find(self, name, where):
-        """The path of an image by its name, with or without suffix, or None. `where` is "FILE:LINE", for errors."""
+    def names_image(self, name):
+        """Whether a cell is the name of an image: by its suffix, or because it is there."""
+        return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES or name in self.names or name in self.loose
+
+    def find(self, name, origin, bases):
+        """The path of an image by its path, or None. origin: "FILE:LINE", for errors. bases: folders that the path may
+        be relative to, beside the image folder. Raises InputError when it lies outside."""
         if name in self.names:
             return self.path(name)
-        inside = name.replace("\\", "/")
-        inside = os.path.relpath(inside, self.root) if os.path.isabs(inside) else os.path.normpath(inside)
-        inside = inside.replace(os.sep, "/")
-        if inside.split("/")[0] == "..":
-            raise InputError(f"{where}: {name} lies outside the image folder {self.root}: move the image into it")
-        inside = inside.removeprefix(os.path.basename(self.root) + "/")
-        return self.path(inside) if inside in self.names else self._find_stem(inside, where)
+        name = name.replace("\\", "/")
+        root = os.path.realpath(self.root)
+        outside = False
+        for base in (self.root, *bases):
+            folder, _, last = os.path.normpath(os.path.join(base, name)).rpartition("/")
+            inside = os.path.relpath(os.path.join(os.path.realpath(folder), last), root).replace(os.sep, "/")
+            if inside in self.names:
+                return self.path(inside)
+            outside |= base == self.root and inside.startswith("..")
+        if outside:
+            raise InputError(f"{origin}: {name} lies outside the image folder {self.root}: move the image into it")
+        return None
 
-    def _find_stem(self, name, where):
-        if self.stems is None:
-            self.stems = {}
-            for relative in sorted(self.names):
-                stem, suffix = os.path.splitext(relative)
-                if suffix.lower() in IMAGE_SUFFIXES:
-                    for key in {stem, stem.rpartition("/")[2]}:
-                        self.stems.setdefault(key, []).append(relative)
-        found = self.stems.get(name, [])
-        if len(found) > 1:
-            raise InputError(f"{where}: {name} can be {found[0]} or {found[1]}: write the whole name")
-        return self.path(found[0]) if found else None
+    def find_loosely(self, name, origin, taken):
+        """The path of an image by its name or its stem, in any folder, or None. taken: paths that other rows name
+        exactly: a name with a folder is none of them. Raises InputError when several images fit."""
+        stem, suffix = os.path.splitext(os.path.normpath(name.replace("\\", "/")))
+        if suffix.lower() not in IMAGE_SUFFIXES:  # a dot of the name itself
+            stem, suffix = stem + suffix, ""
+        for key in (stem + suffix.lower(), stem.rpartition("/")[2] + suffix.lower()):
+            candidates = self.loose.get(key, [])
+            if "/" in stem:
+                candidates = [relative for relative in candidates if self.path(relative) not in taken]
+            if len(candidates) > 1:
+                raise InputError(f"{origin}: {name} can be {candidates[0]} or {candidates[1]}: write the whole name")
+            if candidates:
+                return self.path(candidates[0])
+        return None
 
 
-def _find_images(table, lines, path, files):
-    """Set the paths of a table: missing images are dropped, rows of one image united. lines: for error messages."""
-    distinct = set(table.ids)
-    if len(distinct) == len(table) and distinct <= files.names:
-        return replace(table, paths=[files.path(name) for name in table.ids])
-    paths = [files.find(name, f"{path}:{line}") for name, line in zip(table.ids, lines)]
-    missing = [name for name, image in zip(table.ids, paths) if image is None]
+def _attach_images(table, folder, data_dir):
+    """Set the paths of a table; rows whose image is missing are dropped."""
+    paths = []
+    for name, origin in zip(table.ids, table.origins):
+        bases = (os.path.dirname(origin.rpartition(":")[0]), str(data_dir), os.getcwd())
+        paths.append(folder.find(name, origin, bases))
+    taken = set(paths)
+    for row, path in enumerate(paths):
+        if path is None:
+            paths[row] = folder.find_loosely(table.ids[row], table.origins[row], taken)
+    missing = list(dict.fromkeys(name for name, path in zip(table.ids, paths) if path is None))
     if len(missing) == len(paths):
-        raise InputError(f"{path}: none of its {len(paths)} images is in {files.root}; the first one is {missing[0]}: "
-                         "name the image folder with --images")
-    first, keep, targets = {}, [], table.targets
-    for row, image in enumerate(paths):
-        other = first.setdefault(image, row)
-        if image is None:
-            continue
+        raise InputError(f"{table.origins[0].rpartition(':')[0] or data_dir}: none of its {len(paths)} images is in "
+                         f"{folder.root}; the first one is {missing[0]}: name the image folder with --images")
+    table = replace(table, paths=paths, missing=missing, notes=[*table.notes, f"images: {folder.root}"])
+    return table.subset(np.array([row for row, path in enumerate(paths) if path is not None]))
+
+
+def _unite_rows(table):
+    """Unite the rows that name one image; an InputError when they contradict each other, or are in two parts."""
+    first = {}
+    keep = []
+    for row, path in enumerate(table.paths):
+        other = first.setdefault(path, row)
         if other == row:
             keep.append(row)
             continue
-        conflict = np.flatnonzero(targets[row] + targets[other] == 1)
-        if len(conflict):
-            raise InputError(f"{path}:{lines[row]}: {table.ids[row]} has another label for "
-                             f"{table.classes[conflict[0]]} than in line {lines[other]}: remove one of the two lines")
-        targets[other] = np.fmax(targets[row], targets[other])
-    united = len(paths) - len(missing) - len(keep)
-    warnings = [f"{united} rows name an image again and were united with its first row"] if united else []
-    table = replace(table, paths=paths, missing=missing, warnings=table.warnings + warnings)
+        if table.parts and table.parts[row] != table.parts[other]:
+            raise InputError(f"{table.origins[row]}: {table.ids[row]} is in {table.parts[row]}, and in "
+                             f"{table.parts[other]} at {table.origins[other]}: remove it from one of them")
+        conflict = np.flatnonzero(table.targets[row] + table.targets[other] == 1)
+        if len(conflict) and table.absent != 0:
+            place = table.origins[other].rpartition(":")[2]
+            raise InputError(f"{table.origins[row]}: {table.ids[row]} has another label for "
+                             f"{table.classes[conflict[0]]} than in line {place}: remove one of the two lines")
+        table.targets[other] = np.fmax(table.targets[row], table.targets[other])
+    united = len(table) - len(keep)
+    if united and table.absent != 0:
+        table.warnings.append(f"{united} rows name an image again and were united with its first row")
     return table.subset(np.array(keep))
+
+
+def _part_of_folder(path, root):
+    """The part that one of the folders between root and the image names, or ""."""
+    for word in Path(os.path.relpath(path, root)).parts[:-1]:
+        if word.lower() in PART_WORDS:
+            return PART_WORDS[word.lower()]
+    return ""
+
+
+def _find_copies(table):
+    """Set `copies` where images have the same bytes; an InputError when they are in two parts."""
+    by_size = {}
+    for row, path in enumerate(table.paths):
+        with contextlib.suppress(OSError):
+            by_size.setdefault(os.path.getsize(path), []).append(row)
+    table.copies = list(table.ids)
+    first = {}
+    found = []
+    for rows in by_size.values():
+        for row in rows if len(rows) > 1 else []:
+            with contextlib.suppress(OSError):
+                other = first.setdefault(hashlib.sha256(Path(table.paths[row]).read_bytes()).digest(), row)
+                if other != row:
+                    found.append((other, row))
+    if not found:
+        table.copies = []
+    crossing = []
+    contradictory = []
+    for other, row in found:
+        table.copies[row] = table.ids[other]
+        pair = f"{table.ids[other]} and {table.ids[row]}"
+        if table.parts and table.parts[row] != table.parts[other]:
+            crossing.append(pair)
+        if (table.targets[row] + table.targets[other] == 1).any():
+            contradictory.append(pair)
+    if crossing:
+        raise InputError(f"{len(crossing)} images are in two parts of the split under two names, as "
+                         f"{'; '.join(crossing[:3])}: remove them from one")
+    if contradictory:
+        table.warnings.append(f"{len(contradictory)} pairs of identical images have other labels: "
+                              f"{'; '.join(contradictory[:5])}")
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -586,33 +847,70 @@ def _find_images(table, lines, path, files):
 
 
 def split(table, ratios=(0.7, 0.15, 0.15), method="stratified", seed=0):
-    """Divide a table -> three ascending arrays of row numbers: train, val, test. Rows of one object stay together.
+    """Divide a table -> three ascending arrays of row numbers: train, val, test.
 
-    ratios: three numbers >= 0, taken relative to their sum; train and val must not be 0. method: "stratified" is the
-    iterative stratification of Sechidis, Tsoumakas & Vlahavas (2011), "On the Stratification of Multi-Label Data",
-    on the known positives, so that rare classes reach every split; "random" shuffles. Raises InputError.
+    Rows of one object, and images with the same bytes, stay together. ratios: three numbers >= 0, taken relative to
+    their sum; train and val must not be 0. method: "stratified" is the iterative stratification of Sechidis,
+    Tsoumakas & Vlahavas (2011), "On the Stratification of Multi-Label Data", on the known positives, so that rare
+    classes reach every split; "random" shuffles. Rows with a part of their own (table.parts) keep it: others are
+    divided among the splits that have none, and val is taken from train when the data has no val. Raises InputError.
     """
     ratios = np.array(ratios, float)
     if len(ratios) != 3 or not np.isfinite(ratios).all() or ratios.min() < 0 or ratios[:2].min() == 0:
         raise InputError("--split takes three ratios, train, val and test; only the last may be 0")
-    units = np.arange(len(table))
-    if table.objects:
-        units = np.unique(table.objects, return_inverse=True)[1]
+    part = np.array([PARTS.index(name) if name else -1 for name in table.parts or [""] * len(table)])
+    free = np.flatnonzero(part < 0)
+    named = set(part[part >= 0].tolist())
+    if named and 1 not in named and len(free) == 0:  # val comes out of train
+        free = np.flatnonzero(part == 0)
+        named.discard(0)
+        ratios[2] = 0
+    open_parts = [k for k in range(3) if k not in named and ratios[k] > 0] or [0, 1, 2]
+    if len(free):
+        part[free] = np.array(open_parts)[divide(table.subset(free), ratios[open_parts], method, seed)]
+    rows = [np.flatnonzero(part == k) for k in range(3)]
+    for name, chosen in zip(PARTS[:2], rows):
+        if len(chosen) == 0:
+            raise InputError(f"the data's own split has no {name} images: add some, or leave the split out")
+    return rows
+
+
+def divide(table, ratios, method="stratified", seed=0):
+    """Divide a table into any number of parts -> the number of each row's part (N,). Arguments as of split()."""
+    ratios = np.asarray(ratios, float) / np.sum(ratios)
+    units = _units(table)
     sizes = np.bincount(units)
-    if len(sizes) < np.count_nonzero(ratios):
+    wanted = np.flatnonzero(ratios)
+    if len(sizes) < len(wanted):
         what = "objects" if table.objects else "images"
-        raise InputError(f"{len(sizes)} {what} are too few for {np.count_nonzero(ratios)} splits: "
-                         "add images, or change --split")
+        raise InputError(f"{len(sizes)} {what} are too few for {len(wanted)} splits: add images, or change --split")
     rng = np.random.default_rng(seed)
     if method == "random":
-        part = _random_parts(sizes, ratios / ratios.sum(), rng)
+        part = _random_parts(sizes, ratios, rng)
     else:
         positives = np.zeros((len(sizes), table.targets.shape[1]))
         np.add.at(positives, units, np.nan_to_num(table.targets))
-        part = _stratified_parts(positives, sizes, ratios / ratios.sum(), rng)
-    for empty in set(np.flatnonzero(ratios)) - set(part):  # tiny data: every split asked for gets something
+        part = _stratified_parts(positives, sizes, ratios, rng)
+    for empty in set(wanted) - set(part):  # tiny data: every split asked for gets something
         part[rng.choice(np.flatnonzero(part == np.bincount(part).argmax()))] = empty
-    return [np.flatnonzero(part[units] == k) for k in range(3)]
+    return part[units]
+
+
+def _units(table):
+    """What must not be divided -> its number for each row (N,): an object, or images with the same bytes."""
+    keys = [table.objects or table.ids]
+    if table.copies:
+        keys.append(table.copies)
+    units = np.arange(len(table))
+    while True:  # rows that share a key get the lowest number among them, until nothing changes
+        before = units
+        for names in keys:
+            lowest = {}
+            for name, unit in zip(names, units.tolist()):
+                lowest[name] = min(unit, lowest.get(name, unit))
+            units = np.array([lowest[name] for name in names])
+        if (units == before).all():
+            return np.unique(units, return_inverse=True)[1]
 
 
 def _random_parts(sizes, ratios, rng):
@@ -627,8 +925,8 @@ def _stratified_parts(positives, sizes, ratios, rng):
     """Iterative stratification of units with (U, C) counts of positives: the label with the fewest units left goes
     first, and each of its units goes to the split that still wants most of that label."""
     part = np.full(len(sizes), -1)
-    want = ratios[:, None] * positives.sum(axis=0)  # (3, C) positives each split still wants
-    room = ratios * sizes.sum()  # (3,) images each split still wants
+    wanted = ratios[:, None] * positives.sum(axis=0)  # (K, C) positives that each split still wants
+    room = ratios * sizes.sum()  # (K,) images that each split still wants
     allowed = np.where(ratios > 0, 0.0, -np.inf)
     order = rng.permutation(len(sizes))
     has = positives > 0
@@ -636,9 +934,9 @@ def _stratified_parts(positives, sizes, ratios, rng):
     while left.any():
         label = np.argmin(np.where(left > 0, left, np.inf))
         for unit in order[has[order, label] & (part[order] < 0)]:
-            k = max(range(3), key=lambda k: (want[k, label] + allowed[k], room[k]))
+            k = max(range(len(ratios)), key=lambda k: (wanted[k, label] + allowed[k], room[k]))
             part[unit] = k
-            want[k] -= positives[unit]
+            wanted[k] -= positives[unit]
             room[k] -= sizes[unit]
         left = has[part < 0].sum(axis=0)
     for unit in order[part[order] < 0]:  # units without a positive
@@ -652,52 +950,105 @@ def _stratified_parts(positives, sizes, ratios, rng):
 # Images
 
 
-def load_image(image, size=None):
-    """An image file, or a PIL image, -> PIL image in mode RGB, upright by its EXIF orientation.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ETIMEDOUT}  # errors that may not come again
 
-    size: the result is resized to (size, size); JPEG files are then decoded at the smallest scale that holds it.
-    Transparent pixels are laid on white, 16 bits become 8, of an animation the first frame is taken. Raises ImageError.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is an error, and reported as one
+
+
+def load_image(image, size=None, within=None):
+    """An image -> PIL image in mode RGB, upright by its EXIF orientation.
+
+    image: a path, a file object, bytes, a PIL image, or a uint8 array (H, W, 3). size: the result is resized to
+    (size, size). within: it is shrunk, in its proportions, so that no side is longer. JPEG files are then decoded at a
+    smaller scale. Transparent pixels are laid on white; 16-bit and float images keep their contrast; of an animation
+    the first frame is taken. Raises ImageError.
     """
-    name = getattr(image, "filename", "image") if isinstance(image, Image.Image) else image
     try:
-        if not isinstance(image, Image.Image):
-            image = Image.open(image)
-            if size:
-                image.draft("RGB", (size, size))
-        if image.getexif().get(0x0112, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        image = _to_rgb(image)
-        return image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3.0) if size else image
+        try:
+            return _load_image(image, size, within)
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            time.sleep(0.1)
+            return _load_image(image, size, within)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error or type(error).__name__
-        raise ImageError(f"{name}: {getattr(error, 'strerror', None) or reason}") from error
+        raise ImageError(f"{image_name(image)}: {getattr(error, 'strerror', None) or reason}") from error
+
+
+def image_name(image):
+    """What to call an image in a message."""
+    if isinstance(image, (str, os.PathLike)):
+        return str(image)
+    return getattr(image, "filename", "") or f"an image given as {type(image).__name__}"
+
+
+def _load_image(image, size, within):
+    image = _open_image(image)
+    side = size or within
+    if side:
+        image.draft("RGB", (2 * side, 2 * side))  # twice, so that the scale of the decoding does not show
+    if image.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    image = _to_rgb(image)
+    if size:
+        return image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    if within:
+        image.thumbnail((within, within), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    return image
+
+
+def _open_image(image):
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"an array must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
+        return Image.fromarray(image)
+    if isinstance(image, (bytes, bytearray)):
+        return Image.open(io.BytesIO(image))
+    if not isinstance(image, Image.Image):
+        return Image.open(image)
+    if getattr(image, "tile", None) and getattr(image, "fp", None):  # not decoded yet: a copy of it is
+        image.fp.seek(0)
+        return Image.open(image.fp)
+    return image.copy()
 
 
 def _to_rgb(image):
-    if image.mode.startswith("I"):  # 16 bits, for which Pillow's own conversion clips instead of scaling
-        values = np.asarray(image).clip(0, 65535)
-        image = Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):  # 16 bits and more, which Pillow's own conversion clips instead of scaling
+        values = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0).clip(0)
+        highest = values.max()
+        if image.mode == "F" and highest <= 1:
+            values = values * 255
+        elif highest > 255:
+            values = values / 2.0 ** (int(highest).bit_length() - 8)
+        image = Image.fromarray(values.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-PAGE = 4096  # bytes of memory that an image in the cache takes beside its pixels: they fill whole pages, in objects
+CACHE_OVERHEAD = 4096  # bytes of memory that a cached image takes beside its pixels: they fill whole pages, in objects
 
 
 class ImageDataset(torch.utils.data.Dataset):
     """The images of a LabelTable: dataset[i] is (image uint8 (3, size, size), targets float32 (C,), id).
 
-    Decoded images are kept in memory, up to cache_bytes of them. An image that cannot be read is grey with all its
-    labels unknown, so that it counts for nothing, and `errors` says why: row number -> message.
+    Decoded images are kept in memory, up to cache_bytes of them. An image that cannot be read is grey, all its labels
+    become unknown, so that it is ignored, and `errors` says why: row number -> message.
     """
 
     def __init__(self, table, size, cache_bytes=0):
-        self.table, self.size, self.errors = table, size, {}
+        self.table = table
+        self.size = size
+        self.errors = {}
         self.targets = torch.from_numpy(table.targets.copy())
         self._pixels = {}
-        self._capacity = int(cache_bytes // (3 * size * size + PAGE))
+        self._capacity = int(cache_bytes // (3 * size * size + CACHE_OVERHEAD))
 
     def __len__(self):
         return len(self.table)
@@ -766,7 +1117,8 @@ LEVELS = {
     "rich": ("resized_crop", "flip", "rotation", "perspective", "jitter", "erasing"),
 }
 OPERATIONS = ("flip", "vflip", "rotation", "crop", "resized_crop", "perspective", "jitter", "erasing")
-NOISE = 18  # random numbers per image, each with its own use
+NOISE = ("flip", "vflip", "angle", "shift_x", "shift_y", "area", "ratio", "tilt_x", "tilt_y", "perspective",
+         "saturation", "contrast", "brightness", "erasing", "box_area", "box_ratio", "box_y", "box_x")
 
 
 def read_operations(text):
@@ -779,237 +1131,289 @@ def read_operations(text):
 
 
 def draw_noise(count, seed, epoch):
-    """The random numbers behind the augmentation of `count` images -> (count, NOISE) in [0, 1).
+    """The random numbers behind the augmentation of `count` images -> (count, len(NOISE)) in [0, 1).
 
     They depend on the seed, the epoch and the row alone, so that loading order and threads do not matter.
     """
-    return torch.rand(count, NOISE, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return torch.rand(count, len(NOISE), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def augment(images, operations, noise):
     """Change each image of a batch in its own random way -> float32 (B, 3, H, W) in 0..255.
 
-    images: (B, 3, H, W), uint8 or float in 0..255. operations: names of OPERATIONS. noise: (B, NOISE) of draw_noise().
+    images: (B, 3, H, W), uint8 or float in 0..255. operations: names of OPERATIONS. noise: (B, len(NOISE)) of
+    draw_noise().
     """
     images = images.float()
-    flips, matrix = {"flip", "vflip"}, _geometry(operations, noise)
-    if set(operations) & set(OPERATIONS[:6]) <= flips:  # whole pixels: no sampling needed
-        for name, axis, column in (("flip", 3, 0), ("vflip", 2, 1)):
+    noise = dict(zip(NOISE, noise.unbind(1)))
+    if {"rotation", "crop", "resized_crop", "perspective"} & set(operations):
+        images = _sample(images, _geometry(operations, noise))
+    else:  # whole pixels: no sampling is needed
+        for name, axis in (("flip", 3), ("vflip", 2)):
             if name in operations:
-                images = torch.where(noise[:, column].view(-1, 1, 1, 1) < 0.5, images.flip(axis), images)
-    else:
-        images = _sample(images, matrix)
+                images = torch.where(noise[name].view(-1, 1, 1, 1) < 0.5, images.flip(axis), images)
     if "jitter" in operations:
-        images = _jitter(images, 0.8 + 0.4 * noise[:, 10:13])
+        images = _jitter(images, noise)
     if "erasing" in operations:
-        images = torch.where(_box(noise[:, 13:18], images.shape[2:]), 127.0, images)
+        images = torch.where(_boxes(noise, *images.shape[2:]), 127.0, images)
     return images
 
 
 def _geometry(operations, noise):
     """(B, 3, 3): where in the input, in [-1, 1], each point of the output comes from."""
-    signed = 2 * noise - 1
-    one, zero = torch.ones_like(noise[:, 0]), torch.zeros_like(noise[:, 0])
+    signed = {name: 2 * values - 1 for name, values in noise.items()}
+    one = torch.ones_like(noise["flip"])
+    zero = torch.zeros_like(one)
 
     def matrix(a=one, b=zero, x=zero, c=zero, d=one, y=zero, p=zero, q=zero):
         return torch.stack([a, b, x, c, d, y, p, q, one], dim=1).view(-1, 3, 3)
 
+    def crop(width, height):  # anywhere
+        return matrix(a=width, d=height, x=(1 - width) * signed["shift_x"], y=(1 - height) * signed["shift_y"])
+
     total = matrix()
-    if "resized_crop" in operations:  # 50 to 100 % of the area, sides 3:4 to 4:3, anywhere
-        area, ratio = 0.5 + 0.5 * noise[:, 5], (4 / 3) ** signed[:, 6]
-        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-        total = total @ matrix(a=width, d=height, x=(1 - width) * signed[:, 3], y=(1 - height) * signed[:, 4])
-    if "crop" in operations:  # 224 of 256 pixels, anywhere
-        side = one * 224 / 256
-        total = total @ matrix(a=side, d=side, x=(1 - side) * signed[:, 3], y=(1 - side) * signed[:, 4])
+    if "resized_crop" in operations:  # 50 to 100 % of the area, sides 3:4 to 4:3
+        area = 0.5 + 0.5 * noise["area"]
+        ratio = (4 / 3) ** signed["ratio"]
+        total = total @ crop((area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1))
+    if "crop" in operations:  # 224 of 256 pixels
+        total = total @ crop(one * 224 / 256, one * 224 / 256)
     if "rotation" in operations:  # up to 10 degrees
-        angle = signed[:, 2] * math.radians(10)
+        angle = signed["angle"] * math.radians(10)
         total = total @ matrix(a=angle.cos(), b=-angle.sin(), c=angle.sin(), d=angle.cos())
     if "perspective" in operations:  # half of the images, one side up to 1.5 times as long as the other
-        strength = 0.2 * (noise[:, 9] < 0.5)
-        total = total @ matrix(p=strength * signed[:, 7], q=strength * signed[:, 8])
+        strength = 0.2 * (noise["perspective"] < 0.5)
+        total = total @ matrix(p=strength * signed["tilt_x"], q=strength * signed["tilt_y"])
     if "flip" in operations:
-        total = total @ matrix(a=torch.where(noise[:, 0] < 0.5, -one, one))
+        total = total @ matrix(a=torch.where(noise["flip"] < 0.5, -one, one))
     if "vflip" in operations:
-        total = total @ matrix(d=torch.where(noise[:, 1] < 0.5, -one, one))
+        total = total @ matrix(d=torch.where(noise["vflip"] < 0.5, -one, one))
     return total
 
 
 def _sample(images, matrix):
+    """Images (B, 3, H, W) seen through a matrix (B, 3, 3) of _geometry()."""
     batch, _, height, width = images.shape
     x = (torch.arange(width, device=images.device) * 2 + 1) / width - 1
     y = (torch.arange(height, device=images.device) * 2 + 1) / height - 1
     points = torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(height, width, device=images.device)], -1)
-    places = points.view(1, -1, 3) @ matrix.transpose(1, 2)
-    grid = (places[..., :2] / places[..., 2:]).view(batch, height, width, 2)
+    points = points.view(1, -1, 3) @ matrix.transpose(1, 2)
+    grid = (points[..., :2] / points[..., 2:]).view(batch, height, width, 2)
     return torch.nn.functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
-def _jitter(images, factors):
-    """Scale saturation, contrast and brightness by `factors` (B, 3)."""
-    saturation, contrast, brightness = factors.view(-1, 3, 1, 1, 1).unbind(1)
+def _jitter(images, noise):
+    """Scale saturation, contrast and brightness, each by 0.8 to 1.2."""
+    saturation, contrast, brightness = (
+        (0.8 + 0.4 * noise[name]).view(-1, 1, 1, 1) for name in ("saturation", "contrast", "brightness"))
     grey = images.mean(dim=1, keepdim=True)
     images = torch.lerp(grey, images, saturation)
     images = torch.lerp(images.mean(dim=(1, 2, 3), keepdim=True), images, contrast)
     return (images * brightness).clamp(0, 255)
 
 
-def _box(noise, shape):
-    """For a quarter of the images a box of 2 to 20 % of the area, (B, 1, H, W) boolean."""
-    area, ratio = 0.02 + 0.18 * noise[:, 1], 3 ** (2 * noise[:, 2] - 1)
-    inside = (noise[:, 0] < 0.25).view(-1, 1, 1, 1)
-    for axis, size in ((2, (area * ratio).sqrt()), (3, (area / ratio).sqrt())):
-        start = (1 - size) * noise[:, axis + 1]
-        place = ((torch.arange(shape[axis - 2], device=noise.device) + 0.5) / shape[axis - 2]).expand(len(noise), -1)
-        along = (place >= start[:, None]) & (place < (start + size)[:, None])
-        inside = inside & (along[:, None, :, None] if axis == 2 else along[:, None, None, :])
-    return inside
+def _boxes(noise, height, width):
+    """For a quarter of the images a box of 2 to 20 % of the area -> boolean (B, 1, H, W)."""
+    area = 0.02 + 0.18 * noise["box_area"]
+    ratio = 3 ** (2 * noise["box_ratio"] - 1)
+
+    def inside(pixels, size, place):  # (B, pixels): those between the two edges of the box
+        start = ((1 - size) * place)[:, None]
+        middles = (torch.arange(pixels, device=size.device) + 0.5) / pixels
+        return (middles >= start) & (middles < start + size[:, None])
+
+    rows = inside(height, (area * ratio).sqrt(), noise["box_y"])
+    columns = inside(width, (area / ratio).sqrt(), noise["box_x"])
+    chosen = (noise["erasing"] < 0.25).view(-1, 1, 1, 1)
+    return chosen & rows[:, None, :, None] & columns[:, None, None, :]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures with words under them
+# Sheet and summary: what is in a data folder
 
 
 BLACK, GREY, GREEN, RED, BLUE = "#222222", "#767676", "#1b7837", "#b2182b", "#1f4e9c"
+FONTS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf", "msyh.ttc",
+         "malgun.ttf", "arial.ttf")  # of the system, for letters that Pillow's own font has not
 
 
-def load_font(size):
-    """Pillow's own font, `size` pixels high."""
-    return ImageFont.load_default(size)
+@cache
+def load_font(size, text=""):
+    """A font of `size` pixels with the letters of `text`: Pillow's own, or one of the system."""
+    fonts = [ImageFont.load_default(size)]
+    if not has_letters(fonts[0], text):
+        for name in FONTS:
+            with contextlib.suppress(OSError):
+                fonts.append(ImageFont.truetype(name, size))
+    return next((font for font in fonts if has_letters(font, text)), fonts[0])
 
 
-def fit_text(text, font, width):
-    """The text, or as much of it as `width` pixels hold, with dots after it."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+def has_letters(font, text):
+    """Whether a font can draw every letter of a text."""
+    box = bytes(font.getmask("\uffff"))  # what it draws for a letter that it has not
+    return all(letter.isspace() or bytes(font.getmask(letter)) != box for letter in set(text) if ord(letter) > 126)
 
 
-def wrap_text(text, font, width, most=4):
-    """The text as at most `most` lines of at most `width` pixels, broken at its blanks; what does not fit is cut."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = fit_text(longer, font, width)
-        else:
-            lines.append(fit_text(word, font, width))
-    if len(lines) > most:
-        lines = [*lines[: most - 1], fit_text(f"{lines[most - 1]} {lines[most]}", font, width)]
-    return lines
-
-
-def fit_image(image, side):
-    """A PIL image, resized so that its longer side has `side` pixels."""
-    return image.resize([max(1, round(length * side / max(image.size))) for length in image.size])
+def picture_names(classes):
+    """The names of classes as pictures show them: "class 3" where no font here has the letters, and a warning."""
+    names = [name if has_letters(load_font(13, name), name) else f"class {c}" for c, name in enumerate(classes)]
+    lacking = [name for name, shown in zip(classes, names) if name != shown]
+    if lacking:
+        print_text(f"warning: no font here has the letters of {', '.join(lacking[:3])}: pictures show their numbers",
+                   file=sys.stderr)
+    return names
 
 
 def draw_sheet(cells, title, columns=6, width=200):
-    """Pictures in rows with words under them -> PIL image. cells: a list of (PIL image, [(line of text, colour), ...]).
-    """
-    font, heading, gap, line = load_font(13), load_font(17), 14, 17
+    """Pictures in rows with words under them -> PIL image. cells: a list of (PIL image, [(text, colour), ...])."""
     columns = max(1, min(columns, len(cells)))
-    texts = [[(part, colour) for text, colour in lines for part in wrap_text(text, font, width)] for _, lines in cells]
-    rows = [range(start, min(start + columns, len(cells))) for start in range(0, len(cells), columns)]
-    pictures = [fit_image(picture, width) for picture, _ in cells]
-    tops = [max(pictures[i].height for i in row) for row in rows]
-    heights = [top + line * max(len(texts[i]) for i in row) + gap + 6 for top, row in zip(tops, rows)]
+    gap = 14
     total = columns * (width + gap) + gap
-    titles = wrap_text(title, heading, total - 2 * gap)
-    y = gap + 6 + 24 * len(titles)
-    sheet = Image.new("RGB", (total, y + sum(heights)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, text in enumerate(titles):
-        pen.text((gap, 10 + 24 * number), text, BLACK, heading)
-    for row, top, height in zip(rows, tops, heights):
-        for column, i in enumerate(row):
-            x, picture = gap + column * (width + gap), pictures[i]
-            sheet.paste(picture, (x + (width - picture.width) // 2, y + top - picture.height))
-            for number, (text, colour) in enumerate(texts[i]):
-                pen.text((x, y + top + 5 + number * line), text, colour, font)
-        y += height
-    return sheet
+    sheets = [_draw_words([(title, BLACK)], total - 2 * gap, 17)]
+    for start in range(0, len(cells), columns):
+        row = cells[start : start + columns]
+        pictures = [ImageOps.contain(picture, (width, width)) for picture, _ in row]
+        words = [_draw_words(lines, width, 13) for _, lines in row]
+        top = max(picture.height for picture in pictures)
+        sheet = Image.new("RGB", (total, top + max(part.height for part in words) + gap + 6), "white")
+        for column, (picture, part) in enumerate(zip(pictures, words)):
+            left = column * (width + gap)
+            sheet.paste(picture, (left + (width - picture.width) // 2, top - picture.height))
+            sheet.paste(part, (left, top + 5))
+        sheets.append(sheet)
+    whole = Image.new("RGB", (total, 10 + sum(sheet.height + 6 for sheet in sheets)), "white")
+    y = 10
+    for sheet in sheets:
+        whole.paste(sheet, (gap, y))
+        y += sheet.height + 6
+    return whole
 
 
-def list_names(classes, chosen):
+def _draw_words(lines, width, size):
+    """Lines of text [(text, colour), ...], wrapped -> PIL image of that width."""
+    wrapped = []
+    for text, colour in lines:
+        parts = textwrap.wrap(text, max(8, int(width / size * 2)), max_lines=4, placeholder=" ...")
+        wrapped += [(part, colour) for part in parts]
+    image = Image.new("RGB", (width, max(1, len(wrapped) * (size + 4))), "white")
+    pen = ImageDraw.Draw(image)
+    for number, (text, colour) in enumerate(wrapped):
+        pen.text((0, number * (size + 4)), text, colour, load_font(size, text))
+    return image
+
+
+def list_names(names, chosen):
     """The names of the chosen classes (C,), boolean, as text."""
-    return ", ".join(classes[c] for c in np.flatnonzero(chosen))
+    return ", ".join(names[c] for c in np.flatnonzero(chosen))
 
 
 def label_sheet(table, count=24, seed=0):
     """A random sample of a table's images with their labels -> PIL image."""
-    rows, cells = np.random.default_rng(seed).permutation(len(table))[:count], []
+    rows = np.random.default_rng(seed).permutation(len(table))[:count]
+    names = picture_names(table.classes)
+    cells = []
     for row in sorted(rows):
-        present, unknown = (list_names(table.classes, chosen)
-                            for chosen in (table.targets[row] == 1, np.isnan(table.targets[row])))
-        lines = [(table.ids[row], BLACK), (present or "no label", GREEN)]
-        if unknown:
-            lines.append((f"NA: {unknown}", GREY))
+        lines = [(table.ids[row], BLACK), (list_names(names, table.targets[row] == 1) or "no label", GREEN)]
+        unknown = np.isnan(table.targets[row])
+        if unknown.any():
+            lines.append((f"NA: {list_names(names, unknown)}", GREY))
         try:
-            cells.append((load_image(table.paths[row]), lines))
+            picture = load_image(table.paths[row], within=200)
         except ImageError as error:
-            cells.append((Image.new("RGB", (8, 8), "#dddddd"), [*lines, (str(error).rpartition(": ")[2], RED)]))
+            picture = Image.new("RGB", (8, 8), "#dddddd")
+            lines.append((str(error).rpartition(": ")[2], RED))
+        cells.append((picture, lines))
     return draw_sheet(cells, f"{len(cells)} of {len(table)} images")
 
 
 def distinct_names(paths):
-    """A file name for each path, without folders: its own, where two have the same with the folder's name before it,
-    and where that is not enough with a number."""
-    names, taken = [], set()
+    """A file name for each path, without folders: its own, or where another has the same (with any suffix) with the
+    folder's name before it, or a number behind it."""
+    taken = set()
+    names = []
     for path in map(Path, paths):
-        stem = path.stem if path.name not in taken else f"{path.parent.name}_{path.stem}"
-        name, number = stem + path.suffix, 1
-        while name in taken:
+        stem = path.stem if path.stem not in taken else f"{path.parent.name}_{path.stem}"
+        number = 1
+        while stem in taken:
             number += 1
-            name = f"{stem}_{number}{path.suffix}"
-        taken.add(name)
-        names.append(name)
+            stem = f"{path.stem}_{number}"
+        taken.add(stem)
+        names.append(stem + path.suffix)
     return names
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is in a data folder
-
-
-def summary(table, title="data"):
-    """A LabelTable as text: rows, images, missing files, and per class positives, negatives, NA and prevalence, with a
-    bar of 20 characters: # positives, - negatives, blank NA."""
-    positives, negatives = (np.count_nonzero(table.targets == value, axis=0) for value in (1, 0))
+def summary(table, title="data", most=30):
+    """A LabelTable as text: how its files were understood, rows, images, missing files, and per class positives,
+    negatives, NA and prevalence, with a bar of 20 characters: # positives, - negatives, blank NA. Of more than `most`
+    classes those with the fewest and those with the most positives."""
+    positives = np.count_nonzero(table.targets == 1, axis=0)
+    negatives = np.count_nonzero(table.targets == 0, axis=0)
     rows = len(table) + len(table.missing)
     lines = [f"{title}: {rows} rows, {len(table)} images, {len(table.missing)} missing, {len(table.classes)} classes"]
+    lines += [f"  {note}" for note in table.notes]
+    if table.parts:
+        counts = Counter(part or "to be divided" for part in table.parts)
+        lines.append("  the data's own split: " + ", ".join(f"{count} {part}" for part, count in counts.items()))
     if table.missing:
-        more = f" and {len(table.missing) - 10} more" if len(table.missing) > 10 else ""
-        lines.append(f"missing: {', '.join(table.missing[:10])}{more}")
-    lines += [f"warning: {warning}" for warning in table.warnings]
+        lines.append(f"missing: {shortened(table.missing)}")
+    lines += [f"warning: {warning}" for warning in table.warnings + one_sided(table)]
+
     group_of = {name: group for group, names in table.groups.items() for name in names}
     width = max(5, *map(len, table.classes))
-    head = f"{'class':{width}} {'positives':>9} {'negatives':>9} {'NA':>7} {'prevalence':>10}"
-    lines.append(head + f"  {'':20}  group" * bool(group_of))
-    for name, yes, no in zip(table.classes, positives, negatives):
-        share = f"{yes / (yes + no):10.1%}" if yes + no else f"{'n/a':>10}"
-        full = math.ceil(20 * yes / len(table))
-        bar = "#" * full + "-" * (math.ceil(20 * (yes + no) / len(table)) - full)
-        line = f"{name:{width}} {yes:9} {no:9} {len(table) - yes - no:7} {share}  {bar:20}  {group_of.get(name, '')}"
-        lines.append(line.rstrip())
+    lines.append(f"{'class':{width}} {'positives':>9} {'negatives':>9} {'NA':>7} {'prevalence':>10}")
+    if group_of:
+        lines[-1] += f"  {'':20}  group"
+    order = list(range(len(table.classes)))
+    if len(order) > most:
+        by_count = np.argsort(positives, kind="stable").tolist()
+        order = [*by_count[: most // 2], None, *by_count[len(by_count) - most // 2 :]]
+    for c in order:
+        if c is None:
+            lines.append(f"... {len(table.classes) - most // 2 * 2} classes between the rarest and the most frequent")
+            continue
+        known = positives[c] + negatives[c]
+        share = f"{positives[c] / known:10.1%}" if known else f"{'n/a':>10}"
+        full = math.ceil(20 * positives[c] / len(table))
+        bar = "#" * full + "-" * (math.ceil(20 * known / len(table)) - full)
+        name = table.classes[c]
+        lines.append(f"{name:{width}} {positives[c]:9} {negatives[c]:9} {len(table) - known:7} {share}  {bar:20}  "
+                     f"{group_of.get(name, '')}".rstrip())
     return "\n".join(lines)
+
+
+def one_sided(table):
+    """Warnings of the classes of a table that have no known positive, or no known negative."""
+    lines = []
+    for value, word in ((1, "positive"), (0, "negative")):
+        names = list_names(table.classes, ~(table.targets == value).any(axis=0))
+        if names:
+            lines.append(f"no known {word}: {shortened(names.split(', '))}")
+    return lines
+
+
+def shortened(names, most=10):
+    """Names as text, the first `most` of them."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def pairs_summary(table, most=10):
     """The pairs of classes that are most often positive together, as text."""
     positive = (table.targets == 1).astype(np.float32)
     together = np.triu(positive.T @ positive, k=1)
-    pairs = [np.unravel_index(flat, together.shape) for flat in np.argsort(-together, axis=None, kind="stable")[:most]]
-    lines = [f"{int(together[a, b]):9}  {table.classes[a]} + {table.classes[b]}" for a, b in pairs if together[a, b]]
-    return "\n".join(["most frequent pairs:", *lines]) if lines else "no two classes are positive together"
+    lines = ["most frequent pairs:"]
+    for flat in np.argsort(-together, axis=None, kind="stable")[:most]:
+        a, b = np.unravel_index(flat, together.shape)
+        if together[a, b]:
+            lines.append(f"{int(together[a, b]):9}  {table.classes[a]} + {table.classes[b]}")
+    return "\n".join(lines) if len(lines) > 1 else "no two classes are positive together"
 
 
 def images_summary(table, most=1000):
     """The sizes, modes and formats of a table's images, or of `most` of them, by their headers, as text."""
-    sizes, kinds = [], Counter()
-    paths = table.paths[:: -(-len(table) // most)]
-    for path in paths:
+    sizes = []
+    kinds = Counter()
+    for path in table.paths[:: -(-len(table) // most)]:
         with contextlib.suppress(Exception), Image.open(path) as image:  # --check is what reports bad images
             sizes.append(image.size)
             kinds[f"{image.mode} {image.format}"] += 1
@@ -1036,83 +1440,74 @@ def find_bad_images(table, workers):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Demo data: drawn inspection photographs of machine parts and their defects
+# Demo data: drawn photographs of machine parts and their defects
 
 
 DEMO_GROUPS = {"parts": ["bolt", "bracket", "ring"], "defects": ["rust", "crack", "hole"]}
 DEMO_SIZE = 128  # pixels; drawn at twice that
 
 
-def write_demo(folder, seed=0, count=1000, style="table"):
-    """Write `count` drawn photographs and their labels into `folder`: the same files for the same seed.
+def write_demo(folder, seed=0, count=1000):
+    """Write `count` drawn photographs and their labels, of which 8 % are NA, into `folder`: the same for a seed.
 
-    As in real life 8 % of the labels are NA, a few files are PNG, RGBA, greyscale or turned by EXIF, and one row names
-    a file that is not there. style: "table", "lists" or "cls", the label format; only the first can say NA.
+    Raises InputError when the folder holds something else.
     """
     folder = Path(folder)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    marker = folder / "label_groups.json"
+    if folder.is_dir() and any(folder.iterdir()) and not (marker.is_file() and _read_json(marker) == DEMO_GROUPS):
+        raise InputError(f"{folder} is not empty, and not demo data: name a new folder")
+    write_json(marker, DEMO_GROUPS)
+    (folder / "images").mkdir(exist_ok=True)
     classes = [name for names in DEMO_GROUPS.values() for name in names]
-    rows = []  # (file name, labels, known)
+    lines = ["image " + " ".join(classes)]
     for i in range(count):
         rng = np.random.default_rng([seed, i])
         labels = draw_demo_labels(rng)
-        image, _ = draw_demo_image(labels, rng)
-        name, exif = f"part_{i:04}.{'png' if i % 100 in (7, 8) else 'jpg'}", Image.Exif()
-        if i % 100 == 7:
-            image.putalpha(255)
-        elif i % 100 == 9:
-            image = image.convert("L")
-        elif i % 100 == 10:
-            image, exif[0x0112] = image.transpose(Image.Transpose.ROTATE_90), 6
-        image.save(folder / "images" / name, quality=88, exif=exif)
-        rows.append((name, labels, rng.random(len(classes)) >= 0.08))
-    rows.append((f"part_{count:04}.jpg", set(), np.ones(len(classes), bool)))
-    if style == "cls":
-        write_text(folder / "classes.txt", classes)
-        for name, labels, _ in rows:
-            write_text(folder / "labels" / f"{Path(name).stem}.cls", [classes.index(label) for label in sorted(labels)])
-        return
-    write_json(folder / "label_groups.json", DEMO_GROUPS)
-    if style == "table":  # the label file comes last: with it the folder is complete
-        words = ([str(int(c in labels)) if k else "NA" for c, k in zip(classes, known)] for _, labels, known in rows)
-        lines = [" ".join([name, *cells]) for (name, _, _), cells in zip(rows, words)]
-        write_text(folder / "labels.txt", ["image " + " ".join(classes), *lines])
-        return
-    lists = [["ID", *DEMO_GROUPS]]  # a row per part found, as inspectors write them, with the defects in the first
-    for name, labels, _ in rows:
-        parts, defects = (sorted(labels & set(names)) for names in DEMO_GROUPS.values())
-        lists.append([Path(name).stem, parts[0] if parts else "part", ";".join(defects) or "defect"])
-        lists += [[Path(name).stem, part, "nan"] for part in parts[1:]]
-    write_csv(folder / "image_data.csv", lists)
+        draw_demo_image(labels, rng)[0].save(folder / "images" / f"part_{i:04}.jpg", quality=88)
+        cells = [str(int(name in labels)) if rng.random() >= 0.08 else "NA" for name in classes]
+        lines.append(" ".join([f"part_{i:04}.jpg", *cells]))
+    write_text(folder / "labels.txt", lines)  # the last: with it the folder is complete
 
 
 def draw_demo_labels(rng):
     """A random set of labels: rust likes bolts, cracks like brackets, holes are rare."""
-    labels = {name for name, share in (("bolt", 0.45), ("bracket", 0.4), ("ring", 0.35)) if rng.random() < share}
-    chances = {"rust": 0.5 if "bolt" in labels else 0.15, "crack": 0.45 if "bracket" in labels else 0.15, "hole": 0.055}
-    return labels | {name for name, share in chances.items() if rng.random() < share}
+    chances = {"bolt": 0.45, "bracket": 0.4, "ring": 0.35}
+    parts = {name for name, chance in chances.items() if rng.random() < chance}
+    chances = {"rust": 0.5 if "bolt" in parts else 0.15, "crack": 0.45 if "bracket" in parts else 0.15, "hole": 0.055}
+    return parts | {name for name, chance in chances.items() if rng.random() < chance}
 
 
 def draw_demo_image(labels, rng):
     """Draw a photograph with the given labels -> (PIL image, {label: its box (left, top, right, bottom)})."""
-    image = _draw_background(rng)
-    for _ in range(rng.integers(3, 7)):
-        _draw_clutter(image, rng)
-    places, boxes = rng.permutation([(x, y) for x in (50, 128, 206) for y in (50, 128, 206)]), {}
+    side = 2 * DEMO_SIZE
+    grain = _smooth_noise(rng, (side, 12), 7) + _smooth_noise(rng, (6, 6), 14)
+    image = _to_image(np.array(_colour(rng)) + grain[..., None])
+    pen = ImageDraw.Draw(image)
+    for _ in range(rng.integers(3, 7)):  # clutter that is no label
+        corners = rng.normal(0, rng.uniform(6, 30), (rng.integers(2, 6), 2))
+        _polygon(pen, *rng.integers(0, side, 2), corners, 0, _colour(rng, 10, 245))
+    places = rng.permutation([(x, y) for x in (50, 128, 206) for y in (50, 128, 206)]) + rng.integers(-20, 21, (9, 2))
+    boxes = {}
     for label, (x, y) in zip(DEMO_DRAWERS, places):  # parts first, defects over them
         if label in labels:
-            box = DEMO_DRAWERS[label](image, x + rng.integers(-20, 21), y + rng.integers(-20, 21), rng)
+            box = DEMO_DRAWERS[label](pen, x, y, rng)
             boxes[label] = tuple(int(min(max(edge / 2, 0), DEMO_SIZE)) for edge in box)
-    return _photograph(image, rng), boxes
+    angle = rng.uniform(0, 2 * math.pi)
+    axis = np.linspace(-1, 1, side)
+    slope = math.cos(angle) * axis[None, :] + math.sin(angle) * axis[:, None]
+    light = rng.uniform(0.65, 1.15) * (1 + rng.uniform(0, 0.35) * slope)  # from one side
+    image = _to_image(np.asarray(image) * light[..., None])
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2))).reduce(2)
+    return _to_image(np.asarray(image) + rng.normal(0, rng.uniform(2, 8), (DEMO_SIZE, DEMO_SIZE, 3))), boxes
 
 
-def _colour(rng, low=40, high=215, tint=50):
+def _colour(rng, low=40, high=215):
     """A random, not very saturated colour."""
-    return tuple(int(v) for v in (rng.integers(low, high) + rng.integers(-tint, tint + 1, 3)).clip(0, 255))
+    return tuple((rng.integers(low, high) + rng.integers(-50, 51, 3)).clip(0, 255).tolist())
 
 
-def _noise_image(rng, cells, strength):
-    """Smooth noise around 0, (256, 256), from a coarse grid of `cells` (rows, columns)."""
+def _smooth_noise(rng, cells, strength):
+    """Noise around 0, (side, side), from a coarse grid of `cells` (rows, columns)."""
     grid = Image.fromarray(rng.normal(0, strength, cells).astype(np.float32))
     return np.asarray(grid.resize((2 * DEMO_SIZE, 2 * DEMO_SIZE), Image.Resampling.BICUBIC))
 
@@ -1121,125 +1516,215 @@ def _to_image(values):
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
-def _draw_background(rng):
-    """Painted or brushed metal, with stains."""
-    grain = (256, 12) if rng.random() < 0.5 else (12, 256)
-    shade = _noise_image(rng, (6, 6), 12) + _noise_image(rng, grain, 7)
-    stains = _noise_image(rng, (5, 5), 8)[..., None] * rng.random(3)
-    return _to_image(np.array(_colour(rng)) + shade[..., None] + stains)
-
-
-def _photograph(image, rng):
-    """Light from one side, a little blur and noise, and the final size."""
-    angle, axis = rng.uniform(0, 2 * math.pi), np.linspace(-1, 1, 2 * DEMO_SIZE)
-    slope = np.cos(angle) * axis[None, :] + np.sin(angle) * axis[:, None]
-    light = rng.uniform(0.65, 1.15) * (1 + rng.uniform(0, 0.35) * slope)
-    image = _to_image(np.asarray(image) * light[..., None] * rng.uniform(0.9, 1.1, 3))
-    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2))).reduce(2)
-    return _to_image(np.asarray(image) + rng.normal(0, rng.uniform(2, 8), (DEMO_SIZE, DEMO_SIZE, 3)))
-
-
-def _around(x, y, points, angle, scale=1.0):
-    """Points turned by `angle`, scaled and moved to (x, y)."""
-    cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
-    return [(x + cos * px - sin * py, y + sin * px + cos * py) for px, py in points]
-
-
-def _bounds(points):
-    xs, ys = zip(*points)
-    return min(xs), min(ys), max(xs), max(ys)
-
-
-def _disc(x, y, radius):
-    return x - radius, y - radius, x + radius, y + radius
-
-
-def _draw_clutter(image, rng):
-    """Something that is no label: cables, scratches, plates, spots of any colour."""
-    pen, (x, y), kind = ImageDraw.Draw(image), rng.integers(0, 256, 2), rng.integers(4)
-    if kind == 0:
-        ends = _around(x, y, [(-rng.integers(30, 150), 0), (rng.integers(30, 150), 0)], rng.uniform(0, math.pi))
-        pen.line(ends, fill=_colour(rng, 10, 245), width=int(rng.integers(1, 6)))
-    elif kind == 1:
-        w, h = rng.integers(8, 40, 2)
-        pen.polygon(_around(x, y, [(-w, -h), (w, -h), (w, h), (-w, h)], rng.uniform(0, math.pi)), fill=_colour(rng))
-    elif kind == 2:
-        pen.ellipse(_disc(x, y, rng.integers(6, 26)), fill=_colour(rng, tint=80))
+def _polygon(pen, x, y, corners, angle, fill, line=0):
+    """Draw a polygon (or a line of that width) turned by `angle` around (x, y) -> its box."""
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    corners = np.asarray(corners, float) @ turn + (x, y)
+    points = [tuple(corner) for corner in corners.tolist()]
+    if line:
+        pen.line(points, fill=fill, width=line, joint="curve")
     else:
-        brown = tuple(int(v) for v in rng.integers((120, 60, 20), (200, 120, 60)))
-        pen.ellipse(_disc(x, y, rng.integers(8, 22)), fill=brown)
+        pen.polygon(points, fill=fill, outline=(30, 30, 30), width=2)
+    return (*corners.min(axis=0), *corners.max(axis=0))
 
 
-def _draw_bolt(image, x, y, rng):
-    """A hexagonal head with a round top and a slot."""
-    pen, angle, radius = ImageDraw.Draw(image), rng.uniform(0, math.pi), rng.uniform(26, 38)
-    corners = [(radius * math.cos(k * math.pi / 3), radius * math.sin(k * math.pi / 3)) for k in range(6)]
-    pen.polygon(_around(x + 4, y + 5, corners, angle), fill=(20, 20, 20))
-    pen.polygon(_around(x, y, corners, angle), fill=_colour(rng, 60, 230), outline=(30, 30, 30), width=2)
-    pen.ellipse(_disc(x, y, radius * 0.62), outline=(30, 30, 30), width=3)
-    pen.line(_around(x, y, [(-radius * 0.5, 0), (radius * 0.5, 0)], angle), fill=(30, 30, 30), width=5)
-    return _disc(x, y, radius)
+def _star(radii):
+    """Corners at the given distances from the middle, all around."""
+    angles = np.arange(len(radii)) * 2 * math.pi / len(radii)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.asarray(radii)[:, None]
 
 
-def _draw_bracket(image, x, y, rng):
-    """An angle plate with a hole in each arm."""
-    pen, angle, size = ImageDraw.Draw(image), rng.uniform(0, 2 * math.pi), rng.uniform(30, 42)
-    shape = [(-1, -1), (-0.3, -1), (-0.3, 0.3), (1, 0.3), (1, 1), (-1, 1)]
-    pen.polygon(_around(x + 4, y + 5, shape, angle, size), fill=(20, 20, 20))
-    corners = _around(x, y, shape, angle, size)
-    pen.polygon(corners, fill=_colour(rng, 60, 230), outline=(30, 30, 30), width=2)
-    for hole in _around(x, y, [(-0.65, -0.6), (0.6, 0.65)], angle, size):
-        pen.ellipse(_disc(*hole, size * 0.17), fill=(25, 25, 25))
-    return _bounds(corners)
+def _draw_bolt(pen, x, y, rng):
+    """A hexagonal head with a slot."""
+    radius = rng.uniform(26, 38)
+    angle = rng.uniform(0, math.pi)
+    box = _polygon(pen, x, y, _star([radius] * 6), angle, _colour(rng, 60, 230))
+    _polygon(pen, x, y, _star([radius * 0.6] * 24), angle, _colour(rng, 60, 230))
+    _polygon(pen, x, y, [(-radius / 2, 0), (radius / 2, 0)], angle, (30, 30, 30), line=5)
+    return box
 
 
-def _draw_ring(image, x, y, rng):
+def _draw_bracket(pen, x, y, rng):
+    """An angle plate."""
+    corners = np.array([(-1, -1), (-0.3, -1), (-0.3, 0.3), (1, 0.3), (1, 1), (-1, 1)]) * rng.uniform(30, 42)
+    return _polygon(pen, x, y, corners, rng.uniform(0, 2 * math.pi), _colour(rng, 60, 230))
+
+
+def _draw_ring(pen, x, y, rng):
     """A washer: a disc that is open in the middle."""
-    pen, radius, width = ImageDraw.Draw(image), rng.uniform(22, 36), int(rng.integers(8, 13))
-    pen.ellipse(_disc(x + 4, y + 5, radius), outline=(20, 20, 20), width=width)
-    pen.ellipse(_disc(x, y, radius), outline=_colour(rng, 60, 230), width=width)
-    pen.ellipse(_disc(x, y, radius), outline=(30, 30, 30), width=2)
-    return _disc(x, y, radius)
+    radius = rng.uniform(22, 36)
+    box = (x - radius, y - radius, x + radius, y + radius)
+    pen.ellipse(box, outline=_colour(rng, 60, 230), width=int(rng.integers(8, 13)))
+    pen.ellipse(box, outline=(30, 30, 30), width=2)
+    return box
 
 
-def _draw_rust(image, x, y, rng):
+def _draw_rust(pen, x, y, rng):
     """A patch of many small brown and orange spots."""
-    pen, spots = ImageDraw.Draw(image), rng.normal((x, y), rng.uniform(11, 17), (110, 2))
-    for spot in spots:
-        shade = rng.uniform(0.5, 1.15)
-        colour = tuple(int(v * shade) for v in (rng.integers(150, 200), rng.integers(70, 105), rng.integers(20, 50)))
-        pen.ellipse(_disc(*spot, rng.uniform(1.5, 4.5)), fill=colour)
-    return _bounds(spots)
+    spots = rng.normal((x, y), rng.uniform(11, 17), (110, 2))
+    for sx, sy in spots:
+        radius = rng.uniform(1.5, 4.5)
+        brown = np.array([175, 88, 35]) * rng.uniform(0.5, 1.2)
+        pen.ellipse((sx - radius, sy - radius, sx + radius, sy + radius), fill=tuple(brown.astype(int).tolist()))
+    return (*spots.min(axis=0), *spots.max(axis=0))
 
 
-def _draw_crack(image, x, y, rng):
-    """A jagged dark line with branches."""
-    pen, heading, points = ImageDraw.Draw(image), rng.uniform(0, 2 * math.pi), []
-    at = np.array([x - 42 * math.cos(heading), y - 42 * math.sin(heading)])
-    for k in range(9):
-        points.append(tuple(at))
-        turn = heading + rng.uniform(0.6, 1.1) * (-1) ** k
-        if k in (3, 5, 6):
-            branch = at + 20 * np.array([math.cos(turn + 0.8), math.sin(turn + 0.8)])
-            pen.line([tuple(at), tuple(branch)], fill=(18, 16, 16), width=3)
-        at = at + rng.uniform(12, 18) * np.array([math.cos(turn), math.sin(turn)])
-    pen.line(points, fill=(15, 12, 12), width=6, joint="curve")
-    return _bounds(points)
+def _draw_crack(pen, x, y, rng):
+    """A jagged dark line."""
+    along = np.linspace(-45, 45, 9)
+    across = rng.uniform(6, 14, 9) * (-1) ** np.arange(9)
+    return _polygon(pen, x, y, np.stack([along, across], axis=1), rng.uniform(0, 2 * math.pi), (15, 12, 12), line=6)
 
 
-def _draw_hole(image, x, y, rng):
+def _draw_hole(pen, x, y, rng):
     """A torn hole: black, with a jagged bright rim."""
-    pen, radius, angle = ImageDraw.Draw(image), rng.uniform(20, 28), rng.uniform(0, math.pi)
-    reach = radius * rng.uniform(0.8, 1.2, 18) * np.tile([1.35, 0.75], 9)
-    corners = [(r * math.cos(k * math.pi / 9), r * math.sin(k * math.pi / 9)) for k, r in enumerate(reach)]
-    rim = _around(x, y, corners, angle, 1.25)
-    pen.polygon(rim, fill=(235, 232, 225))
-    pen.polygon(_around(x, y, corners, angle), fill=(12, 10, 10))
-    return _bounds(rim)
+    corners = _star(rng.uniform(20, 28) * rng.uniform(0.8, 1.2, 18) * np.tile([1.35, 0.75], 9))
+    box = _polygon(pen, x, y, 1.25 * corners, 0, (235, 232, 225))
+    _polygon(pen, x, y, corners, 0, (12, 10, 10))
+    return box
 
 
 DEMO_DRAWERS = {"bolt": _draw_bolt, "bracket": _draw_bracket, "ring": _draw_ring,
                 "rust": _draw_rust, "crack": _draw_crack, "hole": _draw_hole}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What all scripts share: errors, a command line that fails in one line, files that are written whole or not at all
+
+
+class InputError(ValueError):
+    """The user's input is wrong. The message names the file, the line or the option, and what to do."""
+
+    def _render_traceback_(self):  # what IPython shows instead of a traceback
+        return [f"error: {self}"]
+
+
+class ImageError(ValueError):
+    """A file cannot be read as an image. The message names the file and the reason."""
+
+
+def run_command(main):
+    """Run main() as a command and exit: 0 done, 1 the run failed, 2 the input is wrong, 130 Ctrl-C."""
+    try:
+        main()
+    except InputError as error:
+        fail(error, 2)
+    except (torch.cuda.OutOfMemoryError, MemoryError):
+        fail("out of memory: try a lower -b (--batch-size), --size or --cache", 1)
+    except (RuntimeError, OSError, ImageError) as error:
+        fail(str(error).splitlines()[0] if str(error) else type(error).__name__, 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def fail(message, code):
+    """Print an error and exit."""
+    print_text(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def print_text(text="", file=None, end="\n"):
+    """print() that goes on when nobody reads: a closed pipe silences it. Letters that a terminal lacks are escaped."""
+    file = file or sys.stdout
+    try:
+        try:
+            print(text, file=file, end=end, flush=True)
+        except UnicodeEncodeError:
+            print(text.encode("ascii", "backslashreplace").decode(), file=file, end=end, flush=True)
+    except (BrokenPipeError, ValueError):  # ValueError: the stream was closed
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what follows goes nowhere, at the exit too
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of every option that has one."""
+
+    def _get_help_string(self, action):
+        if isinstance(action.default, list) and action.default:
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        none = action.default is False or action.default in (None, "", [])
+        return action.help if none else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with HelpFormatter that reports a wrong option as an InputError."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=HelpFormatter, **settings)
+
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def number(kind, low=0, below=math.inf):
+    """A type= function for argparse: a number from `low` up to, but not including, `below`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value < below:
+            limit = "" if below == math.inf else f", below {below}"
+            raise argparse.ArgumentTypeError(f"{text}: it must be a number from {low} up{limit}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="w"):
+    """Open a temporary file that takes the place of `path` when the block ends well, and is removed otherwise. A
+    process that is killed leaves it, and the next one that writes `path` uses it up. A link stays, and its target is
+    replaced; what is no regular file (a pipe, /dev/stdout) is written straight. Raises OSError."""
+    settings = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
+    straight = str(path).startswith("/dev/") or (os.path.exists(path) and not os.path.isfile(path))
+    target = Path(path if straight else os.path.realpath(path))
+    temporary = target if straight else target.with_name(f".{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, **settings) as file:
+            yield file
+            file.flush()
+            if not straight:
+                os.fsync(file.fileno())
+        if not straight:
+            os.replace(temporary, target)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        if not straight:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def write_csv(path, rows):
+    """Write rows (lists of cells, the header first) as a CSV file."""
+    with atomic_write(path) as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def write_text(path, lines):
+    """Write lines as a text file."""
+    with atomic_write(path) as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
+def write_json(path, value):
+    """Write a value as JSON; what is not finite becomes null, since JSON has no NaN."""
+
+    def clean(value):
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    write_text(path, [json.dumps(clean(value), indent=2, ensure_ascii=False)])
+
+
+def write_png(path, image):
+    """Write a PIL image as a PNG file."""
+    with atomic_write(path, "wb") as file:
+        image.save(file, "PNG")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1248,29 +1733,31 @@ DEMO_DRAWERS = {"bolt": _draw_bolt, "bracket": _draw_bracket, "ring": _draw_ring
 
 def main(argv=None):
     """The command line; returns the LabelTable that it summarises."""
-    parser = ArgumentParser(description="Show what is in a data folder, or write the demo data.")
+    parser = ArgumentParser(prog="dataset.py", description="Show what is in a data folder, or write the demo data.")
     parser.add_argument("data", nargs="?", default="data", help="folder of labels and images")
-    parser.add_argument("--labels", metavar="FILE", help="label file, when it is not found by looking")
-    parser.add_argument("--images", metavar="DIR", help="image folder, when it is not DATA/images or DATA")
-    parser.add_argument("--label-groups", metavar="FILE", help="JSON file {group: [class, ...]}")
+    add_data_options(parser)
+    parser.add_argument("--all", action="store_true", help="show all classes, however many")
     parser.add_argument("--sheet", metavar="FILE.png", help="draw a sample of the images with their labels")
-    parser.add_argument("--check", action="store_true", help="decode every image and list those that cannot be read")
+    parser.add_argument("--check", action="store_true", help="decode every image, and list bad and identical ones")
     parser.add_argument("--demo", metavar="DIR", help="write the demo data into DIR")
-    parser.add_argument("--format", choices=("table", "lists", "cls"), default="table", help="of the demo's labels")
-    parser.add_argument("--seed", type=int, default=0, help="of the demo data")
+    parser.add_argument("--seed", type=number(int), default=0, help="of the demo data")
     options = parser.parse_args(argv)
     if options.demo:
-        write_demo(options.demo, options.seed, style=options.format)
+        write_demo(options.demo, options.seed)
         options.data = options.demo
-        print(f"drawn: {options.demo}; next: python train.py --demo --data {options.demo}\n")
-    table = read_labels(options.data, options.labels, options.images, options.label_groups)
-    print(summary(table, options.data), pairs_summary(table), images_summary(table), sep="\n\n")
+        print_text(f"drawn: {options.demo}; next: python train.py --demo --data {options.demo}\n")
+    table = read_labels(options.data, **data_options(options))
+    print_text(summary(table, options.data, most=10**9 if options.all else 30))
+    print_text(f"\n{pairs_summary(table)}\n\n{images_summary(table)}")
     if options.sheet:
         write_png(options.sheet, label_sheet(table))
-        print(f"drawn: {options.sheet}")
+        print_text(f"drawn: {options.sheet}")
     if options.check:
         bad = find_bad_images(table, os.cpu_count())
-        print("\n".join([f"{len(table) - len(bad)} of {len(table)} images decode", *bad]))
+        print_text("\n".join([f"{len(table) - len(bad)} of {len(table)} images decode", *bad]))
+        for name, first in zip(table.ids, table.copies):
+            if name != first:
+                print_text(f"{name} is the same image as {first}")
     return table
 
 

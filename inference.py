@@ -1,4 +1,4 @@
-"""The network, its checkpoint, and what it says of images.
+"""The network, its checkpoint, and the labels that it finds in images.
 
     python inference.py img.jpg                         # a table of labels, probabilities and thresholds
     python inference.py photos/ --format csv --out predictions.csv
@@ -6,15 +6,16 @@
     python inference.py --evaluate data/                # report a saved model on a labelled folder
 
     classifier = inference.load_model("outputs/model.pth")
-    probabilities = inference.predict(classifier, ["img.jpg"])      # (N, C); paths or PIL images
+    probabilities = inference.predict(classifier, ["img.jpg"])      # (N, C); paths, PIL images, bytes or arrays
 
-To deploy a model, copy dataset.py, inference.py and model.pth.
+To deploy a model, copy dataset.py, inference.py and model.pth; --evaluate needs metrics.py too.
 """
 
 import copy
 import csv
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import dataset
-from dataset import IMAGE_SUFFIXES, ArgumentParser, ImageDataset, ImageError, InputError, LabelTable
+from dataset import IMAGE_SUFFIXES, ImageDataset, ImageError, InputError, LabelTable, number, print_text
 
 BACKBONES = {  # torchvision network -> its last linear layer, which the head replaces
     "resnet18": "fc",
@@ -45,7 +46,6 @@ BACKBONES = {  # torchvision network -> its last linear layer, which the head re
 LAST_MAPS = dict.fromkeys(BACKBONES, "features") | {"resnet18": "layer4", "resnet50": "layer4"}  # before the pooling
 HEADS = {"linear": [0.0], "mlp": [0.5, 0.3], "bn": [0.0]}  # head -> its default dropout
 FORMAT = 1  # of model.pth
-PICTURE = 360  # pixels, the longer side of an image that --save draws
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,13 +58,21 @@ def build_model(backbone, head, num_classes, dropout=None):
     backbone: a name of BACKBONES. head: "linear"; "mlp" (BatchNorm, Dropout, Linear to a quarter, ReLU, Dropout,
     Linear); or "bn" (Linear, BatchNorm). dropout: one rate, or two for "mlp"; by default those of HEADS.
     """
-    import torchvision.models  # takes seconds, so it waits until a network is needed
-
-    network = torchvision.models.get_model(backbone, weights=None)
+    network = torchvision_models().get_model(backbone, weights=None)
     parent, _, name = BACKBONES[backbone].rpartition(".")
     features = network.get_submodule(BACKBONES[backbone]).in_features
     setattr(network.get_submodule(parent), name, _build_head(head, features, num_classes, dropout or HEADS[head]))
     return network
+
+
+def torchvision_models():
+    """The module torchvision.models, which takes seconds to import, so it waits until a network is needed."""
+    try:
+        import torchvision.models
+    except (ImportError, RuntimeError, AttributeError) as error:
+        raise InputError(f"torchvision does not work with this torch ({str(error).splitlines()[0]}): install both "
+                         "together, with pip install -r requirements.txt") from None
+    return torchvision.models
 
 
 def _build_head(head, features, num_classes, dropout):
@@ -167,14 +175,19 @@ def forward(network, images, precision):
         return network(images).float()
 
 
+def share_tensors(network):
+    """A copy of a network with the same tensors, whose layers and hooks are its own."""
+    tensors = [*network.parameters(), *network.buffers()]
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+
+
 def fold_batchnorm(network):
     """A copy of a network in eval mode in which each convolution does the work of the BatchNorm right behind it; all
     other tensors are shared. Logits differ by rounding alone."""
-    tensors = [*network.parameters(), *network.buffers()]
-    network = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    network = share_tensors(network)
     for module in list(network.modules()):
         children = list(module.named_children())
-        for (name, layer), (next_name, next_layer) in zip(children, children[1:]):
+        for (name, layer), (next_name, next_layer) in itertools.pairwise(children):
             if isinstance(layer, nn.Conv2d) and isinstance(next_layer, nn.BatchNorm2d):
                 setattr(module, name, fuse_conv_bn_eval(layer, next_layer))
                 setattr(module, next_name, nn.Identity())
@@ -219,12 +232,12 @@ class Classifier:
     precision: torch.dtype = torch.float32  # None: chosen for each predict() by what is fastest for so many images
 
 
-PLAIN = ("backbone", "head", "dropout", "classes", "groups", "thresholds", "size", "epoch", "scores", "options")
+SAVED_FIELDS = ("backbone", "head", "dropout", "classes", "groups", "thresholds", "size", "epoch", "scores", "options")
 
 
 def save_model(classifier, path):
     """Write a Classifier as model.pth: plain tensors, numbers and strings."""
-    content = {"format": FORMAT} | {name: getattr(classifier, name) for name in PLAIN}
+    content = {"format": FORMAT} | {name: getattr(classifier, name) for name in SAVED_FIELDS}
     content["network"] = {name: tensor.cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
     write_checkpoint(path, content)
 
@@ -266,8 +279,8 @@ def load_model(path="outputs/model.pth", device="auto", precision="auto"):
     if not Path(path).exists():
         raise InputError(f"{path} is not there: train a model first (python train.py), or name one with --model")
     content = read_checkpoint(path)
-    check_content(path, content, ("network", *PLAIN), "model.pth")
-    fields = {name: content[name] for name in PLAIN}
+    check_content(path, content, ("network", *SAVED_FIELDS), "model.pth")
+    fields = {name: content[name] for name in SAVED_FIELDS}
     try:
         with torch.device("meta"):  # no time is spent on initial values that are replaced at once
             network = build_model(fields["backbone"], fields["head"], len(fields["classes"]), fields["dropout"])
@@ -290,28 +303,17 @@ def load_weights(network, weights, backbone, classes=()):
     a model.pth the head's last layers are taken row by row, for the classes that it and `classes` both name.
     Raises InputError when the weights cannot be had or nothing matches.
     """
-    known, common = (), []
-    if weights == "imagenet":
-        state = _download(backbone)
-    else:
-        state = read_checkpoint(weights)
-        known = state.get("classes", ()) if isinstance(state, dict) and "network" in state else ()
-        for key in ("network", "state_dict", "model"):
-            state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    state, known = _read_weights(weights, backbone)
     own = network.state_dict()
-    if not isinstance(state, dict):
-        raise InputError(f"{weights} holds no state_dict")
-    taken, skipped = {}, {}
+    skipped = {}
+    common = []
     if known and classes:
-        state, labels = dict(state), [label for label in classes if label in known]
-        rows = [(classes.index(label), known.index(label)) for label in labels]
-        for name in _class_tensors(network, backbone):
-            if name in state and state[name].shape == (len(known), *own[name].shape[1:]):
-                state[name], common = _copy_rows(own[name], state[name], rows), labels
-        skipped |= {f"head row of {label}": "new class" for label in classes if label not in known}
-        skipped |= {f"head row of {label}": "class that is gone" for label in known if label not in classes}
+        common = [name for name in classes if name in known]
+        state = state | _rows_of_classes(network, backbone, state, known, classes)
+        skipped |= {f"head row of {name}": "new class" for name in classes if name not in known}
+        skipped |= {f"head row of {name}": "class that is gone" for name in known if name not in classes}
+    taken = {}
     for name, tensor in state.items():
-        name = str(name).removeprefix("module.")
         if name not in own:
             skipped[name] = "not in this network"
         elif not isinstance(tensor, torch.Tensor) or tensor.shape != own[name].shape:
@@ -325,34 +327,52 @@ def load_weights(network, weights, backbone, classes=()):
     return list(taken), skipped, common
 
 
+def _read_weights(weights, backbone):
+    """-> ({name: tensor}, the classes that the file names)."""
+    if weights == "imagenet":
+        return _download(backbone), []
+    content = read_checkpoint(weights)
+    known = content.get("classes", []) if isinstance(content, dict) and "network" in content else []
+    for key in ("network", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise InputError(f"{weights} holds no state_dict")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}, list(known)
+
+
+def _rows_of_classes(network, backbone, state, known, classes):
+    """The head's tensors with a row per class: rows of classes that are known come from `state`, others stay."""
+    own = network.state_dict()
+    result = {}
+    for name in _class_tensors(network, backbone):
+        if name in state and state[name].shape == (len(known), *own[name].shape[1:]):
+            result[name] = own[name].clone()
+            for row, label in enumerate(classes):
+                if label in known:
+                    result[name][row] = state[name][known.index(label)]
+    return result
+
+
 def _class_tensors(network, backbone):
     """The names of the tensors with a row per class: those of the head behind its last ReLU."""
     path = BACKBONES[backbone]
-    layers = {path: network.get_submodule(path)}
-    if isinstance(layers[path], nn.Sequential):
-        layers = {f"{path}.{name}": layer for name, layer in layers[path].named_children()}
+    head = network.get_submodule(path)
+    layers = [(path, head)]
+    if isinstance(head, nn.Sequential):
+        layers = [(f"{path}.{name}", layer) for name, layer in head.named_children()]
     names = []
-    for path, layer in reversed(layers.items()):
+    for path, layer in reversed(layers):
         if isinstance(layer, nn.ReLU):
             break
         names += [f"{path}.{name}" for name, tensor in layer.state_dict().items() if tensor.dim()]
     return names
 
 
-def _copy_rows(into, source, rows):
-    """A copy of `into` with the rows [(row of it, row of source), ...] taken from `source`."""
-    result = into.clone()
-    for row, other in rows:
-        result[row] = source[other]
-    return result
-
-
 def _download(backbone):
-    import torchvision.models
-
-    weights = torchvision.models.get_model_weights(backbone).DEFAULT
+    weights = torchvision_models().get_model_weights(backbone).DEFAULT
     try:
-        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+        return weights.get_state_dict(progress=sys.stderr is not None and sys.stderr.isatty(), check_hash=True)
     except (OSError, RuntimeError) as error:  # no network; a broken download
         raise InputError(f"the ImageNet weights of {backbone} could not be downloaded ({error}): use --weights PATH "
                          f"for a file, or --weights none to train from scratch") from None
@@ -365,10 +385,13 @@ def _download(backbone):
 def predict(classifier, images, batch_size=32, workers=None):
     """Probabilities of the labels of images -> float32 (N, C), columns in the order of classifier.classes.
 
-    images: a path or PIL image, or a list of them. Raises ImageError for the first image that cannot be read.
+    images: an image or a list of them, each a path, a PIL image, the bytes of a file, a file object, or a uint8 array
+    (H, W, 3). Raises ImageError for the first image that cannot be read.
     """
-    images = [images] if isinstance(images, (str, os.PathLike)) or hasattr(images, "mode") else list(images)
-    probabilities, errors = predict_all(classifier, images, batch_size, workers)
+    single = isinstance(images, (str, os.PathLike, bytes)) or hasattr(images, "mode") or hasattr(images, "read")
+    if single or (isinstance(images, np.ndarray) and images.ndim == 3):
+        images = [images]
+    probabilities, errors = predict_all(classifier, list(images), batch_size, workers)
     if errors:
         raise ImageError(errors[min(errors)])
     return probabilities
@@ -379,20 +402,48 @@ def predict_all(classifier, images, batch_size=32, workers=None):
     unknown = np.full((len(images), len(classifier.classes)), np.nan, np.float32)
     if not images:
         return unknown, {}
-    images = ImageDataset(LabelTable(list(map(str, images)), images, unknown, classifier.classes), classifier.size)
+    names = [dataset.image_name(image) for image in images]
+    data = ImageDataset(LabelTable(names, images, unknown, classifier.classes), classifier.size)
     workers = default_workers() if workers is None else workers
     precision = classifier.precision or choose_precision("auto", classifier.device, len(images))[0]
-    logits = compute_logits(classifier.network, images, classifier.device, precision, batch_size, workers)
+    logits = compute_logits(classifier.network, data, classifier.device, precision, batch_size, workers)
     probabilities = torch.sigmoid(logits).cpu().numpy()
-    probabilities[list(images.errors)] = np.nan
-    return probabilities, images.errors
+    probabilities[list(data.errors)] = np.nan
+    return probabilities, data.errors
+
+
+def evaluate(classifier, table, batch_size=32, workers=None, bootstrap=0):
+    """Report a classifier on a LabelTable -> metrics.report() dict, with 95 % intervals from `bootstrap` resamples
+    when that is not 0. Classes that the model does not know are ignored; one that the data does not name is absent
+    where the data lists what is there, else an InputError."""
+    try:
+        import metrics
+    except ImportError:
+        raise InputError("--evaluate needs metrics.py beside inference.py: copy it there too") from None
+    lacking = [name for name in classifier.classes if name not in table.classes]
+    if lacking and math.isnan(table.absent):
+        raise InputError(f"the data has no labels for {', '.join(lacking)}; it has {', '.join(table.classes)}")
+    targets = np.full((len(table), len(classifier.classes)), table.absent, np.float32)
+    for c, name in enumerate(classifier.classes):
+        if name in table.classes:
+            targets[:, c] = table.targets[:, table.classes.index(name)]
+    probabilities, errors = predict_all(classifier, table.paths, batch_size, workers)
+    for message in errors.values():
+        print_text(f"skipped: {message}", file=sys.stderr)
+    if len(errors) == len(table):
+        raise InputError(f"none of the {len(table)} images can be read, as {errors[0]}")
+    good = [row for row in range(len(table)) if row not in errors]
+    return metrics.report(targets[good], probabilities[good], classifier.thresholds, classifier.classes, bootstrap)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reports
 
 
 def prediction_rows(ids, probabilities, thresholds, classes, groups):
     """The rows of predictions.csv, the header first: per image and group the labels present, most confident first,
-    with their probabilities, and the mean of those; names and numbers of one cell are separated by semicolons."""
+    the same with their probabilities (label:0.1234), and the mean of those; ; separates the labels of a cell."""
     groups = groups or {"labels": classes}
-    columns = {group: [classes.index(name) for name in names] for group, names in groups.items()}
     header = ["ID", *groups, *(f"{group}_confidence" for group in groups)]
     if list(groups) == ["labels"]:
         header.append("avg_confidence")
@@ -400,16 +451,20 @@ def prediction_rows(ids, probabilities, thresholds, classes, groups):
         header += [f"avg_{group.removesuffix('s')}_confidence" for group in groups] + ["overall_avg_confidence"]
     rows = [header]
     for name, row in zip(ids, probabilities):
-        present = {
-            group: sorted((c for c in members if row[c] >= thresholds[c]), key=lambda c: -row[c])
-            for group, members in columns.items()
-        }
-        cells = [";".join(classes[c] for c in found) for found in present.values()]
-        cells += [";".join(f"{row[c]:.4f}" for c in found) for found in present.values()]
-        confidences = [[float(row[c]) for c in found] for found in present.values()]
+        labels = []
+        confidences = []
+        means = []
+        everything = []
+        for members in groups.values():
+            columns = [classes.index(member) for member in members]
+            found = sorted((c for c in columns if row[c] >= thresholds[c]), key=lambda c: -row[c])
+            labels.append(";".join(classes[c] for c in found))
+            confidences.append(";".join(f"{classes[c]}:{row[c]:.4f}" for c in found))
+            means.append([float(row[c]) for c in found])
+            everything += means[-1]
         if header[-1] == "overall_avg_confidence":
-            confidences.append([float(row[c]) for found in present.values() for c in found])
-        rows.append([name, *cells, *(f"{np.mean(values):.4f}" if values else "" for values in confidences)])
+            means.append(everything)
+        rows.append([name, *labels, *confidences, *(f"{np.mean(part):.4f}" if part else "" for part in means)])
     return rows
 
 
@@ -419,106 +474,100 @@ def format_table(probabilities, thresholds, classes):
     lines = [f"{'attribute':{width}}  probability  threshold  status"]
     present = probabilities >= thresholds
     for name, probability, threshold, found in zip(classes, probabilities, thresholds, present):
-        lines.append(f"{name:{width}}  {probability:11.4f}  {threshold:9.4f}  {'[PRESENT]' if found else '[absent]'}")
-    names = [name for name, found in zip(classes, present) if found]
-    return "\n".join([*lines, "", f"present: {', '.join(names) or 'none'}"])
+        status = "[PRESENT]" if found else "[absent]"
+        lines.append(f"{name:{width}}  {probability:11.4f}  {threshold:9.4f}  {status}")
+    return "\n".join([*lines, "", f"present: {dataset.list_names(classes, present) or 'none'}"])
 
 
-def format_predictions(style, paths, probabilities, thresholds, classifier):
-    """Predictions as text. style: "table" (the whole table for one image, a line each for several), "csv" or "json"."""
+def format_predictions(style, ids, probabilities, thresholds, classifier):
+    """Predictions as text. style: "table" (the whole table for one image, a line each for several), "csv" (labels and
+    confidences), "probabilities" (CSV with a column per class) or "json" ({ID: indices of the labels present})."""
     classes = classifier.classes
-    stems = [Path(path).stem for path in paths]
     if style == "json":
         indices = [np.flatnonzero(row >= thresholds).tolist() for row in probabilities]
-        return json.dumps(dict(zip(stems, indices)), ensure_ascii=False)
+        return json.dumps(dict(zip(ids, indices)), ensure_ascii=False)
+    if style == "probabilities":
+        return _csv_text([["ID", *classes], *([name, *map(str, row)] for name, row in zip(ids, probabilities))])
     if style == "csv":
-        rows = prediction_rows(stems, probabilities, thresholds, classes, classifier.groups)
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        return text.getvalue().rstrip("\n")
-    if len(paths) == 1:
-        return f"{paths[0]}\n{format_table(probabilities[0], thresholds, classes)}"
-    width = max(map(len, map(str, paths)))
+        return _csv_text(prediction_rows(ids, probabilities, thresholds, classes, classifier.groups))
+    if len(ids) == 1:
+        return f"{ids[0]}\n{format_table(probabilities[0], thresholds, classes)}"
+    width = max(map(len, ids))
     lines = []
-    for path, row in zip(paths, probabilities):
+    for name, row in zip(ids, probabilities):
         found = [f"{classes[c]} {row[c]:.2f}" for c in np.flatnonzero(row >= thresholds)]
-        lines.append(f"{path!s:{width}}  {', '.join(found) or 'none'}")
+        lines.append(f"{name:{width}}  {', '.join(found) or 'none'}")
     return "\n".join(lines)
 
 
+def _csv_text(rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().rstrip("\n")
+
+
 def find_images(arguments):
-    """Files and folders -> image paths; of a folder all images below it, sorted. Raises InputError."""
+    """Files and folders -> (IDs, paths): of a folder all images below it, sorted, each named by its path from there;
+    of a file its name, or what was given where two have the same. Raises InputError."""
+    ids = []
     paths = []
-    for path in map(Path, arguments):
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    for argument in map(Path, arguments):
+        if argument.is_dir():
+            found = [path for path in argument.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+            found = sorted(path for path in found if not path.name.startswith("._"))
             if not found:
-                raise InputError(f"{path} holds no images")
+                raise InputError(f"{argument} holds no images")
+            ids += [path.relative_to(argument).as_posix() for path in found]
             paths += found
-        elif path.exists():
-            paths.append(path)
+        elif os.path.lexists(argument):
+            ids.append(argument.name)
+            paths.append(argument)
         else:
-            raise InputError(f"{path} is not there: name an image or a folder of images")
+            raise InputError(f"{argument} is not there: name an image or a folder of images")
     if not paths:
         raise InputError("no image is named: python inference.py IMAGE_OR_FOLDER ...")
-    return paths
-
-
-def evaluate(classifier, table, batch_size=32, workers=None, bootstrap=0):
-    """Report a classifier on a LabelTable that knows its classes (others are ignored) -> metrics.report() dict, with
-    95 % intervals from `bootstrap` resamples when that is not 0."""
-    import metrics  # only needed here, so that a deployed model does without it
-
-    lacking = [name for name in classifier.classes if name not in table.classes]
-    if lacking:
-        raise InputError(f"the data has no labels for {', '.join(lacking)}; it has {', '.join(table.classes)}")
-    probabilities, errors = predict_all(classifier, table.paths, batch_size, workers)
-    for message in errors.values():
-        print(f"skipped: {message}", file=sys.stderr)
-    good = [row for row in range(len(table)) if row not in errors]
-    targets = table.targets[:, [table.classes.index(name) for name in classifier.classes]]
-    return metrics.report(targets[good], probabilities[good], classifier.thresholds, classifier.classes, bootstrap)
+    repeated = {name for name in ids if ids.count(name) > 1} if len(set(ids)) < len(ids) else ()
+    return [str(path) if name in repeated else name for name, path in zip(ids, paths)], paths
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Pictures of results: heatmaps, labels, mistakes
+
+
+PICTURE_SIDE = 360  # pixels, the longer side of an image that --save draws
 
 
 def heatmaps(classifier, image, labels):
     """Where in an image the network sees each of the labels -> float32 (len(labels), size, size), 0 to 1 each.
 
-    image: a path or PIL image. labels: column numbers. Grad-CAM: Selvaraju et al. (2017), "Grad-CAM: Visual
-    Explanations from Deep Networks via Gradient-based Localization": the last feature maps, weighted by the mean
-    gradient of the logit; for a linear head that is CAM (Zhou et al. 2016). All 0 where no place speaks for the label.
-    Raises ImageError.
+    image: as of predict(). labels: column numbers. Grad-CAM: Selvaraju et al. (2017), "Grad-CAM: Visual Explanations
+    from Deep Networks via Gradient-based Localization": the last feature maps, weighted by the mean gradient of the
+    logit; for a linear head that is CAM (Zhou et al. 2016). All 0 where no region was found. Raises ImageError.
     """
-    network, kept = classifier.network.eval(), []
     pixels = torch.from_numpy(np.array(dataset.load_image(image, classifier.size))).permute(2, 0, 1)[None]
-    layer = network.get_submodule(LAST_MAPS[classifier.backbone])
-    hook = layer.register_forward_hook(lambda _, __, output: kept.append(output))
-    try:
-        with torch.enable_grad():
-            logits = network(dataset.normalize(pixels.to(classifier.device)).requires_grad_())[0]
-    finally:
-        hook.remove()
+    network = share_tensors(classifier.network).eval()  # for the hook, so that threads may share the classifier
+    kept = []
+    network.get_submodule(LAST_MAPS[classifier.backbone]).register_forward_hook(lambda *call: kept.append(call[2]))
+    with torch.enable_grad():
+        logits = network(dataset.normalize(pixels.to(classifier.device)).requires_grad_())[0]
     result = [np.zeros((0, classifier.size, classifier.size), np.float32)]
     for label in labels:
         gradient = torch.autograd.grad(logits[label], kept[0], retain_graph=True)[0]
-        seen = (gradient.mean((2, 3), keepdim=True) * kept[0].detach()).sum(1, keepdim=True).relu()
-        seen = _enlarge(seen, classifier.size)
-        result.append((seen / seen.max().clamp(min=1e-30)).cpu().numpy())
+        maps = (gradient.mean((2, 3), keepdim=True) * kept[0].detach()).sum(1, keepdim=True).relu()
+        maps = upsample(maps, classifier.size)
+        result.append((maps / maps.max().clamp(min=1e-30)).cpu().numpy())
     return np.concatenate(result)
 
 
-def _enlarge(seen, size):
+def upsample(maps, size):
     """Feature maps (1, 1, h, w) -> (1, size, size). With zeros around them a cell at the edge is highest in its middle,
     not along the edge of the image."""
-    height, width = seen.shape[2:]
-    grid = [torch.linspace(-1 + 1 / size, 1 - 1 / size, size, device=seen.device) * cells / (cells + 2)
-            for cells in (width, height)]
-    places = torch.stack(torch.meshgrid(*grid, indexing="xy"), dim=-1)[None]
-    padded = nn.functional.pad(seen, (1, 1, 1, 1))
-    return nn.functional.grid_sample(padded, places, mode="bicubic", align_corners=False)[0].clamp(min=0)
+    height, width = maps.shape[2:]
+    axis = torch.linspace(-1 + 1 / size, 1 - 1 / size, size, device=maps.device)
+    points = torch.meshgrid(axis * width / (width + 2), axis * height / (height + 2), indexing="xy")
+    padded = nn.functional.pad(maps, (1, 1, 1, 1))
+    grid = torch.stack(points, dim=-1)[None]
+    return nn.functional.grid_sample(padded, grid, mode="bicubic", align_corners=False)[0].clamp(min=0)
 
 
 def draw_heatmap(image, heat):
@@ -539,18 +588,20 @@ def draw_heatmap(image, heat):
 def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
     """Draw each image with its labels under it, and with `heatmap` where the network sees each label present, into
     folder/NAME.png -> the paths written. probabilities: (N, C), of predict()."""
-    written, thresholds = [], np.array(classifier.thresholds)
-    for path, name, row in zip(paths, dataset.distinct_names(paths), probabilities):
-        image = dataset.fit_image(dataset.load_image(path), PICTURE)
+    written = []
+    thresholds = np.array(classifier.thresholds)
+    names = dataset.picture_names(classifier.classes)
+    for path, file_name, row in zip(paths, dataset.distinct_names(paths), probabilities):
+        image = dataset.load_image(path, within=PICTURE_SIDE)
         labels = sorted(np.flatnonzero(row >= thresholds), key=lambda c: -row[c])
-        words = [(f"{classifier.classes[c]} {row[c]:.2f}", dataset.GREEN) for c in labels]
+        words = [(f"{names[c]} {row[c]:.2f}", dataset.GREEN) for c in labels]
         cells = [(image, words or [("none of the labels", dataset.GREY)])]
         if heatmap:
             for heat, (text, _) in zip(heatmaps(classifier, path, labels), words):
-                place = "seen here" if heat.any() else "no place speaks for it"
-                cells.append((draw_heatmap(image, heat), [(f"{text}, {place}", dataset.RED)]))
-        target = Path(folder) / f"{Path(name).stem}.png"
-        dataset.write_png(target, dataset.draw_sheet(cells, Path(path).name, 4, PICTURE))
+                found = "seen here" if heat.any() else "no region found"
+                cells.append((draw_heatmap(image, heat), [(f"{text}, {found}", dataset.RED)]))
+        target = Path(folder) / f"{Path(file_name).stem}.png"
+        dataset.write_png(target, dataset.draw_sheet(cells, Path(path).name, 4, PICTURE_SIDE))
         written.append(target)
     return written
 
@@ -559,30 +610,168 @@ def mistakes_sheet(table, probabilities, thresholds, count=24):
     """The images with the most confident mistakes first -> PIL image.
 
     table: a LabelTable of N images; probabilities (N, C); thresholds (C,). A mistake is as confident as the probability
-    of what was said: p for a false alarm, 1 - p for a missed label.
+    of what was predicted: p for a false alarm, 1 - p for a missed label.
     """
-    said = probabilities >= np.array(thresholds)
-    wrong = ~np.isnan(table.targets) & (said != (table.targets == 1))
-    confidence = np.where(wrong, np.where(said, probabilities, 1 - probabilities), 0).max(axis=1)
+    predicted = probabilities >= np.array(thresholds)
+    wrong = ~np.isnan(table.targets) & (predicted != (table.targets == 1))
+    confidence = np.where(wrong, np.where(predicted, probabilities, 1 - probabilities), 0).max(axis=1)
+    rows = np.flatnonzero(wrong.any(axis=1))
+    rows = rows[np.argsort(-confidence[rows], kind="stable")][:count]
+    names = dataset.picture_names(table.classes)
     cells = []
-    for row in [row for row in np.argsort(-confidence, kind="stable")[:count] if wrong[row].any()]:
-        lines, unknown = [(table.ids[row], dataset.BLACK)], np.isnan(table.targets[row])
+    for row in rows:
+        lines = [(table.ids[row], dataset.BLACK)]
         mistakes = sorted(np.flatnonzero(wrong[row]), key=lambda c: -abs(probabilities[row, c] - thresholds[c]))
         for c in mistakes[:6]:
-            kind, colour = ("+ false alarm:", dataset.RED) if said[row, c] else ("- missed:", dataset.BLUE)
-            lines.append((f"{kind} {table.classes[c]} {probabilities[row, c]:.2f}", colour))
+            if predicted[row, c]:
+                lines.append((f"+ false alarm: {names[c]} {probabilities[row, c]:.2f}", dataset.RED))
+            else:
+                lines.append((f"- missed: {names[c]} {probabilities[row, c]:.2f}", dataset.BLUE))
         if len(mistakes) > 6:
             lines.append((f"and {len(mistakes) - 6} mistakes more", dataset.GREY))
-        for what, chosen in (("true", table.targets[row] == 1), ("said", said[row]), ("NA", unknown)):
-            names = dataset.list_names(table.classes, chosen)
-            if names or what != "NA":
-                lines.append((f"{what}: {names or 'none'}", dataset.GREY))
+        lines.append((f"true: {dataset.list_names(names, table.targets[row] == 1) or 'none'}", dataset.GREY))
+        lines.append((f"predicted: {dataset.list_names(names, predicted[row]) or 'none'}", dataset.GREY))
+        unknown = np.isnan(table.targets[row])
+        if unknown.any():
+            lines.append((f"NA: {dataset.list_names(names, unknown)}", dataset.GREY))
         try:
-            cells.append((dataset.load_image(table.paths[row]), lines))
+            cells.append((dataset.load_image(table.paths[row], within=200), lines))
         except ImageError:  # it was there a moment ago
             continue
     title = f"{int(wrong.any(axis=1).sum())} of {len(table)} images have a mistake"
-    return dataset.draw_sheet(cells, title + "; the most confident ones first" * bool(cells))
+    if cells:
+        title += "; the most confident ones first"
+    return dataset.draw_sheet(cells, title)
+
+
+# Charts
+
+
+COLOURS = ["#1f6fb4", "#e07b00", "#b9d3ea"]
+SCALE = 2  # charts are drawn larger and shrunk, so that lines are smooth
+
+
+def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=()):
+    """A line chart -> PIL image. series: a list of (name, x values, y values, colour); points that are not finite are
+    left out. marks: a list of (x, text) of vertical lines."""
+    points = {}
+    for name, xs, ys, _ in series:
+        points[name] = [(x, y) for x, y in zip(xs, ys) if math.isfinite(x) and math.isfinite(y)]
+    all_points = [point for line in points.values() for point in line] or [(0, 0), (1, 1)]
+    x_ticks, y_ticks = (ticks(min(values), max(values), size[1] // 70) for values in zip(*all_points))
+    width, height = size[0] * SCALE, size[1] * SCALE
+    left, top, right, bottom = 66 * SCALE, 58 * SCALE, width - 24 * SCALE, height - 52 * SCALE
+
+    def to_pixel(x, y):
+        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return left + across * (right - left), bottom - up * (bottom - top)
+
+    image = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(image)
+
+    def write(x, y, text, anchor, points=13):
+        pen.text((x, y), text, "#333333", dataset.load_font(points * SCALE, text), anchor, stroke_width=2 * SCALE,
+                 stroke_fill="white")
+
+    for value in y_ticks:
+        y = to_pixel(x_ticks[0], value)[1]
+        pen.line([(left, y), (right, y)], fill="#e4e4e4", width=SCALE)
+        write(left - 8 * SCALE, y, f"{value:g}", "rm")
+    for value in x_ticks:
+        x = to_pixel(value, y_ticks[0])[0]
+        pen.line([(x, bottom), (x, bottom + 5 * SCALE)], fill="#333333", width=SCALE)
+        write(x, bottom + 9 * SCALE, f"{value:g}", "mt")
+    pen.line([(left, top), (left, bottom), (right, bottom)], fill="#333333", width=SCALE)
+
+    legend = right
+    for name, _, _, colour in reversed(series):
+        line = [to_pixel(*point) for point in points[name]]
+        if len(line) > 1:
+            pen.line(line, fill=colour, width=2 * SCALE, joint="curve")
+        for x, y in line if len(line) <= 40 else []:
+            pen.ellipse((x - 3 * SCALE, y - 3 * SCALE, x + 3 * SCALE, y + 3 * SCALE), fill=colour)
+        write(legend, top - 14 * SCALE, name, "rm")
+        legend -= pen.textlength(name, font=dataset.load_font(13 * SCALE, name)) + 6 * SCALE
+        pen.line([(legend - 20 * SCALE, top - 14 * SCALE), (legend, top - 14 * SCALE)], fill=colour, width=3 * SCALE)
+        legend -= 34 * SCALE
+    for line_number, (value, text) in enumerate(sorted(marks)):
+        x = to_pixel(value, y_ticks[0])[0]
+        pen.line([(x, top), (x, bottom)], fill="#888888", width=SCALE)
+        near_end = x > (left + right) / 2
+        write(x - 6 * SCALE if near_end else x + 6 * SCALE, bottom - (8 + 18 * (line_number % 8)) * SCALE, text,
+              "rb" if near_end else "lb")
+    write(width / 2, 16 * SCALE, title, "mm", 15)
+    write((left + right) / 2, height - 14 * SCALE, x_label, "mm", 15)
+    write(8 * SCALE, top - 14 * SCALE, y_label, "lm")
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def ticks(low, high, count):
+    """About `count` round numbers, from at or below `low` to at or above `high`."""
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
+        low, high = low - 0.5, high + 0.5
+    rough = (high - low) / max(2, min(6, count))
+    base = 10 ** math.floor(math.log10(rough))
+    step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= rough)
+    digits = max(0, -math.floor(math.log10(step)))
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [round(step * k, digits) for k in range(first, last + 1)]
+
+
+def stack_charts(charts, columns, title=""):
+    """Charts of one size, in rows, under a title -> PIL image."""
+    width, height = charts[0].size
+    columns = min(columns, len(charts))
+    top = 40 if title else 0
+    image = Image.new("RGB", (columns * width, top + -(-len(charts) // columns) * height), "white")
+    ImageDraw.Draw(image).text((14, 12), title, "black", dataset.load_font(16))
+    for place, chart in enumerate(charts):
+        image.paste(chart, (place % columns * width, top + place // columns * height))
+    return image
+
+
+def loss_curves(losses, history, marks=(), title=""):
+    """The loss of each iteration over that of each epoch, with marks (epoch, text) -> PIL image."""
+    steps = range(1, len(losses) + 1)
+    series = [("each iteration", steps, losses, COLOURS[0])]
+    window = len(losses) // 40
+    if window > 1:
+        means = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+        series = [(f"mean of {window}", steps[window - 1 :], means, COLOURS[0]),
+                  ("each iteration", steps, losses, COLOURS[2])]
+    upper = draw_chart(series, title or "Loss per iteration", "iteration_number", "training_loss")
+    epochs = [row["epoch"] for row in history]
+    series = []
+    for name, colour in (("train", COLOURS[0]), ("val", COLOURS[1])):
+        series.append((name, epochs, [row.get(f"{name}_loss", math.nan) for row in history], colour))
+    return stack_charts([upper, draw_chart(series, "Loss per epoch", "epoch", "loss", marks=marks)], 1)
+
+
+def pr_curves(targets, probabilities, thresholds, classes, most=20):
+    """Precision over recall of each class on val, with a line at its threshold; of many classes the `most` with the
+    lowest average precision -> PIL image. targets (N, C) with 1, 0, NaN; probabilities (N, C); thresholds (C,)."""
+    import metrics
+
+    scores = metrics.average_precision(targets, probabilities, None)
+    names = dataset.picture_names(classes)
+    worst = np.argsort(scores, kind="stable")[:most] if len(classes) > most else range(len(classes))
+    charts = []
+    for c in worst:
+        precision, recall, cuts = metrics.precision_recall_curve(targets[:, c], probabilities[:, c])
+        positives = int(np.nansum(targets[:, c]))
+        line = (f"AP {scores[c]:.3f}, {positives} positives", recall, precision, COLOURS[0])
+        marks = [(recall[np.searchsorted(cuts, thresholds[c])], f"threshold {thresholds[c]:.2f}")]
+        if not positives:
+            line = ("no known positive", [], [], COLOURS[0])
+            marks = []
+        title = metrics.shorten(names[c], 34)
+        charts.append(draw_chart([line], title, "recall", "precision", (300, 280), marks))
+    title = "Precision and recall on val"
+    if len(classes) > most:
+        title += f"; the {most} of {len(classes)} classes with the lowest average precision"
+    return stack_charts(charts, 4, title)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -590,32 +779,42 @@ def mistakes_sheet(table, probabilities, thresholds, count=24):
 
 
 def parse_options(argv=None):
-    """The command line's options."""
-    parser = ArgumentParser(usage="%(prog)s IMAGE|DIR ... [options], or %(prog)s --evaluate DATA [options]",
-                            description="Say which labels images carry.")
+    """The command line's options. Raises InputError."""
+    parser = dataset.ArgumentParser(
+        prog="inference.py", usage="%(prog)s IMAGE|DIR ... [options], or %(prog)s --evaluate DATA [options]",
+        description="Say which labels images carry.")
     parser.add_argument("images", nargs="*", metavar="IMAGE|DIR", help="images, or folders of images")
     parser.add_argument("--image", action="append", default=[], metavar="IMAGE", help="the same, as an option")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="outputs/model.pth", metavar="FILE", help="what train.py wrote")
-    add("--threshold", type=float, metavar="T", help="one for all labels (default: the model's)")
+    add("--threshold", type=number(float, below=1.001), metavar="T", help="one for all labels (default: the model's)")
     add = parser.add_argument_group("output").add_argument
-    add("--format", choices=("table", "csv", "json"), default="table", help="of the predictions")
+    add("--format", choices=("table", "csv", "json", "probabilities"), default="table", help="of the predictions")
     add("--out", metavar="FILE", help="write the output into a file")
     add("--save", metavar="DIR", help="draw each image with its labels into DIR")
     add("--heatmap", action="store_true", help="with --save: and where each label was seen (Grad-CAM)")
-    add = parser.add_argument_group("evaluation").add_argument
+    group = parser.add_argument_group("evaluation")
+    add = group.add_argument
     add("--evaluate", metavar="DATA", help="report the model on this labelled folder")
-    add("--labels", metavar="FILE", help="label file of DATA, when it is not found by looking")
-    add("--bootstrap", type=int, default=0, metavar="N", help="95 %% intervals, from N resamples of DATA; 0: none")
+    add("--bootstrap", type=number(int), default=0, metavar="N", help="95 %% intervals, from N resamples; 0: none")
+    dataset.add_data_options(group)
     add = parser.add_argument_group("system").add_argument
-    add("-b", "--batch-size", type=int, default=32, metavar="N", help="images at a time")
-    add("-j", "--workers", type=int, default=default_workers(), metavar="N", help="threads that decode images")
+    add("-b", "--batch-size", type=number(int, 1), default=32, metavar="N", help="images at a time")
+    add("-j", "--workers", type=number(int), default=default_workers(), metavar="N", help="threads that decode images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="to compute in")
     options = parser.parse_args(argv)
-    dataset.check_numbers(options, {"batch_size": 1, "workers": 0, "bootstrap": 0})
     if options.heatmap and not options.save:
         raise InputError("--heatmap draws into the folder of --save DIR: give that too")
+    if options.evaluate and (options.images or options.image or options.save):
+        raise InputError("--evaluate reports on its DATA: leave out images and --save")
+    if options.evaluate and options.format in ("csv", "probabilities"):
+        raise InputError(f"--format {options.format} is of predictions: with --evaluate use table or json")
+    if not options.evaluate:
+        given = [name for name, value in dataset.data_options(options).items() if value]
+        given += ["bootstrap"] if options.bootstrap else []
+        if given:
+            raise InputError(f"--{given[0].replace('_', '-')} goes with --evaluate DATA")
     return options
 
 
@@ -623,40 +822,51 @@ def main(argv=None):
     """The command line; returns the probabilities (N, C), or the report with --evaluate."""
     options = parse_options(argv)
     if not options.evaluate:
-        paths = find_images(options.images + options.image)
+        ids, paths = find_images(options.images + options.image)
     classifier = load_model(options.model, options.device, options.precision)
     if options.threshold is not None:
         classifier.thresholds = [options.threshold] * len(classifier.classes)
     if options.evaluate:
-        import metrics
-
-        table = dataset.read_labels(options.evaluate, options.labels)
-        print(dataset.summary(table, options.evaluate), end="\n\n")
-        result = evaluate(classifier, table, options.batch_size, options.workers, options.bootstrap)
-        output(metrics.format_report(result), options.out)
-        return result
+        return evaluate_folder(classifier, options)
     probabilities, errors = predict_all(classifier, paths, options.batch_size, options.workers)
     good = [row for row in range(len(paths)) if row not in errors]
     if good:
-        output(format_predictions(options.format, [paths[row] for row in good], probabilities[good],
-                                  np.array(classifier.thresholds), classifier), options.out)
+        text = format_predictions(options.format, [ids[row] for row in good], probabilities[good],
+                                  np.array(classifier.thresholds), classifier)
+        output(text, options.out)
     if options.save:
         chosen = [paths[row] for row in good]
         drawn = save_pictures(classifier, chosen, probabilities[good], options.save, options.heatmap)
-        print(f"drawn: {drawn[0]}" + f" and {len(drawn) - 1} more" * (len(drawn) > 1) if drawn else "drawn: nothing")
+        more = f" and {len(drawn) - 1} more" if len(drawn) > 1 else ""
+        print_text(f"drawn: {drawn[0]}{more}" if drawn else "drawn: nothing", file=sys.stderr if options.out else None)
     for message in errors.values():
-        print(f"skipped: {message}", file=sys.stderr)
+        print_text(f"skipped: {message}", file=sys.stderr)
     if errors:
         raise ImageError(f"{len(errors)} of {len(paths)} images could not be read")
     return probabilities
 
 
+def evaluate_folder(classifier, options):
+    """Report the classifier on the labelled folder of --evaluate -> report dict."""
+    table = dataset.read_labels(options.evaluate, **dataset.data_options(options))
+    report = evaluate(classifier, table, options.batch_size, options.workers, options.bootstrap)
+    import metrics
+
+    if options.format == "json":
+        text = json.dumps(report, indent=2, ensure_ascii=False)
+    else:
+        print_text(dataset.summary(table, options.evaluate) + "\n")
+        text = metrics.format_report(report)
+    output(text, options.out)
+    return report
+
+
 def output(text, path):
     """Print the text, or write it into a file."""
-    if not path:
-        print(text)
-        return
-    dataset.write_text(path, [text])
+    if path:
+        dataset.write_text(path, [text])
+    else:
+        print_text(text)
 
 
 if __name__ == "__main__":

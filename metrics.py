@@ -32,77 +32,71 @@ HEADLINES = ("hamming_loss", "subset_accuracy", "f1_micro", "f1_macro", "f1_weig
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Input, checked once
+# Checks
 
 
-def _first(wrong):
-    """"[i, j]" of the first True in a boolean array."""
-    return "[" + ", ".join(str(int(i)) for i in np.unravel_index(np.argmax(wrong), wrong.shape)) + "]"
-
-
-def _array(values, name, ndim=2):
+def _numbers(values, name, ndim=2):
+    """`values` as an array of numbers that is not empty."""
     array = np.asarray(values)
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name} must hold numbers, not {array.dtype}")
     if array.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim > 1)}, not shape {array.shape}")
+        raise ValueError(f"{name} must have {ndim} dimension{'s' if ndim > 1 else ''}, not shape {array.shape}")
     if array.size == 0:
-        raise ValueError(f"{name} is empty: shape {array.shape}" + (" has no classes" * (array.shape[-1] == 0)))
+        raise ValueError(f"{name} is empty: shape {array.shape}{' has no classes' if array.shape[-1] == 0 else ''}")
     return array
+
+
+def _refuse(wrong, array, name, what):
+    """Raise a ValueError that names the first place where `wrong` (boolean, the shape of `array`) is True."""
+    if wrong.any():
+        place = np.unravel_index(np.argmax(wrong), wrong.shape)
+        raise ValueError(f"{name}[{', '.join(map(str, place))}] is {array[place]}: it must be {what}")
 
 
 def _check_targets(targets, ndim=2):
     """-> (positive, known), boolean, the shape of `targets`."""
-    targets = _array(targets, "targets", ndim)
+    targets = _numbers(targets, "targets", ndim)
     positive = targets == 1
-    known = targets == 0
-    known |= positive
-    unknown = known.size - np.count_nonzero(known)
-    if unknown and np.count_nonzero(targets != targets) != unknown:  # NaN alone is not equal to itself
-        wrong = ~known & (targets == targets)
-        raise ValueError(f"targets{_first(wrong)} is {targets[wrong][0]}: it must be 0, 1 or NaN")
+    known = positive | (targets == 0)
+    if not known.all():
+        _refuse(~known & ~np.isnan(targets), targets, "targets", "0, 1 or NaN")
     return positive, known
 
 
-def _same_shape(array, name, shape):
+def _check_like(values, name, shape):
+    """`values` ("scores" or "predictions") as an array of the shape of the targets; predictions become boolean."""
+    array = _numbers(values, name, len(shape))
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}, but targets has shape {shape}")
-    return array
-
-
-def _check_scores(scores, shape):
-    scores = _same_shape(_array(scores, "scores", len(shape)), "scores", shape)
-    finite = np.isfinite(scores)
-    if not finite.all():
-        raise ValueError(f"scores{_first(~finite)} is {scores[~finite][0]}: it must be finite")
-    return scores
-
-
-def _check_predictions(predictions, shape):
-    predictions = _same_shape(_array(predictions, "predictions"), "predictions", shape)
-    if predictions.dtype == bool:
-        return predictions
-    present = predictions == 1
-    wrong = ~present & (predictions != 0)
-    if wrong.any():
-        raise ValueError(f"predictions{_first(wrong)} is {predictions[wrong][0]}: it must be 0 or 1")
+    if name == "scores":
+        _refuse(~np.isfinite(array), array, name, "finite")
+        return array
+    present = array == 1
+    if array.dtype != bool:
+        _refuse(~present & (array != 0), array, name, "0 or 1")
     return present
 
 
-def _check(targets, predictions):
+def _check_predictions(targets, predictions):
     """-> (positive, known, present), boolean (N, C); `present` only where the label is known."""
     positive, known = _check_targets(targets)
-    present = _check_predictions(predictions, positive.shape)
-    return positive, known, present if known.all() else present & known
+    present = _check_like(predictions, "predictions", positive.shape)
+    return positive, known, present & known
+
+
+def _check_choice(value, name, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(map(str, allowed))}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Counting: predictions against targets
+# Counts: predictions against targets
 
 
 def _divide(numerator, denominator):
     """Element by element, 0 where the denominator is 0."""
-    numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
+    denominator = np.asarray(denominator, float)
     return np.divide(numerator, denominator, out=np.zeros(denominator.shape), where=denominator != 0)
 
 
@@ -114,7 +108,7 @@ def hamming_loss(targets, predictions):
     >>> hamming_loss([[1, 0], [1, float("nan")]], [[1, 1], [1, 1]])
     0.3333333333333333
     """
-    return _hamming_loss(*_check(targets, predictions))
+    return _hamming_loss(*_check_predictions(targets, predictions))
 
 
 def _hamming_loss(positive, known, present):
@@ -129,49 +123,40 @@ def subset_accuracy(targets, predictions):
     >>> subset_accuracy([[1, 0], [1, float("nan")]], [[1, 1], [1, 1]])
     0.5
     """
-    return _subset_accuracy(*_check(targets, predictions))
+    return _subset_accuracy(*_check_predictions(targets, predictions))
 
 
 def _subset_accuracy(positive, known, present):
-    wrong, judged = (positive ^ present).any(axis=1), known.any(axis=1)
+    judged = known.any(axis=1)
+    wrong = (positive ^ present).any(axis=1)
     return float(_divide(np.count_nonzero(judged & ~wrong), np.count_nonzero(judged)))
 
 
 def _count(array, axis):
-    """np.count_nonzero() of a boolean (N, C), many times as fast along an axis: bytes are summed, 255 at a time."""
-    if axis is None:
-        return np.count_nonzero(array)
-    ones, length = np.ascontiguousarray(array).view(np.uint8), array.shape[axis]
-    if axis == 1:
-        parts = (np.einsum("ij->i", ones[:, i : i + 255]) for i in range(0, length, 255))
-        return sum(part.astype(np.int64) for part in parts)
-    whole = length - length % 255
-    sums = ones[:whole].reshape(255, -1).sum(axis=0, dtype=np.uint8).reshape(-1, ones.shape[1])  # each of 255 rows
-    return sums.sum(axis=0, dtype=np.int64) + ones[whole:].sum(axis=0, dtype=np.int64)
+    """How many of a boolean (N, C) are True, along an axis, or in all when it is None."""
+    return np.count_nonzero(array) if axis is None else array.sum(axis=axis, dtype=np.int32)
 
 
-def _counts(positive, present, average):
-    """-> (true positives, predicted, actual): numbers (micro), (N,) for samples, else (C,)."""
+def _precision_recall_f1(positive, known, present, average):
     axis = {"micro": None, "samples": 1}.get(average, 0)
-    return [_count(array, axis) for array in (positive & present, present, positive)]
+    hits, predicted, actual = (_count(array, axis) for array in (positive & present, present, positive))
+    values = _divide(hits, predicted), _divide(hits, actual), _divide(2 * hits, predicted + actual)
+    if average == "samples":
+        judged = known.any(axis=1)
+        return tuple(float(_divide(value[judged].sum(), np.count_nonzero(judged))) for value in values)
+    return tuple(_average(value, average, actual) for value in values)
 
 
-def _average(values, average, support, judged):
-    """Per-class or per-sample values -> what `average` asks for."""
+def _average(values, average, support):
+    """Values per class (C,), or the pooled one -> what `average` asks for. support: (C,) known positives."""
     if average is None:
         return values
     if average == "micro":
         return float(values)
-    if average == "samples":
-        return float(_divide(values[judged].sum(), np.count_nonzero(judged)))
     if average == "weighted":
-        return float(_divide((values * support)[support > 0].sum(), support.sum()))  # nothing weighs 0 * NaN
+        there = support > 0  # a class without a positive weighs nothing, also when its value is NaN
+        return float(_divide((values[there] * support[there]).sum(), support.sum()))
     return float(values.mean())
-
-
-def _check_average(average, allowed):
-    if average not in allowed:
-        raise ValueError(f"average is {average!r}: it must be one of {', '.join(map(str, allowed))}")
 
 
 def precision_recall_f1(targets, predictions, average):
@@ -184,12 +169,8 @@ def precision_recall_f1(targets, predictions, average):
     >>> precision_recall_f1([[1, 0], [1, 1]], [[1, 1], [0, 1]], "micro")
     (0.6666666666666666, 0.6666666666666666, 0.6666666666666666)
     """
-    _check_average(average, ("micro", "macro", "weighted", "samples", None))
-    positive, known, present = _check(targets, predictions)
-    hits, predicted, actual = _counts(positive, present, average)
-    values = _divide(hits, predicted), _divide(hits, actual), _divide(2 * hits, predicted + actual)
-    judged = known.any(axis=1) if average == "samples" else None
-    return tuple(_average(value, average, actual, judged) for value in values)
+    _check_choice(average, "average", ("micro", "macro", "weighted", "samples", None))
+    return _precision_recall_f1(*_check_predictions(targets, predictions), average)
 
 
 def f1_score(targets, predictions, average):
@@ -206,8 +187,8 @@ def f1_score(targets, predictions, average):
 
 
 def _sorted_scores(positive, known, scores):
-    """Yield for each class (scores of its positives, of its negatives), both ascending. Blocks keep memory low."""
-    for start in range(0, scores.shape[1], 16):
+    """Yield for each class (scores of its positives, of its negatives), both ascending."""
+    for start in range(0, scores.shape[1], 16):  # a few columns at a time are copied, so that reading them is fast
         block = slice(start, start + 16)
         columns = [np.ascontiguousarray(array[:, block].T) for array in (positive, known, scores)]
         for is_positive, is_known, column in zip(*columns):
@@ -236,13 +217,13 @@ def _roc_auc(positives, negatives):
 
 
 def _ranking_score(function, targets, scores, average):
-    _check_average(average, ("micro", "macro", "weighted", None))
+    _check_choice(average, "average", ("micro", "macro", "weighted", None))
     positive, known = _check_targets(targets)
-    scores = _check_scores(scores, positive.shape)
+    scores = _check_like(scores, "scores", positive.shape)
     if average == "micro":
         return function(np.sort(scores[positive]), np.sort(scores[known & ~positive]))
     values = np.array([function(*pair) for pair in _sorted_scores(positive, known, scores)])
-    return _average(values, average, _count(positive, 0), None)
+    return _average(values, average, _count(positive, 0))
 
 
 def average_precision(targets, scores, average="macro"):
@@ -280,7 +261,7 @@ def precision_recall_curve(targets, scores):
     array([1. , 0.5, 0.5, 0. ])
     """
     positive, known = _check_targets(targets, ndim=1)
-    scores = _check_scores(scores, positive.shape)
+    scores = _check_like(scores, "scores", positive.shape)
     thresholds = np.unique(scores[known])
     hits = _at_least(np.sort(scores[positive]), thresholds)
     precision = hits / _at_least(np.sort(scores[known]), thresholds)
@@ -292,37 +273,7 @@ def precision_recall_curve(targets, scores):
 # Thresholds
 
 
-def _f1_at(positives, negatives, thresholds):
-    """F1 of one class at each threshold."""
-    hits = _at_least(positives, thresholds)
-    return _divide(2 * hits, hits + _at_least(negatives, thresholds) + len(positives))
-
-
-def _f1_on_grid(positive, known, scores):
-    """F1 of every class at every step of GRID -> (C, 41): a histogram of each class, summed from above."""
-    steps, classes = len(GRID), scores.shape[1]
-    first = np.arange(classes) * (steps + 1)  # of a class's bins: bin k holds the scores that reach k steps
-    hits, taken = np.zeros((2, classes * (steps + 1)), np.int64)
-    for start in range(0, len(scores), 4096):
-        rows = slice(start, start + 4096)
-        scaled = scores[rows] * scores.dtype.type(steps - 1)
-        bins = np.clip(np.floor(scaled), -1, steps - 1).astype(np.int64) + 1
-        close = np.abs(scaled - np.rint(scaled)) < 1e-3  # so close to a step that rounding could decide
-        bins[close] = np.searchsorted(GRID, scores[rows][close], side="right")
-        bins += first
-        hits += np.bincount(bins[positive[rows]], minlength=len(hits))
-        taken += np.bincount(bins[known[rows]], minlength=len(taken))
-    hits, taken = (counts.reshape(classes, -1)[:, :0:-1].cumsum(axis=1)[:, ::-1] for counts in (hits, taken))
-    return _divide(2 * hits, taken + _count(positive, 0)[:, None])
-
-
-def _global_candidates(scores, most=1000):
-    """At most `most` of the given scores, evenly spaced by rank, ascending."""
-    scores = np.unique(scores)
-    return scores[np.unique(np.linspace(0, len(scores) - 1, min(most, len(scores))).round().astype(int))]
-
-
-def find_thresholds(targets, scores, method="pr_curve", max_threshold=np.inf):
+def find_thresholds(targets, scores, method="pr_curve", max_threshold=None):
     """A threshold per class -> (C,) float64; a label is present when its score >= its threshold.
 
     targets (N, C) with 0, 1, NaN; scores (N, C), finite. method:
@@ -337,147 +288,187 @@ def find_thresholds(targets, scores, method="pr_curve", max_threshold=np.inf):
     array([0.6, 0.5])
     """
     positive, known = _check_targets(targets)
-    scores = _check_scores(scores, positive.shape)
+    scores = _check_like(scores, "scores", positive.shape)
     support = _count(positive, 0)
     if isinstance(method, (int, float)) and not isinstance(method, bool):
         return np.full(len(support), float(method))
     if method not in ("pr_curve", "grid", "global"):
         raise ValueError(f"method is {method!r}: it must be pr_curve, grid, global or a number")
-    thresholds = np.full(len(support), FALLBACK)
     if not support.any():
-        return thresholds
-    pairs = _sorted_scores(positive, known, scores)
+        return np.full(len(support), FALLBACK)
     if method == "grid":
         thresholds = GRID[np.argmax(_f1_on_grid(positive, known, scores), axis=1)]
     elif method == "global":
-        candidates = _global_candidates(scores[positive])
-        f1 = sum(_f1_at(*pair, candidates) * weight for pair, weight in zip(pairs, support))
-        thresholds[:] = candidates[np.argmax(f1)]
+        thresholds = np.full(len(support), _best_global(positive, known, scores))
     else:
-        for c, pair in enumerate(pairs):
-            if support[c]:
-                candidates = np.unique(pair[0])
-                thresholds[c] = candidates[np.argmax(_f1_at(*pair, candidates))]
+        thresholds = np.array([_best_score(*pair) for pair in _sorted_scores(positive, known, scores)])
     if method != "global":
         thresholds[support == 0] = FALLBACK
-    return np.where(thresholds > max_threshold, FALLBACK, thresholds)
+    if max_threshold is not None:
+        thresholds[thresholds > max_threshold] = FALLBACK
+    return thresholds
+
+
+def _f1_at(positives, negatives, thresholds):
+    """F1 of one class at each threshold."""
+    hits = _at_least(positives, thresholds)
+    return _divide(2 * hits, hits + _at_least(negatives, thresholds) + len(positives))
+
+
+def _best_score(positives, negatives):
+    """The lowest of the scores of one class with the best F1."""
+    if len(positives) == 0:
+        return FALLBACK
+    candidates = np.unique(positives)
+    return candidates[np.argmax(_f1_at(positives, negatives, candidates))]
+
+
+def _best_global(positive, known, scores, most=1000):
+    """The score with the best F1 weighted by positives, among those of positives, or `most` of them."""
+    candidates = np.unique(scores[positive])
+    chosen = np.linspace(0, len(candidates) - 1, min(most, len(candidates))).round().astype(int)
+    candidates = candidates[chosen]
+    total = np.zeros(len(candidates))
+    for positives, negatives in _sorted_scores(positive, known, scores):
+        total += len(positives) * _f1_at(positives, negatives, candidates)
+    return candidates[np.argmax(total)]
+
+
+def _f1_on_grid(positive, known, scores):
+    """F1 of every class at every step of GRID -> (C, 41): a histogram of each class, summed from above."""
+    steps = len(GRID)
+    classes = scores.shape[1]
+    offset = np.arange(classes) * (steps + 1)  # of a class's bins: bin k holds the scores that reach k steps
+    hits = np.zeros(classes * (steps + 1), np.int64)
+    taken = np.zeros_like(hits)
+    for start in range(0, len(scores), 4096):
+        rows = slice(start, start + 4096)
+        scaled = scores[rows] * scores.dtype.type(steps - 1)
+        bins = np.clip(np.floor(scaled), -1, steps - 1).astype(np.int64) + 1
+        close = np.abs(scaled - np.rint(scaled)) < 1e-3  # so close to a step that rounding could decide
+        bins[close] = np.searchsorted(GRID, scores[rows][close], side="right")
+        bins += offset
+        hits += np.bincount(bins[positive[rows]], minlength=len(hits))
+        taken += np.bincount(bins[known[rows]], minlength=len(taken))
+    hits, taken = (counts.reshape(classes, -1)[:, :0:-1].cumsum(axis=1)[:, ::-1] for counts in (hits, taken))
+    return _divide(2 * hits, taken + _count(positive, 0)[:, None])
+
+
+def between_scores(thresholds, scores):
+    """Thresholds that lie on a score, moved halfway to the next lower one of their class -> (C,) float64.
+
+    The decisions on these scores (N, C) stay as they are, and no longer depend on how a processor rounds them.
+    Thresholds (C,) that are not among the scores stay too.
+
+    >>> between_scores([0.8, 0.5], [[0.2, 0.1], [0.8, 0.9], [0.4, 0.3]])
+    array([0.6, 0.5])
+    """
+    thresholds = np.array(thresholds, float)
+    for c, column in enumerate(np.asarray(scores, float).T):
+        lower = column[column < thresholds[c]]
+        if len(lower) and (column == thresholds[c]).any():
+            thresholds[c] = (thresholds[c] + lower.max()) / 2
+    return thresholds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reports
-
-
-def _headlines(positive, known, present):
-    """The numbers of HEADLINES that come from predictions."""
-    judged = known.any(axis=1)
-    numbers = {
-        "hamming_loss": _hamming_loss(positive, known, present),
-        "subset_accuracy": _subset_accuracy(positive, known, present),
-    }
-    for average in ("micro", "macro", "weighted", "samples"):
-        hits, predicted, actual = _counts(positive, present, average)
-        numbers[f"f1_{average}"] = _average(_divide(2 * hits, predicted + actual), average, actual, judged)
-    return numbers
+# Report
 
 
 def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
     """Everything about one split -> dict of plain Python values, ready for JSON but for NaN.
 
-    targets (N, C) with 0, 1, NaN; scores (N, C), finite; thresholds (C,) or one number; classes: C names. Keys: rows,
-    the names in HEADLINES (floats), and per_class: name -> precision, recall, f1, average_precision, roc_auc,
-    threshold, support (known positives), positives, negatives, known, na, prevalence. With `bootstrap` resamples,
-    "intervals" holds name -> [low, high], the 95 % percentile interval (Efron 1979) over resampled rows.
+    targets (N, C) with 0, 1, NaN; scores (N, C), finite; thresholds (C,) or one number; classes: C different names.
+    Keys: rows, the names in HEADLINES (floats), and per_class: name -> precision, recall, f1, average_precision,
+    roc_auc, threshold, positives, negatives, na (counts), prevalence (positives among the known). With `bootstrap`
+    resamples, "intervals" holds name -> [low, high] for the headlines but ROC AUC: the 95 % percentile interval (Efron
+    1979) over resampled rows.
 
     >>> report([[1, 0], [0, 1]], [[0.9, 0.2], [0.1, 0.4]], 0.5, ["cat", "dog"])["f1_macro"]
     0.5
     """
     positive, known = _check_targets(targets)
-    scores = _check_scores(scores, positive.shape)
+    scores = _check_like(scores, "scores", positive.shape)
     if len(classes) != positive.shape[1]:
         raise ValueError(f"classes has {len(classes)} names, but targets has {positive.shape[1]} columns")
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"classes has a name twice: {', '.join(map(str, classes))}")
     thresholds = np.broadcast_to(np.asarray(thresholds, float), (len(classes),))
     present = (scores >= thresholds) & known
-    hits, predicted, actual = _counts(positive, present, None)
-    known_count = _count(known, 0)
+    precision, recall, f1 = _precision_recall_f1(positive, known, present, None)
     ranking = [(_average_precision(*pair), _roc_auc(*pair)) for pair in _sorted_scores(positive, known, scores)]
-    precisions, aucs = np.array(ranking).T
+    average_precisions, aucs = np.array(ranking).T
+    positives = _count(positive, 0)
+    known_count = _count(known, 0)
     columns = {
-        "precision": _divide(hits, predicted), "recall": _divide(hits, actual),
-        "f1": _divide(2 * hits, predicted + actual), "average_precision": precisions, "roc_auc": aucs,
-        "threshold": thresholds, "support": actual, "positives": actual, "negatives": known_count - actual,
-        "known": known_count, "na": len(known) - known_count, "prevalence": _divide(actual, known_count),
+        "precision": precision, "recall": recall, "f1": f1, "average_precision": average_precisions, "roc_auc": aucs,
+        "threshold": thresholds, "positives": positives, "negatives": known_count - positives,
+        "na": len(known) - known_count, "prevalence": _divide(positives, known_count),
     }
-    result = {"rows": len(known)} | _headlines(positive, known, present)
-    result |= {"map": float(precisions.mean()), "roc_auc_macro": float(aucs.mean())}
-    result["per_class"] = {
-        name: {key: values[c].item() for key, values in columns.items()} for c, name in enumerate(classes)
-    }
+    result = {"rows": len(known)} | _decision_scores(positive, known, present)
+    result |= {"map": float(average_precisions.mean()), "roc_auc_macro": float(aucs.mean()), "per_class": {}}
+    for c, name in enumerate(classes):
+        result["per_class"][name] = {key: values[c].item() for key, values in columns.items()}
     if bootstrap:
         result["intervals"] = _intervals(positive, known, present, scores, bootstrap, seed)
     return result
 
 
-def _weighted_average_precision(order, last, positive, weights):
-    """AP of one class for many resamples at once. order: rows by descending score; last: the end of each tie."""
-    weights = weights[:, order]
-    hits, taken = np.cumsum(weights * positive[order], axis=1), np.cumsum(weights, axis=1)
-    precision = _divide(hits[:, last], taken[:, last])
-    return _divide((weights * positive[order] * precision).sum(axis=1), hits[:, -1])
+def _decision_scores(positive, known, present):
+    """The headlines that come from predictions -> dict."""
+    result = {
+        "hamming_loss": _hamming_loss(positive, known, present),
+        "subset_accuracy": _subset_accuracy(positive, known, present),
+    }
+    for average in ("micro", "macro", "weighted", "samples"):
+        result[f"f1_{average}"] = _precision_recall_f1(positive, known, present, average)[2]
+    return result
 
 
 def _intervals(positive, known, present, scores, resamples, seed):
-    """95 % bootstrap intervals of the F1s, the Hamming loss, the subset accuracy and mAP: a resample is a weight
-    (how often it was drawn) for each row, so each number is a matrix product instead of a loop over resamples."""
-    rows, classes = positive.shape
-    rng, judged, wrong = np.random.default_rng(seed), known.any(axis=1), positive ^ present
-    by_row = [array.sum(axis=1, dtype=float) for array in (positive & present, present, positive, wrong, known)]
-    by_row += [_divide(2 * by_row[0], by_row[1] + by_row[2]), judged, judged & ~wrong.any(axis=1)]
-    by_class = [array.astype(np.float64) for array in (positive & present, present, positive)]
-    ranks = []
-    for c in range(classes):
-        order = np.flatnonzero(known[:, c])[np.argsort(-scores[known[:, c], c], kind="stable")]
-        column = scores[order, c]
-        ranks.append((order, np.searchsorted(-column, -column, side="right") - 1))
-    drawn = {}
-    step = max(1, min(resamples, 2**22 // rows))
-    for start in range(0, resamples, step):
-        size = min(step, resamples - start)
-        weights = rng.multinomial(rows, np.full(rows, 1 / rows), size).astype(float)
-        hits, predicted, actual, errors, labels, f1, used, right = (weights @ column for column in by_row)
-        class_hits, class_predicted, class_actual = (weights @ array for array in by_class)
-        class_f1 = _divide(2 * class_hits, class_predicted + class_actual)
-        precisions = [
-            _weighted_average_precision(order, last, positive[:, c], weights)
-            for c, (order, last) in enumerate(ranks)
-            if len(order)
-        ]
-        numbers = {
-            "hamming_loss": _divide(errors, labels), "subset_accuracy": _divide(right, used),
-            "f1_micro": _divide(2 * hits, predicted + actual), "f1_macro": class_f1.mean(axis=1),
-            "f1_weighted": _divide((class_f1 * class_actual).sum(axis=1), class_actual.sum(axis=1)),
-            "f1_samples": _divide(f1, used), "map": np.sum(precisions, axis=0) / classes + np.zeros(size),
-        }
-        for name, values in numbers.items():
-            drawn.setdefault(name, []).append(values)
-    return {name: np.quantile(np.concatenate(parts), [0.025, 0.975]).tolist() for name, parts in drawn.items()}
+    """95 % bootstrap intervals of the headlines but ROC AUC -> {name: [low, high]}."""
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(resamples):
+        rows = rng.integers(0, len(known), len(known))
+        sample = positive[rows], known[rows], present[rows]
+        numbers = _decision_scores(*sample)
+        pairs = _sorted_scores(sample[0], sample[1], scores[rows])
+        numbers["map"] = np.mean([_average_precision(*pair) for pair in pairs])
+        drawn.append(numbers)
+    intervals = {}
+    for name in drawn[0]:
+        intervals[name] = np.quantile([numbers[name] for numbers in drawn], [0.025, 0.975]).tolist()
+    return intervals
 
 
-def _cell(value, width):
-    """A table cell: floats rounded, None and NaN as n/a."""
+def _cell(value, width=0):
+    """A table cell: a float with three decimals, None and NaN as n/a."""
     if value is None or value != value:
         return "n/a".rjust(width)
-    return (f"{value:.3f}" if isinstance(value, float) else str(value)).rjust(width)
+    text = f"{value:.3f}" if isinstance(value, float) else str(value)
+    return text.rjust(width)
 
 
 def shorten(text, width):
     """`text` in at most `width` characters, the middle replaced by an ellipsis."""
     if len(text) <= width:
         return text
-    return text[: (width - 1) // 2 + (width - 1) % 2] + "…" + text[len(text) - (width - 1) // 2 :]
+    tail = (width - 1) // 2
+    return text[: width - 1 - tail] + "…" + text[len(text) - tail :]
 
 
-def format_report(report):
+REPORT_COLUMNS = {  # column of the report's table -> its title and width
+    "precision": ("precision", 9), "recall": ("recall", 6), "f1": ("F1", 5), "average_precision": ("AP", 5),
+    "roc_auc": ("AUC", 5), "threshold": ("threshold", 9), "positives": ("positives", 9),
+    "negatives": ("negatives", 9), "na": ("NA", 6),
+}
+
+
+def format_report(report, most=30):
     """A report() as text: the headline numbers and an aligned table of the classes, at most 100 columns wide.
+
+    Of more than `most` classes the table has those with the lowest and those with the highest average precision.
 
     >>> numbers = report([[1], [0]], [[0.9], [0.1]], 0.5, ["cat"])
     >>> print(format_report(numbers).splitlines()[0])
@@ -486,32 +477,48 @@ def format_report(report):
     intervals = report.get("intervals", {})
 
     def headline(name):
-        low_high = " [{:.3f}, {:.3f}]".format(*intervals[name]) if name in intervals else ""
-        return f"{name} {_cell(report[name], 0)}{low_high}"
+        text = f"{name} {_cell(report[name])}"
+        if name in intervals:
+            text += " [{:.3f}, {:.3f}]".format(*intervals[name])
+        return text
 
-    groups = ["hamming_loss", "subset_accuracy", "map", "roc_auc_macro"], [n for n in HEADLINES if n.startswith("f1")]
+    lines = []
+    names = ["hamming_loss", "subset_accuracy", "map", "roc_auc_macro"]
+    names += [name for name in HEADLINES if name.startswith("f1")]
     per_line = 2 if intervals else 4
-    lines = ["   ".join(map(headline, names[i : i + per_line])) for names in groups for i in range(0, 4, per_line)]
+    for start in range(0, len(names), per_line):
+        lines.append("   ".join(headline(name) for name in names[start : start + per_line]))
+
     per_class = report["per_class"]
     width = max(5, min(28, max(map(len, per_class))))
-    columns = {"precision": 9, "recall": 6, "f1": 5, "average_precision": 5, "roc_auc": 5, "threshold": 9,
-               "positives": 9, "negatives": 9, "na": 6}
-    heads = {"average_precision": "AP", "roc_auc": "AUC", "f1": "F1", "na": "NA"}
-    lines += ["", "class".ljust(width) + "".join(" " + heads.get(c, c).rjust(w) for c, w in columns.items())]
-    for name, values in per_class.items():
-        cells = "".join(" " + _cell(values[column], w) for column, w in columns.items())
-        lines.append(shorten(name, width).ljust(width) + cells)
+    titles = [title.rjust(size) for title, size in REPORT_COLUMNS.values()]
+    lines += ["", " ".join(["class".ljust(width), *titles])]
+    for name in _worst_and_best(per_class, most):
+        if name is None:
+            lines.append(f"... {len(per_class) - most} classes between the worst and the best: metrics.json has all")
+            continue
+        cells = [_cell(per_class[name][column], size) for column, (_, size) in REPORT_COLUMNS.items()]
+        lines.append(" ".join([shorten(name, width).ljust(width), *cells]))
     return "\n".join(lines)
 
 
+def _worst_and_best(per_class, most):
+    """The names of the classes, or of `most` of them by average precision with None in the gap."""
+    if len(per_class) <= most:
+        return list(per_class)
+    names = sorted(per_class, key=lambda name: per_class[name]["average_precision"])
+    half = most // 2
+    return [*names[:half], None, *names[len(names) - (most - half) :]]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The results table of several runs
+# Results table
 
 
 def read_run(folder):
     """What a run left in `folder` (config.json and metrics.json) -> dict of options and scores, with its name as "run".
 
-    Raises ValueError that names the file when metrics.json is missing or is not JSON.
+    Raises ValueError that names the file when metrics.json is missing or one of them is not a JSON object.
     """
     row = {"run": str(folder)}
     for name in ("config.json", "metrics.json"):
@@ -524,85 +531,114 @@ def read_run(folder):
             raise ValueError(f"{folder} is not the folder of a finished run: it has no {name}") from None
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is not what a run writes: it holds no JSON object")
         row |= {key: value for key, value in content.items() if not isinstance(value, dict)}
     return row
 
 
-def results_table(rows, sort="f1_macro", ascending=False, group_by=None, group_mode="best"):
+OPTION_COLUMNS = ("preset", "backbone", "head", "size", "epochs", "batch_size", "lr", "lr_backbone", "train_layers",
+                  "unfreeze", "augment", "pos_weight", "thresholds", "seed")  # shown where runs differ
+SCORE_COLUMNS = ("split", "val_loss", "val_f1_weighted", *HEADLINES)
+
+
+def results_table(rows, sort="f1_macro", ascending=False, group_by=(), group_mode="best"):
     """Runs as rows -> the text of a table, sorted by a score or an option; the best of each score has a *.
 
-    rows: dicts of read_run(). group_by: an option; one row is kept per value of it: the first in the sort order, or,
-    with group_mode "mean", the mean of the scores. Raises ValueError for a name that no run has.
+    rows: dicts of read_run(). Options are shown where runs differ in them. group_by: names of options; one row is kept
+    for each combination of their values: the first in the sort order, or, with group_mode "mean", the mean of the
+    scores. Raises ValueError for a name that no run has.
     """
-    for name in filter(None, (sort, group_by)):
+    group_by = [group_by] if isinstance(group_by, str) else list(group_by or ())
+    for name in [sort, *group_by]:
         if not any(name in row for row in rows):
             names = sorted({key for row in rows for key in row})
             raise ValueError(f"no run has {name!r}; there is {', '.join(names)}")
-
-    def in_order(rows):  # numbers by value, words by alphabet, and what is not there last
-        def key(row):
-            number = isinstance(row[sort], (int, float))
-            return number, row[sort] if number else str(row[sort])
-
-        there = [row for row in rows if row.get(sort) is not None]
-        return sorted(there, key=key, reverse=not ascending) + [row for row in rows if row.get(sort) is None]
-
-    rows = in_order(rows)
+    rows = _in_order(rows, sort, ascending)
     if group_by:
         groups = {}
         for row in rows:
-            groups.setdefault(str(row.get(group_by)), []).append(row)
+            groups.setdefault(tuple(str(row.get(name)) for name in group_by), []).append(row)
         if group_mode == "mean":
-            rows = in_order([_mean_row(group_by, value, group) for value, group in groups.items()])
+            rows = _in_order([_mean_row(group_by, group) for group in groups.values()], sort, ascending)
         else:
             rows = [group[0] for group in groups.values()]
-    columns = ["run", "preset", "backbone", "epochs", "split", *HEADLINES]
-    columns += [name for name in (group_by, sort) if name and name not in columns]
+    differing = [name for name in OPTION_COLUMNS if len({str(row.get(name)) for row in rows}) > 1]
+    columns = list(dict.fromkeys(["run", *group_by, *differing, *SCORE_COLUMNS, sort]))
     columns = [name for name in columns if any(row.get(name) is not None for row in rows)]
     best = _best_scores(rows)
-    table = [columns] + [[_cell(row.get(name), 0) + "*" * (name in best and row.get(name) == best[name])
-                          for name in columns] for row in rows]
+    table = [columns]
+    for row in rows:
+        table.append([_result_cell(name, row.get(name), best) for name in columns])
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in table)
+
+
+def _in_order(rows, name, ascending):
+    """Rows by the value of `name`: numbers by size, words by alphabet, and what is not there last."""
+
+    def key(row):
+        number = isinstance(row[name], (int, float))
+        return number, row[name] if number else str(row[name])
+
+    there = [row for row in rows if row.get(name) is not None]
+    return sorted(there, key=key, reverse=not ascending) + [row for row in rows if row.get(name) is None]
+
+
+def _result_cell(name, value, best):
+    """A cell of the results table: scores with three decimals, options as they were given, * at the best score."""
+    if name in best:
+        return _cell(value) + ("*" if value == best[name] else "")
+    if name not in SCORE_COLUMNS and isinstance(value, float):
+        return f"{value:g}"
+    return _cell(value)
 
 
 def _best_scores(rows):
     """The best value of each score among several rows -> dict."""
     best = {}
-    for name in HEADLINES:
-        values = [row[name] for row in rows if row.get(name) is not None]
+    for name in SCORE_COLUMNS:
+        values = [row[name] for row in rows if isinstance(row.get(name), (int, float))]
         if len(values) > 1:
-            best[name] = min(values) if name == "hamming_loss" else max(values)
+            best[name] = min(values) if "loss" in name else max(values)
     return best
 
 
-def _mean_row(group_by, value, group):
-    """The mean of the scores of a group of runs."""
-    row = {"run": f"mean of {len(group)}", group_by: value}
-    for name in HEADLINES:
-        values = [run[name] for run in group if run.get(name) is not None]
-        row[name] = float(np.mean(values)) if values else None
+def _mean_row(group_by, group):
+    """The mean of the scores of a group of runs that share the options in group_by."""
+    row = {"run": f"mean of {len(group)}"} | {name: group[0].get(name) for name in group_by}
+    for name in SCORE_COLUMNS:
+        values = [run[name] for run in group if isinstance(run.get(name), (int, float))]
+        if values:
+            row[name] = float(np.mean(values))
     return row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that reports a wrong option as a ValueError."""
+
+    def error(self, message):
+        raise ValueError(f"{message} (see --help)")
 
 
 def main(argv=None):
     """The command line; returns the text of the table it prints."""
-    parser = argparse.ArgumentParser(description="Print the results table of runs; * is the best of a column.")
+    parser = ArgumentParser(prog="metrics.py", description="Print the results of runs as a table; * is the best.")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a folder that train.py wrote")
     parser.add_argument("--sort", default="f1_macro", metavar="NAME",
                         help="a score or an option (default: %(default)s)")
     parser.add_argument("--ascending", action="store_true", help="lowest first")
-    parser.add_argument("--group-by", metavar="OPTION", help="one row per value of this option")
+    parser.add_argument("--group-by", default="", metavar="A,B", help="one row for each combination of these options")
     parser.add_argument("--group-mode", choices=("best", "mean"), default="best",
                         help="what a group shows (default: %(default)s)")
-
-    def fail(message):
-        raise ValueError(message)
-
-    parser.error = fail
     options = parser.parse_args(argv)
     rows = [read_run(folder) for folder in options.runs]
-    text = results_table(rows, options.sort, options.ascending, options.group_by, options.group_mode)
+    group_by = [name for name in options.group_by.split(",") if name]
+    text = results_table(rows, options.sort, options.ascending, group_by, options.group_mode)
     print(text)
     return text
 

@@ -15,8 +15,8 @@ import pytest
 import inference
 from conftest import ROOT, SMALL
 
-# Runs the cases one after the other. "double": in float64, with BatchNorm in eval mode, since in training its statistics
-# are those of a process's own share. Each rank keeps the gradients of its first step, and what it validated with.
+# Runs the cases one after the other. "double": in float64; "frozen": with BatchNorm in eval mode, since its statistics
+# are those of a share of the batch. Each rank keeps the gradients of its first step, and what it validated with.
 SCRIPT = """
 import json, os, sys
 sys.path.insert(0, {root!r})
@@ -30,8 +30,8 @@ def sums(tensors):
 build_model, forward, train_mode = inference.build_model, inference.forward, train.train_mode
 compute_logits, adam_step = inference.compute_logits, torch.optim.AdamW.step
 
-def frozen_statistics(network):
-    train_mode(network)
+def frozen_statistics(network, *rest):
+    train_mode(network, *rest)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
@@ -97,7 +97,7 @@ def runs(demo, tmp_path_factory):
 
 
 def losses(folder):
-    return inference.read_checkpoint(folder / "last.pth")["losses"]
+    return inference.read_checkpoint(folder / "last.pth")["state"]["losses"]
 
 
 def kept(folder, rank=0):
