@@ -44,7 +44,8 @@ PARTS = ("train", "val", "test")
 
 @dataclass
 class LabelTable:
-    """Images and what is known of them: row i is the image `paths[i]`, named `ids[i]`, with labels `targets[i]`."""
+    """Images and what is known of them: row i is the image `paths[i]`, named `ids[i]`, with labels
+    `targets[i]`."""
 
     ids: list  # N names, as the label file writes them
     paths: list  # N files (or PIL images, bytes, arrays)
@@ -78,7 +79,8 @@ class LabelTable:
 
 @dataclass
 class Reading:
-    """What read_labels() is told instead of finding it out by looking: the options of add_data_options()."""
+    """What read_labels() is told instead of finding it out by looking: the options of
+    add_data_options()."""
 
     label_groups: str = None
     group: str = None
@@ -95,10 +97,11 @@ class Reading:
 def read_labels(data_dir, labels=None, images=None, **how):
     """Read a data folder, whatever its label format -> LabelTable.
 
-    data_dir: the folder. labels: the label file, or the folder of .cls files; by default it is found by looking
-    (find_labels). images: the image folder; by default DATA/images, or DATA itself. how: fields of Reading, which
-    add_data_options() explains. Rows whose image is missing are dropped and listed in `missing`; `notes` says how
-    the files were understood. Raises InputError.
+    data_dir: the folder. labels: the label file, or the folder of .cls files; by default it is
+    found by looking (find_labels). images: the image folder; by default DATA/images, or DATA
+    itself. how: fields of Reading, which add_data_options() explains. Rows whose image is missing
+    are dropped and listed in `missing`; `notes` says how the files were understood. Raises
+    InputError.
     """
     data_dir = Path(data_dir)
     how = Reading(**how)
@@ -155,8 +158,9 @@ def data_options(options):
 
 
 def find_labels(data_dir):
-    """The label files of a data folder, found by looking -> {part: Path}: the part is "" for one file (or the folder
-    of .cls files), else one of PARTS. Raises InputError when there is none, or several."""
+    """The label files of a data folder, found by looking -> {part: Path}: the part is "" for one
+    file (or the folder of .cls files), else one of PARTS. Raises InputError when there is none, or
+    several."""
     for name in ("labels.txt", "labels.csv", "labels.tsv", "image_data.csv"):
         if (data_dir / name).is_file():
             return {"": data_dir / name}
@@ -179,7 +183,8 @@ def _table_files(folder):
 
 
 def _find_divided(data_dir):
-    """Label files of train, val and test: train.csv, train_metadata.csv, or the only table file of a folder train/."""
+    """Label files of train, val and test: train.csv, train_metadata.csv, or the only table file of
+    a folder train/."""
     divided = {}
     for word, part in PART_WORDS.items():
         for path in _table_files(data_dir):
@@ -207,7 +212,8 @@ LONGEST_LINE = 2**20  # bytes; a longer one is not of a label file
 
 
 def read_lines(path):
-    """The lines of a text file, without line ends. UTF-8 with or without BOM; any line end. Raises InputError."""
+    """The lines of a text file, without line ends. UTF-8 with or without BOM; any line end. Raises
+    InputError."""
     parts = []
     try:
         with open(path, "rb") as file:
@@ -229,8 +235,8 @@ def read_lines(path):
 
 
 def read_rows(path):
-    """The cells of a table -> ([(line number, cells), ...] without blank lines, delimiter). " " stands for any white
-    space. Raises InputError."""
+    """The cells of a table -> ([(line number, cells), ...] without blank lines, delimiter). " "
+    stands for any white space. Raises InputError."""
     lines = read_lines(path)
     first = next((line for line in lines if line.strip()), "")
     delimiter = _find_delimiter(path, first)
@@ -283,12 +289,12 @@ def _read_file(path, groups, folder, how):
     columns = _columns(path, header, rows, delimiter, values)
     title = _find_image_column(path, columns, folder, how)
     notes.append(f"images: in the column {title or 'without a title'}")
-    table = LabelTable(list(columns.pop(title)), [], None, [], notes=notes)
+    table = LabelTable(columns.pop(title), [], None, [], notes=notes)
     table.origins = [f"{path}:{number}" for number, _ in rows]
     for name in how.ignore:
         _take(path, columns, name, "--ignore")
     if how.group:
-        table.objects = list(_take(path, columns, how.group, "--group"))
+        table.objects = _take(path, columns, how.group, "--group")
     _read_parts(path, table, columns, how)
     if delimiter != " " and title.lower() in ID_TITLES and _looks_like_lists(columns, values, groups):
         _read_lists(path, table, columns, groups, values, how)
@@ -306,7 +312,8 @@ def _add_image_names(path, rows, image_list):
 
 
 def _split_header(path, rows, delimiter, folder, values, notes):
-    """-> (titles of the columns, the other rows); the titles are made up where the first row names an image."""
+    """-> (titles of the columns, the other rows); the titles are made up where the first row names
+    an image."""
     number, cells = rows[0]
     if len(cells) < 2:
         raise InputError(f"{path}:{number}: no label column: the image comes first, then 0, 1 or NA for each class")
@@ -335,16 +342,16 @@ def _split_header(path, rows, delimiter, folder, values, notes):
 
 
 def _columns(path, header, rows, delimiter, values):
-    """{title: the cells of the column, a tuple}, of rows that must have a cell for each title."""
-    whole = []
+    """{title: the cells of the column, a list}, of rows that must have a cell for each title."""
+    flat = []
     for number, cells in rows:
         extra = len(cells) - len(header)
         if delimiter == " " and extra > 0 and values[cells[extra]] is None:  # a file name with blanks
             cells = [" ".join(cells[: extra + 1]), *cells[extra + 1 :]]
         if len(cells) != len(header):
             raise InputError(f"{path}:{number}: {len(cells)} cells, but there are {len(header)} columns")
-        whole.append(cells)
-    return dict(zip(header, zip(*whole)))
+        flat += cells
+    return {title: flat[i :: len(header)] for i, title in enumerate(header)}
 
 
 def _take(path, columns, title, option):
@@ -355,15 +362,23 @@ def _take(path, columns, title, option):
 
 
 def _find_image_column(path, columns, folder, how):
-    """The title of the column of images: that of --image-column, the one whose cells name images, or the first."""
+    """The title of the column of images: that of --image-column, the one whose cells name images,
+    or the first."""
     if how.image_column:
         _take(path, dict(columns), how.image_column, "--image-column")
         return how.image_column
     known = [title for title in columns if title.lower() in ID_TITLES]
     candidates = [*known, *(title for title in columns if title not in known and not _is_index(title))]
     candidates = candidates or list(columns)
-    hits = [sum(folder.names_image(cell) for cell in columns[title][:50]) for title in candidates]
-    return candidates[hits.index(max(hits))]
+    best = 0
+    for title in candidates:
+        hits = sum(folder.names_image(cell) for cell in columns[title][:50])
+        if hits > best:
+            best = hits
+            found = title
+        if hits == len(columns[title][:50]):
+            break
+    return found if best else candidates[0]
 
 
 def _is_index(title):
@@ -434,7 +449,8 @@ class LabelValues(dict):
 
 
 def _read_table(path, table, columns, values, how):
-    """The table format: a column per class with 0, 1 or NA. Sets targets and classes of the table."""
+    """The table format: a column per class with 0, 1 or NA. Sets targets and classes of the
+    table."""
     left_out = []
     for title, cells in columns.items():
         if (_is_index(title) and len(columns) > 1) or not _is_label_column(path, table, title, cells, values):
@@ -446,23 +462,22 @@ def _read_table(path, table, columns, values, how):
     _refuse_signs(path, [columns[title] for title in table.classes], values, how)
     table.targets = np.empty((len(table), len(table.classes)), np.float32)
     for c, title in enumerate(table.classes):
-        table.targets[:, c] = [values[cell] for cell in columns[title]]
+        table.targets[:, c] = np.fromiter(map(values.__getitem__, columns[title]), np.float32, len(table))
     table.notes.append(f"labels: a table with {len(table.classes)} columns of 1, 0 and NA")
     _warn_left_out(table, left_out)
 
 
 def _is_label_column(path, table, title, cells, values):
     """Whether the known cells of a column are labels; an InputError when only some are."""
-    counts = Counter(cells)
-    odd = [cell for cell in counts if values[cell] is None]
+    odd = [cell for cell in set(cells) if values[cell] is None]
     if not odd:
         return True
     numbers = [values.number(cell) for cell in odd]
     if all(number is not None and 0 < number < 1 for number in numbers):
         raise InputError(f"{path}: the column {title} holds numbers between 0 and 1: give --label-threshold T to make "
                          f"them labels, or --ignore {title}")
-    labels = sum(count for cell, count in counts.items() if values[cell] in (0, 1))
-    if labels < sum(counts[cell] for cell in odd):
+    labels = sum(values[cell] in (0, 1) for cell in cells)
+    if labels < sum(values[cell] is None for cell in cells):
         return False
     row = next(row for row, cell in enumerate(cells) if values[cell] is None)
     raise InputError(f"{table.origins[row]}: {cells[row]!r} in the column {title} is not 0, 1 or NA: correct it, or "
@@ -470,12 +485,17 @@ def _is_label_column(path, table, title, cells, values):
 
 
 def _refuse_signs(path, columns, values, how):
-    """An InputError where -1 may mean absent as well as unknown: it is in every column, and oftener than 0."""
-    minus = [sum(values.number(cell) == -1 for cell in cells) for cells in columns]
-    if "-1" in (how.negative, how.unknown) or min(minus) == 0 or len(columns[0]) == 1:
-        return
-    zeros = sum(sum(values[cell] == 0 for cell in cells) for cells in columns)
-    if sum(minus) > zeros:
+    """An InputError where -1 may mean absent as well as unknown: it is in every column, and oftener
+    than 0."""
+    minus = zeros = 0
+    for cells in columns:
+        counts = Counter(cells)
+        here = sum(count for cell, count in counts.items() if values.number(cell) == -1)
+        if here == 0 or len(cells) == 1 or "-1" in (how.negative, how.unknown):
+            return
+        minus += here
+        zeros += sum(count for cell, count in counts.items() if values[cell] == 0)
+    if minus > zeros:
         raise InputError(f"{path}: every column has -1, which can mean absent or unknown: say which with --negative -1 "
                          "(and --unknown 0 where 0 means unknown) or with --unknown -1")
 
@@ -492,7 +512,8 @@ OTHER_TITLES = {"split", "fold", "set", "subset", "caption", "text", "descriptio
 
 
 def _looks_like_lists(columns, values, groups):
-    """Whether columns hold lists of names: one has words and a title that says so, or there are words and no labels."""
+    """Whether columns hold lists of names: one has words and a title that says so, or there are
+    words and no labels."""
     words = [title for title, cells in columns.items() if any(values.is_word(cell) for cell in set(cells))]
     if any(LIST_TITLE.search(title) or title in groups for title in words):
         return True
@@ -501,7 +522,8 @@ def _looks_like_lists(columns, values, groups):
 
 
 def _read_lists(path, table, columns, groups, values, how):
-    """The lists format: columns of names, several in a cell. Sets targets, classes and groups of the table."""
+    """The lists format: columns of names, several in a cell. Sets targets, classes and groups of
+    the table."""
     titles = _list_columns(path, columns, groups, values)
     cells = {cell for title in titles for cell in columns[title]}
     separator = how.separator or _find_separator(path, [cell for cell in cells if values.is_word(cell)])
@@ -602,7 +624,8 @@ def _read_cls(folder, data_dir):
 
 
 def _read_class_names(data_dir):
-    """The names of classes.txt (a name per line) or classes.json (a list), else those of COCO -> (names, source)."""
+    """The names of classes.txt (a name per line) or classes.json (a list), else those of COCO ->
+    (names, source)."""
     text = data_dir / "classes.txt"
     file = data_dir / "classes.json"
     if text.is_file():
@@ -650,7 +673,8 @@ def _read_groups(path):
 
 
 def _apply_groups(table, groups, path):
-    """Order the classes by their groups; those that are in no group are dropped, and counted in a warning."""
+    """Order the classes by their groups; those that are in no group are dropped, and counted in a
+    warning."""
     column = {name: c for c, name in enumerate(table.classes)}
     groups = {group: [name for name in names if name in column] for group, names in groups.items()}
     classes = [name for names in groups.values() for name in names]
@@ -669,7 +693,8 @@ def _apply_groups(table, groups, path):
 
 
 def _join_tables(tables):
-    """Tables of several label files -> one. A class that one of them does not know is absent or unknown there."""
+    """Tables of several label files -> one. A class that one of them does not know is absent or
+    unknown there."""
     if len(tables) == 1:
         return tables[0]
     classes = list(dict.fromkeys(name for table in tables for name in table.classes))
@@ -704,7 +729,8 @@ class ImageFolder:
 
     @cached_property
     def loose(self):
-        """{path, path without suffix, name, stem: [relative paths]} of the images; suffixes in lower case."""
+        """{path, path without suffix, name, stem: [relative paths]} of the images; suffixes in
+        lower case."""
         found = {}
         for relative in sorted(self.names):
             stem, suffix = os.path.splitext(relative)
@@ -723,10 +749,9 @@ class ImageFolder:
         return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES or name in self.names or name in self.loose
 
     def find(self, name, origin, bases):
-        """The path of an image by its path, or None. origin: "FILE:LINE", for errors. bases: folders that the path may
-        be relative to, beside the image folder. Raises InputError when it lies outside."""
-        if name in self.names:
-            return self.path(name)
+        """The path of an image by its path, or None. origin: "FILE:LINE", for errors. bases:
+        folders that the path may be relative to, beside the image folder. Raises InputError when it
+        lies outside."""
         name = name.replace("\\", "/")
         root = os.path.realpath(self.root)
         outside = False
@@ -741,8 +766,9 @@ class ImageFolder:
         return None
 
     def find_loosely(self, name, origin, taken):
-        """The path of an image by its name or its stem, in any folder, or None. taken: paths that other rows name
-        exactly: a name with a folder is none of them. Raises InputError when several images fit."""
+        """The path of an image by its name or its stem, in any folder, or None. taken: paths that
+        other rows name exactly: a name with a folder is none of them. Raises InputError when
+        several images fit."""
         stem, suffix = os.path.splitext(os.path.normpath(name.replace("\\", "/")))
         if suffix.lower() not in IMAGE_SUFFIXES:  # a dot of the name itself
             stem, suffix = stem + suffix, ""
@@ -761,8 +787,11 @@ def _attach_images(table, folder, data_dir):
     """Set the paths of a table; rows whose image is missing are dropped."""
     paths = []
     for name, origin in zip(table.ids, table.origins):
-        bases = (os.path.dirname(origin.rpartition(":")[0]), str(data_dir), os.getcwd())
-        paths.append(folder.find(name, origin, bases))
+        if name in folder.names:
+            paths.append(folder.path(name))
+        else:
+            bases = (os.path.dirname(origin.rpartition(":")[0]), str(data_dir), os.getcwd())
+            paths.append(folder.find(name, origin, bases))
     taken = set(paths)
     for row, path in enumerate(paths):
         if path is None:
@@ -776,7 +805,8 @@ def _attach_images(table, folder, data_dir):
 
 
 def _unite_rows(table):
-    """Unite the rows that name one image; an InputError when they contradict each other, or are in two parts."""
+    """Unite the rows that name one image; an InputError when they contradict each other, or are in
+    two parts."""
     first = {}
     keep = []
     for row, path in enumerate(table.paths):
@@ -816,8 +846,8 @@ def _find_copies(table):
     table.copies = list(table.ids)
     first = {}
     found = []
-    for rows in by_size.values():
-        for row in rows if len(rows) > 1 else []:
+    for size, rows in by_size.items():
+        for row in rows if size and len(rows) > 1 else []:
             with contextlib.suppress(OSError):
                 other = first.setdefault(hashlib.sha256(Path(table.paths[row]).read_bytes()).digest(), row)
                 if other != row:
@@ -849,11 +879,12 @@ def _find_copies(table):
 def split(table, ratios=(0.7, 0.15, 0.15), method="stratified", seed=0):
     """Divide a table -> three ascending arrays of row numbers: train, val, test.
 
-    Rows of one object, and images with the same bytes, stay together. ratios: three numbers >= 0, taken relative to
-    their sum; train and val must not be 0. method: "stratified" is the iterative stratification of Sechidis,
-    Tsoumakas & Vlahavas (2011), "On the Stratification of Multi-Label Data", on the known positives, so that rare
-    classes reach every split; "random" shuffles. Rows with a part of their own (table.parts) keep it: others are
-    divided among the splits that have none, and val is taken from train when the data has no val. Raises InputError.
+    Rows of one object, and images with the same bytes, stay together. ratios: three numbers >= 0,
+    taken relative to their sum; train and val must not be 0. method: "stratified" is the iterative
+    stratification of Sechidis, Tsoumakas & Vlahavas (2011), "On the Stratification of Multi-Label
+    Data", on the known positives, so that rare classes reach every split; "random" shuffles. Rows
+    with a part of their own (table.parts) keep it: others are divided among the splits that have
+    none, and val is taken from train when the data has no val. Raises InputError.
     """
     ratios = np.array(ratios, float)
     if len(ratios) != 3 or not np.isfinite(ratios).all() or ratios.min() < 0 or ratios[:2].min() == 0:
@@ -876,7 +907,8 @@ def split(table, ratios=(0.7, 0.15, 0.15), method="stratified", seed=0):
 
 
 def divide(table, ratios, method="stratified", seed=0):
-    """Divide a table into any number of parts -> the number of each row's part (N,). Arguments as of split()."""
+    """Divide a table into any number of parts -> the number of each row's part (N,). Arguments as
+    of split()."""
     ratios = np.asarray(ratios, float) / np.sum(ratios)
     units = _units(table)
     sizes = np.bincount(units)
@@ -897,7 +929,8 @@ def divide(table, ratios, method="stratified", seed=0):
 
 
 def _units(table):
-    """What must not be divided -> its number for each row (N,): an object, or images with the same bytes."""
+    """What must not be divided -> its number for each row (N,): an object, or images with the same
+    bytes."""
     keys = [table.objects or table.ids]
     if table.copies:
         keys.append(table.copies)
@@ -922,8 +955,9 @@ def _random_parts(sizes, ratios, rng):
 
 
 def _stratified_parts(positives, sizes, ratios, rng):
-    """Iterative stratification of units with (U, C) counts of positives: the label with the fewest units left goes
-    first, and each of its units goes to the split that still wants most of that label."""
+    """Iterative stratification of units with (U, C) counts of positives: the label with the fewest
+    units left goes first, and each of its units goes to the split that still wants most of that
+    label."""
     part = np.full(len(sizes), -1)
     wanted = ratios[:, None] * positives.sum(axis=0)  # (K, C) positives that each split still wants
     room = ratios * sizes.sum()  # (K,) images that each split still wants
@@ -960,10 +994,10 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that si
 def load_image(image, size=None, within=None):
     """An image -> PIL image in mode RGB, upright by its EXIF orientation.
 
-    image: a path, a file object, bytes, a PIL image, or a uint8 array (H, W, 3). size: the result is resized to
-    (size, size). within: it is shrunk, in its proportions, so that no side is longer. JPEG files are then decoded at a
-    smaller scale. Transparent pixels are laid on white; 16-bit and float images keep their contrast; of an animation
-    the first frame is taken. Raises ImageError.
+    image: a path, a file object, bytes, a PIL image, or a uint8 array (H, W, 3). size: the result
+    is resized to (size, size). within: it is shrunk, in its proportions, so that no side is longer.
+    JPEG files are then decoded at a smaller scale. Transparent pixels are laid on white; 16-bit and
+    float images keep their contrast; of an animation the first frame is taken. Raises ImageError.
     """
     try:
         try:
@@ -1036,10 +1070,12 @@ CACHE_OVERHEAD = 4096  # bytes of memory that a cached image takes beside its pi
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """The images of a LabelTable: dataset[i] is (image uint8 (3, size, size), targets float32 (C,), id).
+    """The images of a LabelTable: dataset[i] is (image uint8 (3, size, size), targets float32 (C,),
+    id).
 
-    Decoded images are kept in memory, up to cache_bytes of them. An image that cannot be read is grey, all its labels
-    become unknown, so that it is ignored, and `errors` says why: row number -> message.
+    Decoded images are kept in memory, up to cache_bytes of them. An image that cannot be read is
+    grey, all its labels become unknown, so that it is ignored, and `errors` says why: row number ->
+    message.
     """
 
     def __init__(self, table, size, cache_bytes=0):
@@ -1072,11 +1108,13 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def batches(dataset, order, workers=2, pin=False):
-    """Yield (images uint8 (B, 3, S, S) in channels_last, targets float32 (B, C), rows) for each rows in `order`.
+    """Yield (images uint8 (B, 3, S, S) in channels_last, targets float32 (B, C), rows) for each
+    rows in `order`.
 
-    `workers` threads decode ahead, a batch each: Pillow decodes and resizes without holding the interpreter, and
-    threads share the dataset's cache, need no shared memory and start at once on every platform. 0 decodes when asked.
-    pin: the images are put into page-locked memory, from which a GPU copies in the background.
+    `workers` threads decode ahead, a batch each: Pillow decodes and resizes without holding the
+    interpreter, and threads share the dataset's cache, need no shared memory and start at once on
+    every platform. 0 decodes when asked. pin: the images are put into page-locked memory, from
+    which a GPU copies in the background.
     """
 
     def load(rows):
@@ -1102,13 +1140,15 @@ def batches(dataset, order, workers=2, pin=False):
 
 
 def normalize(images):
-    """Images (B, 3, H, W), uint8 or float in 0..255 -> float32, normalised as ImageNet networks expect."""
+    """Images (B, 3, H, W), uint8 or float in 0..255 -> float32, normalised as ImageNet networks
+    expect."""
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=images.device).view(2, 3, 1, 1) * 255
     return (images.float() - mean) / std
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Augmentation, on a whole batch where the network is: every turn, shift and stretch is one matrix and one sampling
+# Augmentation, on a whole batch where the network is: every turn, shift and stretch is one matrix
+# and one sampling
 
 
 LEVELS = {
@@ -1122,7 +1162,8 @@ NOISE = ("flip", "vflip", "angle", "shift_x", "shift_y", "area", "ratio", "tilt_
 
 
 def read_operations(text):
-    """A level, or operations separated by commas -> tuple of names of OPERATIONS. Raises InputError."""
+    """A level, or operations separated by commas -> tuple of names of OPERATIONS. Raises
+    InputError."""
     names = LEVELS.get(text, tuple(text.split(",")))
     wrong = [name for name in names if name not in OPERATIONS]
     if wrong:
@@ -1131,9 +1172,11 @@ def read_operations(text):
 
 
 def draw_noise(count, seed, epoch):
-    """The random numbers behind the augmentation of `count` images -> (count, len(NOISE)) in [0, 1).
+    """The random numbers behind the augmentation of `count` images -> (count, len(NOISE)) in [0,
+    1).
 
-    They depend on the seed, the epoch and the row alone, so that loading order and threads do not matter.
+    They depend on the seed, the epoch and the row alone, so that loading order and threads do not
+    matter.
     """
     return torch.rand(count, len(NOISE), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
@@ -1141,8 +1184,8 @@ def draw_noise(count, seed, epoch):
 def augment(images, operations, noise):
     """Change each image of a batch in its own random way -> float32 (B, 3, H, W) in 0..255.
 
-    images: (B, 3, H, W), uint8 or float in 0..255. operations: names of OPERATIONS. noise: (B, len(NOISE)) of
-    draw_noise().
+    images: (B, 3, H, W), uint8 or float in 0..255. operations: names of OPERATIONS. noise: (B,
+    len(NOISE)) of draw_noise().
     """
     images = images.float()
     noise = dict(zip(NOISE, noise.unbind(1)))
@@ -1255,7 +1298,8 @@ def has_letters(font, text):
 
 
 def picture_names(classes):
-    """The names of classes as pictures show them: "class 3" where no font here has the letters, and a warning."""
+    """The names of classes as pictures show them: "class 3" where no font here has the letters, and
+    a warning."""
     names = [name if has_letters(load_font(13, name), name) else f"class {c}" for c, name in enumerate(classes)]
     lacking = [name for name, shown in zip(classes, names) if name != shown]
     if lacking:
@@ -1265,7 +1309,8 @@ def picture_names(classes):
 
 
 def draw_sheet(cells, title, columns=6, width=200):
-    """Pictures in rows with words under them -> PIL image. cells: a list of (PIL image, [(text, colour), ...])."""
+    """Pictures in rows with words under them -> PIL image. cells: a list of (PIL image, [(text,
+    colour), ...])."""
     columns = max(1, min(columns, len(cells)))
     gap = 14
     total = columns * (width + gap) + gap
@@ -1327,8 +1372,8 @@ def label_sheet(table, count=24, seed=0):
 
 
 def distinct_names(paths):
-    """A file name for each path, without folders: its own, or where another has the same (with any suffix) with the
-    folder's name before it, or a number behind it."""
+    """A file name for each path, without folders: its own, or where another has the same (with any
+    suffix) with the folder's name before it, or a number behind it."""
     taken = set()
     names = []
     for path in map(Path, paths):
@@ -1343,9 +1388,10 @@ def distinct_names(paths):
 
 
 def summary(table, title="data", most=30):
-    """A LabelTable as text: how its files were understood, rows, images, missing files, and per class positives,
-    negatives, NA and prevalence, with a bar of 20 characters: # positives, - negatives, blank NA. Of more than `most`
-    classes those with the fewest and those with the most positives."""
+    """A LabelTable as text: how its files were understood, rows, images, missing files, and per
+    class positives, negatives, NA and prevalence, with a bar of 20 characters: # positives, -
+    negatives, blank NA. Of more than `most` classes those with the fewest and those with the most
+    positives."""
     positives = np.count_nonzero(table.targets == 1, axis=0)
     negatives = np.count_nonzero(table.targets == 0, axis=0)
     rows = len(table) + len(table.missing)
@@ -1410,7 +1456,8 @@ def pairs_summary(table, most=10):
 
 
 def images_summary(table, most=1000):
-    """The sizes, modes and formats of a table's images, or of `most` of them, by their headers, as text."""
+    """The sizes, modes and formats of a table's images, or of `most` of them, by their headers, as
+    text."""
     sizes = []
     kinds = Counter()
     for path in table.paths[:: -(-len(table) // most)]:
@@ -1448,7 +1495,8 @@ DEMO_SIZE = 128  # pixels; drawn at twice that
 
 
 def write_demo(folder, seed=0, count=1000):
-    """Write `count` drawn photographs and their labels, of which 8 % are NA, into `folder`: the same for a seed.
+    """Write `count` drawn photographs and their labels, of which 8 % are NA, into `folder`: the
+    same for a seed.
 
     Raises InputError when the folder holds something else.
     """
@@ -1478,7 +1526,8 @@ def draw_demo_labels(rng):
 
 
 def draw_demo_image(labels, rng):
-    """Draw a photograph with the given labels -> (PIL image, {label: its box (left, top, right, bottom)})."""
+    """Draw a photograph with the given labels -> (PIL image, {label: its box (left, top, right,
+    bottom)})."""
     side = 2 * DEMO_SIZE
     grain = _smooth_noise(rng, (side, 12), 7) + _smooth_noise(rng, (6, 6), 14)
     image = _to_image(np.array(_colour(rng)) + grain[..., None])
@@ -1589,11 +1638,13 @@ DEMO_DRAWERS = {"bolt": _draw_bolt, "bracket": _draw_bracket, "ring": _draw_ring
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What all scripts share: errors, a command line that fails in one line, files that are written whole or not at all
+# What all scripts share: errors, a command line that fails in one line, files that are written
+# whole or not at all
 
 
 class InputError(ValueError):
-    """The user's input is wrong. The message names the file, the line or the option, and what to do."""
+    """The user's input is wrong. The message names the file, the line or the option, and what to
+    do."""
 
     def _render_traceback_(self):  # what IPython shows instead of a traceback
         return [f"error: {self}"]
@@ -1604,7 +1655,8 @@ class ImageError(ValueError):
 
 
 def run_command(main):
-    """Run main() as a command and exit: 0 done, 1 the run failed, 2 the input is wrong, 130 Ctrl-C."""
+    """Run main() as a command and exit: 0 done, 1 the run failed, 2 the input is wrong, 130
+    Ctrl-C."""
     try:
         main()
     except InputError as error:
@@ -1624,7 +1676,8 @@ def fail(message, code):
 
 
 def print_text(text="", file=None, end="\n"):
-    """print() that goes on when nobody reads: a closed pipe silences it. Letters that a terminal lacks are escaped."""
+    """print() that goes on when nobody reads: a closed pipe silences it. Letters that a terminal
+    lacks are escaped."""
     file = file or sys.stdout
     try:
         try:
@@ -1672,9 +1725,10 @@ def number(kind, low=0, below=math.inf):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
-    """Open a temporary file that takes the place of `path` when the block ends well, and is removed otherwise. A
-    process that is killed leaves it, and the next one that writes `path` uses it up. A link stays, and its target is
-    replaced; what is no regular file (a pipe, /dev/stdout) is written straight. Raises OSError."""
+    """Open a temporary file that takes the place of `path` when the block ends well, and is removed
+    otherwise. A process that is killed leaves it, and the next one that writes `path` uses it up. A
+    link stays, and its target is replaced; what is no regular file (a pipe, /dev/stdout) is written
+    straight. Raises OSError."""
     settings = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
     straight = str(path).startswith("/dev/") or (os.path.exists(path) and not os.path.isfile(path))
     target = Path(path if straight else os.path.realpath(path))
@@ -1708,8 +1762,8 @@ def write_text(path, lines):
         file.writelines(f"{line}\n" for line in lines)
 
 
-def write_json(path, value):
-    """Write a value as JSON; what is not finite becomes null, since JSON has no NaN."""
+def to_json(value):
+    """A value as JSON text; what is not finite becomes null, since JSON has no NaN."""
 
     def clean(value):
         if isinstance(value, dict):
@@ -1718,7 +1772,12 @@ def write_json(path, value):
             return [clean(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    write_text(path, [json.dumps(clean(value), indent=2, ensure_ascii=False)])
+    return json.dumps(clean(value), indent=2, ensure_ascii=False)
+
+
+def write_json(path, value):
+    """Write a value as a JSON file."""
+    write_text(path, [to_json(value)])
 
 
 def write_png(path, image):

@@ -53,10 +53,12 @@ FORMAT = 1  # of model.pth
 
 
 def build_model(backbone, head, num_classes, dropout=None):
-    """A torchvision network with a new head, randomly initialised -> nn.Module, images (B, 3, H, W) -> logits (B, C).
+    """A torchvision network with a new head, randomly initialised -> nn.Module, images (B, 3, H, W)
+    -> logits (B, C).
 
-    backbone: a name of BACKBONES. head: "linear"; "mlp" (BatchNorm, Dropout, Linear to a quarter, ReLU, Dropout,
-    Linear); or "bn" (Linear, BatchNorm). dropout: one rate, or two for "mlp"; by default those of HEADS.
+    backbone: a name of BACKBONES. head: "linear"; "mlp" (BatchNorm, Dropout, Linear to a quarter,
+    ReLU, Dropout, Linear); or "bn" (Linear, BatchNorm). dropout: one rate, or two for "mlp"; by
+    default those of HEADS.
     """
     network = torchvision_models().get_model(backbone, weights=None)
     parent, _, name = BACKBONES[backbone].rpartition(".")
@@ -66,7 +68,8 @@ def build_model(backbone, head, num_classes, dropout=None):
 
 
 def torchvision_models():
-    """The module torchvision.models, which takes seconds to import, so it waits until a network is needed."""
+    """The module torchvision.models, which takes seconds to import, so it waits until a network is
+    needed."""
     try:
         import torchvision.models
     except (ImportError, RuntimeError, AttributeError) as error:
@@ -91,7 +94,8 @@ def _build_head(head, features, num_classes, dropout):
 
 
 def choose_device(name):
-    """ "auto" or a device name -> torch.device. Raises InputError for a device that is not there."""
+    """ "auto" or a device name -> torch.device. Raises InputError for a device that is not
+    there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -106,10 +110,12 @@ FEW = 16  # images, up to which it does not pay to measure what is fastest
 
 
 def choose_precision(name, device, images=math.inf):
-    """ "auto", "fp32", "bf16" or "fp16" -> (the dtype that the network computes in, the reason in words).
+    """ "auto", "fp32", "bf16" or "fp16" -> (the dtype that the network computes in, the reason in
+    words).
 
-    auto: on a CUDA GPU bf16 from compute capability 8.0 on, fp16 from 7.0 on, else fp32. On a CPU that has bf16
-    instructions bf16 where a convolution is at least 1.3 times as fast in it, for more than FEW images; else fp32.
+    auto: on a CUDA GPU bf16 from compute capability 8.0 on, fp16 from 7.0 on, else fp32. On a CPU
+    that has bf16 instructions bf16 where a convolution is at least 1.3 times as fast in it, for
+    more than FEW images; else fp32.
     """
     if name != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name], "as asked for"
@@ -136,8 +142,8 @@ def has_bf16_instructions():
 
 @functools.cache
 def measure_bf16():
-    """How many times as fast this processor computes a convolution, forward and backward, in bf16 as in fp32. It takes
-    about a tenth of a second, once in a process."""
+    """How many times as fast this processor computes a convolution, forward and backward, in bf16
+    as in fp32. It takes about a tenth of a second, once in a process."""
     images = torch.ones(4, 64, 56, 56).contiguous(memory_format=torch.channels_last).requires_grad_()
     weight = torch.ones(64, 64, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
 
@@ -168,7 +174,8 @@ def to_device(network, device):
 
 
 def forward(network, images, precision):
-    """Normalised images (B, 3, H, W), or what a head takes (B, F) -> float32 logits (B, C), computed in `precision`."""
+    """Normalised images (B, 3, H, W), or what a head takes (B, F) -> float32 logits (B, C),
+    computed in `precision`."""
     if images.dim() == 4:
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
@@ -182,8 +189,8 @@ def share_tensors(network):
 
 
 def fold_batchnorm(network):
-    """A copy of a network in eval mode in which each convolution does the work of the BatchNorm right behind it; all
-    other tensors are shared. Logits differ by rounding alone."""
+    """A copy of a network in eval mode in which each convolution does the work of the BatchNorm
+    right behind it; all other tensors are shared. Logits differ by rounding alone."""
     network = share_tensors(network)
     for module in list(network.modules()):
         children = list(module.named_children())
@@ -196,7 +203,8 @@ def fold_batchnorm(network):
 
 @torch.inference_mode()
 def compute_logits(network, images, device, precision, batch_size=32, workers=2, rows=None):
-    """Logits of the given rows of an ImageDataset (default: all), in order -> float32 (N, C) on the device."""
+    """Logits of the given rows of an ImageDataset (default: all), in order -> float32 (N, C) on the
+    device."""
     network.eval()
     rows = np.arange(len(images)) if rows is None else rows
     if precision == torch.float32 and len(rows) > FEW:
@@ -243,7 +251,8 @@ def save_model(classifier, path):
 
 
 def write_checkpoint(path, content):
-    """torch.save() that leaves a whole file: the new one, or when that cannot be written the one before."""
+    """torch.save() that leaves a whole file: the new one, or when that cannot be written the one
+    before."""
     try:
         with dataset.atomic_write(path, "wb") as file:
             torch.save(content, file)
@@ -252,7 +261,8 @@ def write_checkpoint(path, content):
 
 
 def check_content(path, content, names, kind):
-    """Raise an InputError unless `content` is a dict of a known format with these names: a `kind` of train.py."""
+    """Raise an InputError unless `content` is a dict of a known format with these names: a `kind`
+    of train.py."""
     if not isinstance(content, dict) or not {"format", *names} <= content.keys():
         raise InputError(f"{path} is not a {kind} of train.py; its weights, perhaps, are for train.py --weights {path}")
     if content["format"] != FORMAT:
@@ -285,6 +295,8 @@ def load_model(path="outputs/model.pth", device="auto", precision="auto"):
         with torch.device("meta"):  # no time is spent on initial values that are replaced at once
             network = build_model(fields["backbone"], fields["head"], len(fields["classes"]), fields["dropout"])
         network.load_state_dict(content["network"], assign=True)
+    except InputError:  # of torchvision
+        raise
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is damaged: its tensors are not those of a {fields['backbone']} network with a "
                          f"{fields['head']} head for its classes") from None
@@ -297,11 +309,12 @@ def load_model(path="outputs/model.pth", device="auto", precision="auto"):
 
 
 def load_weights(network, weights, backbone, classes=()):
-    """Load every tensor whose name and shape match -> (names taken, {name: why not} of the others, classes taken).
+    """Load every tensor whose name and shape match -> (names taken, {name: why not} of the others,
+    classes taken).
 
-    weights: "imagenet" (torchvision's default weights of the backbone), or the path of a state_dict or a model.pth. Of
-    a model.pth the head's last layers are taken row by row, for the classes that it and `classes` both name.
-    Raises InputError when the weights cannot be had or nothing matches.
+    weights: "imagenet" (torchvision's default weights of the backbone), or the path of a state_dict
+    or a model.pth. Of a model.pth the head's last layers are taken row by row, for the classes that
+    it and `classes` both name. Raises InputError when the weights cannot be had or nothing matches.
     """
     state, known = _read_weights(weights, backbone)
     own = network.state_dict()
@@ -342,7 +355,8 @@ def _read_weights(weights, backbone):
 
 
 def _rows_of_classes(network, backbone, state, known, classes):
-    """The head's tensors with a row per class: rows of classes that are known come from `state`, others stay."""
+    """The head's tensors with a row per class: rows of classes that are known come from `state`,
+    others stay."""
     own = network.state_dict()
     result = {}
     for name in _class_tensors(network, backbone):
@@ -383,10 +397,11 @@ def _download(backbone):
 
 
 def predict(classifier, images, batch_size=32, workers=None):
-    """Probabilities of the labels of images -> float32 (N, C), columns in the order of classifier.classes.
+    """Probabilities of the labels of images -> float32 (N, C), columns in the order of
+    classifier.classes.
 
-    images: an image or a list of them, each a path, a PIL image, the bytes of a file, a file object, or a uint8 array
-    (H, W, 3). Raises ImageError for the first image that cannot be read.
+    images: an image or a list of them, each a path, a PIL image, the bytes of a file, a file
+    object, or a uint8 array (H, W, 3). Raises ImageError for the first image that cannot be read.
     """
     single = isinstance(images, (str, os.PathLike, bytes)) or hasattr(images, "mode") or hasattr(images, "read")
     if single or (isinstance(images, np.ndarray) and images.ndim == 3):
@@ -398,7 +413,8 @@ def predict(classifier, images, batch_size=32, workers=None):
 
 
 def predict_all(classifier, images, batch_size=32, workers=None):
-    """predict() that goes on past bad images -> (probabilities (N, C), NaN for a bad image; {row: message})."""
+    """predict() that goes on past bad images -> (probabilities (N, C), NaN for a bad image; {row:
+    message})."""
     unknown = np.full((len(images), len(classifier.classes)), np.nan, np.float32)
     if not images:
         return unknown, {}
@@ -413,9 +429,9 @@ def predict_all(classifier, images, batch_size=32, workers=None):
 
 
 def evaluate(classifier, table, batch_size=32, workers=None, bootstrap=0):
-    """Report a classifier on a LabelTable -> metrics.report() dict, with 95 % intervals from `bootstrap` resamples
-    when that is not 0. Classes that the model does not know are ignored; one that the data does not name is absent
-    where the data lists what is there, else an InputError."""
+    """Report a classifier on a LabelTable -> metrics.report() dict, with 95 % intervals from
+    `bootstrap` resamples when that is not 0. Classes that the model does not know are ignored; one
+    that the data does not name is absent where the data lists what is there, else an InputError."""
     try:
         import metrics
     except ImportError:
@@ -441,8 +457,9 @@ def evaluate(classifier, table, batch_size=32, workers=None, bootstrap=0):
 
 
 def prediction_rows(ids, probabilities, thresholds, classes, groups):
-    """The rows of predictions.csv, the header first: per image and group the labels present, most confident first,
-    the same with their probabilities (label:0.1234), and the mean of those; ; separates the labels of a cell."""
+    """The rows of predictions.csv, the header first: per image and group the labels present, most
+    confident first, the same with their probabilities (label:0.1234), and the mean of those; ;
+    separates the labels of a cell."""
     groups = groups or {"labels": classes}
     header = ["ID", *groups, *(f"{group}_confidence" for group in groups)]
     if list(groups) == ["labels"]:
@@ -480,8 +497,9 @@ def format_table(probabilities, thresholds, classes):
 
 
 def format_predictions(style, ids, probabilities, thresholds, classifier):
-    """Predictions as text. style: "table" (the whole table for one image, a line each for several), "csv" (labels and
-    confidences), "probabilities" (CSV with a column per class) or "json" ({ID: indices of the labels present})."""
+    """Predictions as text. style: "table" (the whole table for one image, a line each for several),
+    "csv" (labels and confidences), "probabilities" (CSV with a column per class) or "json" ({ID:
+    indices of the labels present})."""
     classes = classifier.classes
     if style == "json":
         indices = [np.flatnonzero(row >= thresholds).tolist() for row in probabilities]
@@ -507,8 +525,9 @@ def _csv_text(rows):
 
 
 def find_images(arguments):
-    """Files and folders -> (IDs, paths): of a folder all images below it, sorted, each named by its path from there;
-    of a file its name, or what was given where two have the same. Raises InputError."""
+    """Files and folders -> (IDs, paths): of a folder all images below it, sorted, each named by its
+    path from there; of a file its name, or what was given where two have the same. Raises
+    InputError."""
     ids = []
     paths = []
     for argument in map(Path, arguments):
@@ -538,11 +557,13 @@ PICTURE_SIDE = 360  # pixels, the longer side of an image that --save draws
 
 
 def heatmaps(classifier, image, labels):
-    """Where in an image the network sees each of the labels -> float32 (len(labels), size, size), 0 to 1 each.
+    """Where in an image the network sees each of the labels -> float32 (len(labels), size, size), 0
+    to 1 each.
 
-    image: as of predict(). labels: column numbers. Grad-CAM: Selvaraju et al. (2017), "Grad-CAM: Visual Explanations
-    from Deep Networks via Gradient-based Localization": the last feature maps, weighted by the mean gradient of the
-    logit; for a linear head that is CAM (Zhou et al. 2016). All 0 where no region was found. Raises ImageError.
+    image: as of predict(). labels: column numbers. Grad-CAM: Selvaraju et al. (2017), "Grad-CAM:
+    Visual Explanations from Deep Networks via Gradient-based Localization": the last feature maps,
+    weighted by the mean gradient of the logit; for a linear head that is CAM (Zhou et al. 2016).
+    All 0 where no region was found. Raises ImageError.
     """
     pixels = torch.from_numpy(np.array(dataset.load_image(image, classifier.size))).permute(2, 0, 1)[None]
     network = share_tensors(classifier.network).eval()  # for the hook, so that threads may share the classifier
@@ -560,8 +581,8 @@ def heatmaps(classifier, image, labels):
 
 
 def upsample(maps, size):
-    """Feature maps (1, 1, h, w) -> (1, size, size). With zeros around them a cell at the edge is highest in its middle,
-    not along the edge of the image."""
+    """Feature maps (1, 1, h, w) -> (1, size, size). With zeros around them a cell at the edge is
+    highest in its middle, not along the edge of the image."""
     height, width = maps.shape[2:]
     axis = torch.linspace(-1 + 1 / size, 1 - 1 / size, size, device=maps.device)
     points = torch.meshgrid(axis * width / (width + 2), axis * height / (height + 2), indexing="xy")
@@ -571,7 +592,8 @@ def upsample(maps, size):
 
 
 def draw_heatmap(image, heat):
-    """A PIL image in grey with a heatmap (H, W) over it in yellow to red, and a ring where it is highest."""
+    """A PIL image in grey with a heatmap (H, W) over it in yellow to red, and a ring where it is
+    highest."""
     grey = image.convert("L").convert("RGB")
     heat = Image.fromarray(heat).resize(image.size, Image.Resampling.BILINEAR)
     values = np.asarray(heat).clip(0, 1)
@@ -586,8 +608,9 @@ def draw_heatmap(image, heat):
 
 
 def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
-    """Draw each image with its labels under it, and with `heatmap` where the network sees each label present, into
-    folder/NAME.png -> the paths written. probabilities: (N, C), of predict()."""
+    """Draw each image with its labels under it, and with `heatmap` where the network sees each
+    label present, into folder/NAME.png -> the paths written. probabilities: (N, C), of
+    predict()."""
     written = []
     thresholds = np.array(classifier.thresholds)
     names = dataset.picture_names(classifier.classes)
@@ -609,8 +632,9 @@ def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
 def mistakes_sheet(table, probabilities, thresholds, count=24):
     """The images with the most confident mistakes first -> PIL image.
 
-    table: a LabelTable of N images; probabilities (N, C); thresholds (C,). A mistake is as confident as the probability
-    of what was predicted: p for a false alarm, 1 - p for a missed label.
+    table: a LabelTable of N images; probabilities (N, C); thresholds (C,). A mistake is as
+    confident as the probability of what was predicted: p for a false alarm, 1 - p for a missed
+    label.
     """
     predicted = probabilities >= np.array(thresholds)
     wrong = ~np.isnan(table.targets) & (predicted != (table.targets == 1))
@@ -652,8 +676,8 @@ SCALE = 2  # charts are drawn larger and shrunk, so that lines are smooth
 
 
 def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=()):
-    """A line chart -> PIL image. series: a list of (name, x values, y values, colour); points that are not finite are
-    left out. marks: a list of (x, text) of vertical lines."""
+    """A line chart -> PIL image. series: a list of (name, x values, y values, colour); points that
+    are not finite are left out. marks: a list of (x, text) of vertical lines."""
     points = {}
     for name, xs, ys, _ in series:
         points[name] = [(x, y) for x, y in zip(xs, ys) if math.isfinite(x) and math.isfinite(y)]
@@ -750,8 +774,9 @@ def loss_curves(losses, history, marks=(), title=""):
 
 
 def pr_curves(targets, probabilities, thresholds, classes, most=20):
-    """Precision over recall of each class on val, with a line at its threshold; of many classes the `most` with the
-    lowest average precision -> PIL image. targets (N, C) with 1, 0, NaN; probabilities (N, C); thresholds (C,)."""
+    """Precision over recall of each class on val, with a line at its threshold; of many classes the
+    `most` with the lowest average precision -> PIL image. targets (N, C) with 1, 0, NaN;
+    probabilities (N, C); thresholds (C,)."""
     import metrics
 
     scores = metrics.average_precision(targets, probabilities, None)
@@ -783,7 +808,7 @@ def parse_options(argv=None):
     parser = dataset.ArgumentParser(
         prog="inference.py", usage="%(prog)s IMAGE|DIR ... [options], or %(prog)s --evaluate DATA [options]",
         description="Say which labels images carry.")
-    parser.add_argument("images", nargs="*", metavar="IMAGE|DIR", help="images, or folders of images")
+    parser.add_argument("paths", nargs="*", metavar="IMAGE|DIR", help="images, or folders of images")
     parser.add_argument("--image", action="append", default=[], metavar="IMAGE", help="the same, as an option")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="outputs/model.pth", metavar="FILE", help="what train.py wrote")
@@ -806,7 +831,7 @@ def parse_options(argv=None):
     options = parser.parse_args(argv)
     if options.heatmap and not options.save:
         raise InputError("--heatmap draws into the folder of --save DIR: give that too")
-    if options.evaluate and (options.images or options.image or options.save):
+    if options.evaluate and (options.paths or options.image or options.save):
         raise InputError("--evaluate reports on its DATA: leave out images and --save")
     if options.evaluate and options.format in ("csv", "probabilities"):
         raise InputError(f"--format {options.format} is of predictions: with --evaluate use table or json")
@@ -822,7 +847,7 @@ def main(argv=None):
     """The command line; returns the probabilities (N, C), or the report with --evaluate."""
     options = parse_options(argv)
     if not options.evaluate:
-        ids, paths = find_images(options.images + options.image)
+        ids, paths = find_images(options.paths + options.image)
     classifier = load_model(options.model, options.device, options.precision)
     if options.threshold is not None:
         classifier.thresholds = [options.threshold] * len(classifier.classes)
@@ -853,7 +878,7 @@ def evaluate_folder(classifier, options):
     import metrics
 
     if options.format == "json":
-        text = json.dumps(report, indent=2, ensure_ascii=False)
+        text = dataset.to_json(report)
     else:
         print_text(dataset.summary(table, options.evaluate) + "\n")
         text = metrics.format_report(report)

@@ -48,7 +48,8 @@ def _numbers(values, name, ndim=2):
 
 
 def _refuse(wrong, array, name, what):
-    """Raise a ValueError that names the first place where `wrong` (boolean, the shape of `array`) is True."""
+    """Raise a ValueError that names the first place where `wrong` (boolean, the shape of `array`)
+    is True."""
     if wrong.any():
         place = np.unravel_index(np.argmax(wrong), wrong.shape)
         raise ValueError(f"{name}[{', '.join(map(str, place))}] is {array[place]}: it must be {what}")
@@ -65,7 +66,8 @@ def _check_targets(targets, ndim=2):
 
 
 def _check_like(values, name, shape):
-    """`values` ("scores" or "predictions") as an array of the shape of the targets; predictions become boolean."""
+    """`values` ("scores" or "predictions") as an array of the shape of the targets; predictions
+    become boolean."""
     array = _numbers(values, name, len(shape))
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}, but targets has shape {shape}")
@@ -116,9 +118,11 @@ def _hamming_loss(positive, known, present):
 
 
 def subset_accuracy(targets, predictions):
-    """The share of rows whose known labels are all predicted right, in [0, 1]; 0 when no label is known.
+    """The share of rows whose known labels are all predicted right, in [0, 1]; 0 when no label is
+    known.
 
-    targets (N, C) with 0, 1, NaN; predictions (N, C) with 0, 1. Rows without a known label are left out.
+    targets (N, C) with 0, 1, NaN; predictions (N, C) with 0, 1. Rows without a known label are left
+    out.
 
     >>> subset_accuracy([[1, 0], [1, float("nan")]], [[1, 1], [1, 1]])
     0.5
@@ -148,7 +152,8 @@ def _precision_recall_f1(positive, known, present, average):
 
 
 def _average(values, average, support):
-    """Values per class (C,), or the pooled one -> what `average` asks for. support: (C,) known positives."""
+    """Values per class (C,), or the pooled one -> what `average` asks for. support: (C,) known
+    positives."""
     if average is None:
         return values
     if average == "micro":
@@ -160,11 +165,13 @@ def _average(values, average, support):
 
 
 def precision_recall_f1(targets, predictions, average):
-    """Precision, recall and F1 -> (precision, recall, f1), each a float, or (C,) when `average` is None.
+    """Precision, recall and F1 -> (precision, recall, f1), each a float, or (C,) when `average` is
+    None.
 
-    targets (N, C) with 0, 1, NaN; predictions (N, C) with 0, 1. average: "micro" counts all labels together, "macro"
-    is the mean over classes, "weighted" weighs each class by its positives, "samples" is the mean over rows, None gives
-    the values per class. F1 = 2 tp / (2 tp + fp + fn); 0 / 0 is 0.
+    targets (N, C) with 0, 1, NaN; predictions (N, C) with 0, 1. average: "micro" counts all labels
+    together, "macro" is the mean over classes, "weighted" weighs each class by its positives,
+    "samples" is the mean over rows, None gives the values per class. F1 = 2 tp / (2 tp + fp + fn);
+    0 / 0 is 0.
 
     >>> precision_recall_f1([[1, 0], [1, 1]], [[1, 1], [0, 1]], "micro")
     (0.6666666666666666, 0.6666666666666666, 0.6666666666666666)
@@ -183,7 +190,8 @@ def f1_score(targets, predictions, average):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ranking: scores against targets. Everything follows from the sorted scores of the positives and of the negatives.
+# Ranking: scores against targets. Everything follows from the sorted scores of the positives and of
+# the negatives.
 
 
 def _sorted_scores(positive, known, scores):
@@ -201,7 +209,8 @@ def _at_least(ascending, thresholds):
 
 
 def _average_precision(positives, negatives):
-    """The mean over the positives of the precision at their score: the same sum as AP = sum (R_n - R_n-1) P_n."""
+    """The mean over the positives of the precision at their score: the same sum as AP = sum (R_n -
+    R_n-1) P_n."""
     if len(positives) == 0:
         return 0.0
     hits = _at_least(positives, positives)
@@ -209,7 +218,8 @@ def _average_precision(positives, negatives):
 
 
 def _roc_auc(positives, negatives):
-    """The probability that a positive scores higher than a negative, a tie counting half (Mann-Whitney U)."""
+    """The probability that a positive scores higher than a negative, a tie counting half
+    (Mann-Whitney U)."""
     if len(positives) == 0 or len(negatives) == 0:
         return float("nan")
     lower = np.searchsorted(negatives, positives, side="left") + np.searchsorted(negatives, positives, side="right")
@@ -227,10 +237,12 @@ def _ranking_score(function, targets, scores, average):
 
 
 def average_precision(targets, scores, average="macro"):
-    """Average precision, the area under the precision-recall curve as steps: sum over n of (R_n - R_(n-1)) P_n.
+    """Average precision, the area under the precision-recall curve as steps: sum over n of (R_n -
+    R_(n-1)) P_n.
 
-    targets (N, C) with 0, 1, NaN; scores (N, C), finite, higher for a likelier label. average: "macro" (the mean over
-    classes, mAP), "micro", "weighted" by positives, or None -> (C,). 0 for a class without a known positive.
+    targets (N, C) with 0, 1, NaN; scores (N, C), finite, higher for a likelier label. average:
+    "macro" (the mean over classes, mAP), "micro", "weighted" by positives, or None -> (C,). 0 for a
+    class without a known positive.
 
     >>> average_precision([[1], [0], [1]], [[0.9], [0.8], [0.7]])
     0.8333333333333333
@@ -241,7 +253,8 @@ def average_precision(targets, scores, average="macro"):
 def roc_auc(targets, scores, average="macro"):
     """Area under the ROC curve. Arguments as in average_precision().
 
-    NaN for a class without a known positive or without a known negative; so is then the mean over classes.
+    NaN for a class without a known positive or without a known negative; so is then the mean over
+    classes.
 
     >>> roc_auc([[1], [0], [1]], [[0.9], [0.8], [0.7]])
     0.5
@@ -250,11 +263,13 @@ def roc_auc(targets, scores, average="macro"):
 
 
 def precision_recall_curve(targets, scores):
-    """The precision-recall curve of one class -> (precision (K+1,), recall (K+1,), thresholds (K,)).
+    """The precision-recall curve of one class -> (precision (K+1,), recall (K+1,), thresholds
+    (K,)).
 
-    targets (N,) with 0, 1, NaN; scores (N,), finite. `thresholds` are the K distinct scores of the known rows,
-    ascending; precision[k] and recall[k] are those of `scores >= thresholds[k]`; the last point is precision 1, recall
-    0. Without a known positive recall is 1 before that point, as in scikit-learn; without a known label K is 0.
+    targets (N,) with 0, 1, NaN; scores (N,), finite. `thresholds` are the K distinct scores of the
+    known rows, ascending; precision[k] and recall[k] are those of `scores >= thresholds[k]`; the
+    last point is precision 1, recall 0. Without a known positive recall is 1 before that point, as
+    in scikit-learn; without a known label K is 0.
 
     >>> precision, recall, thresholds = precision_recall_curve([1, 0, 1], [0.9, 0.8, 0.7])
     >>> recall
@@ -282,7 +297,8 @@ def find_thresholds(targets, scores, method="pr_curve", max_threshold=None):
       "global"    one value for all classes, by F1 weighted by positives, among the scores of positives (evenly thinned
                   to 1,000 when there are more).
       a number    that number, for all classes.
-    A class without a known positive gets 0.5, and so does one whose threshold would exceed `max_threshold`.
+    A class without a known positive gets 0.5, and so does one whose threshold would exceed
+    `max_threshold`.
 
     >>> find_thresholds([[1, 0], [0, 0], [1, 0]], [[0.9, 0.1], [0.3, 0.2], [0.6, 0.3]])
     array([0.6, 0.5])
@@ -324,7 +340,8 @@ def _best_score(positives, negatives):
 
 
 def _best_global(positive, known, scores, most=1000):
-    """The score with the best F1 weighted by positives, among those of positives, or `most` of them."""
+    """The score with the best F1 weighted by positives, among those of positives, or `most` of
+    them."""
     candidates = np.unique(scores[positive])
     chosen = np.linspace(0, len(candidates) - 1, min(most, len(candidates))).round().astype(int)
     candidates = candidates[chosen]
@@ -335,7 +352,8 @@ def _best_global(positive, known, scores, most=1000):
 
 
 def _f1_on_grid(positive, known, scores):
-    """F1 of every class at every step of GRID -> (C, 41): a histogram of each class, summed from above."""
+    """F1 of every class at every step of GRID -> (C, 41): a histogram of each class, summed from
+    above."""
     steps = len(GRID)
     classes = scores.shape[1]
     offset = np.arange(classes) * (steps + 1)  # of a class's bins: bin k holds the scores that reach k steps
@@ -355,19 +373,20 @@ def _f1_on_grid(positive, known, scores):
 
 
 def between_scores(thresholds, scores):
-    """Thresholds that lie on a score, moved halfway to the next lower one of their class -> (C,) float64.
+    """Thresholds that lie on a score, moved halfway to the next lower one of their class, or to 0
+    -> (C,) float64.
 
-    The decisions on these scores (N, C) stay as they are, and no longer depend on how a processor rounds them.
-    Thresholds (C,) that are not among the scores stay too.
+    The decisions on these scores (N, C), probabilities, stay as they are, and no longer depend on
+    how a processor rounds. Thresholds (C,) that are not among the scores stay too.
 
     >>> between_scores([0.8, 0.5], [[0.2, 0.1], [0.8, 0.9], [0.4, 0.3]])
     array([0.6, 0.5])
     """
     thresholds = np.array(thresholds, float)
     for c, column in enumerate(np.asarray(scores, float).T):
-        lower = column[column < thresholds[c]]
-        if len(lower) and (column == thresholds[c]).any():
-            thresholds[c] = (thresholds[c] + lower.max()) / 2
+        if (column == thresholds[c]).any():
+            lower = column[column < thresholds[c]]
+            thresholds[c] = (thresholds[c] + lower.max(initial=0)) / 2
     return thresholds
 
 
@@ -378,11 +397,11 @@ def between_scores(thresholds, scores):
 def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
     """Everything about one split -> dict of plain Python values, ready for JSON but for NaN.
 
-    targets (N, C) with 0, 1, NaN; scores (N, C), finite; thresholds (C,) or one number; classes: C different names.
-    Keys: rows, the names in HEADLINES (floats), and per_class: name -> precision, recall, f1, average_precision,
-    roc_auc, threshold, positives, negatives, na (counts), prevalence (positives among the known). With `bootstrap`
-    resamples, "intervals" holds name -> [low, high] for the headlines but ROC AUC: the 95 % percentile interval (Efron
-    1979) over resampled rows.
+    targets (N, C) with 0, 1, NaN; scores (N, C), finite; thresholds (C,) or one number; classes: C
+    different names. Keys: rows, the names in HEADLINES (floats), and per_class: name -> precision,
+    recall, f1, average_precision, roc_auc, threshold, positives, negatives, na (counts), prevalence
+    (positives among the known). With `bootstrap` resamples, "intervals" holds name -> [low, high]
+    for the headlines but ROC AUC: the 95 % percentile interval (Efron 1979) over resampled rows.
 
     >>> report([[1, 0], [0, 1]], [[0.9, 0.2], [0.1, 0.4]], 0.5, ["cat", "dog"])["f1_macro"]
     0.5
@@ -466,9 +485,11 @@ REPORT_COLUMNS = {  # column of the report's table -> its title and width
 
 
 def format_report(report, most=30):
-    """A report() as text: the headline numbers and an aligned table of the classes, at most 100 columns wide.
+    """A report() as text: the headline numbers and an aligned table of the classes, at most 100
+    columns wide.
 
-    Of more than `most` classes the table has those with the lowest and those with the highest average precision.
+    Of more than `most` classes the table has those with the lowest and those with the highest
+    average precision.
 
     >>> numbers = report([[1], [0]], [[0.9], [0.1]], 0.5, ["cat"])
     >>> print(format_report(numbers).splitlines()[0])
@@ -516,9 +537,11 @@ def _worst_and_best(per_class, most):
 
 
 def read_run(folder):
-    """What a run left in `folder` (config.json and metrics.json) -> dict of options and scores, with its name as "run".
+    """What a run left in `folder` (config.json and metrics.json) -> dict of options and scores,
+    with its name as "run".
 
-    Raises ValueError that names the file when metrics.json is missing or one of them is not a JSON object.
+    Raises ValueError that names the file when metrics.json is missing or one of them is not a JSON
+    object.
     """
     row = {"run": str(folder)}
     for name in ("config.json", "metrics.json"):
@@ -543,11 +566,12 @@ SCORE_COLUMNS = ("split", "val_loss", "val_f1_weighted", *HEADLINES)
 
 
 def results_table(rows, sort="f1_macro", ascending=False, group_by=(), group_mode="best"):
-    """Runs as rows -> the text of a table, sorted by a score or an option; the best of each score has a *.
+    """Runs as rows -> the text of a table, sorted by a score or an option; the best of each score
+    has a *.
 
-    rows: dicts of read_run(). Options are shown where runs differ in them. group_by: names of options; one row is kept
-    for each combination of their values: the first in the sort order, or, with group_mode "mean", the mean of the
-    scores. Raises ValueError for a name that no run has.
+    rows: dicts of read_run(). Options are shown where runs differ in them. group_by: names of
+    options; one row is kept for each combination of their values: the first in the sort order, or,
+    with group_mode "mean", the mean of the scores. Raises ValueError for a name that no run has.
     """
     group_by = [group_by] if isinstance(group_by, str) else list(group_by or ())
     for name in [sort, *group_by]:
@@ -575,7 +599,8 @@ def results_table(rows, sort="f1_macro", ascending=False, group_by=(), group_mod
 
 
 def _in_order(rows, name, ascending):
-    """Rows by the value of `name`: numbers by size, words by alphabet, and what is not there last."""
+    """Rows by the value of `name`: numbers by size, words by alphabet, and what is not there
+    last."""
 
     def key(row):
         number = isinstance(row[name], (int, float))
@@ -586,7 +611,8 @@ def _in_order(rows, name, ascending):
 
 
 def _result_cell(name, value, best):
-    """A cell of the results table: scores with three decimals, options as they were given, * at the best score."""
+    """A cell of the results table: scores with three decimals, options as they were given, * at the
+    best score."""
     if name in best:
         return _cell(value) + ("*" if value == best[name] else "")
     if name not in SCORE_COLUMNS and isinstance(value, float):

@@ -101,7 +101,7 @@ def option_parser():
     add("--dropout", type=number(float, below=1), nargs="+", metavar="P",
         help="in the head; mlp takes two (mlp: 0.5 0.3, else 0)")
     add("--weights", default="imagenet", metavar="W", help="imagenet, none, or a .pth file, loaded where it fits")
-    add("--size", type=number(int, 1), default=224, help="images are resized to SIZE x SIZE")
+    add("--size", type=number(int, 32), default=224, help="images are resized to SIZE x SIZE")
     add = parser.add_argument_group("recipe").add_argument
     add("--preset", choices=PRESETS, default="default", help="a published recipe: defaults for the other options")
     add("--epochs", type=number(int, 1), default=20, help="at most")
@@ -153,7 +153,8 @@ def option_parser():
 
 
 def parse_options(argv=None):
-    """The command line -> argparse.Namespace. An explicit option wins over --preset, that over --demo."""
+    """The command line -> argparse.Namespace. An explicit option wins over --preset, that over
+    --demo."""
     parser = option_parser()
     first = parser.parse_known_args(argv)[0]
     parser.set_defaults(**(DEMO if first.demo else {}) | PRESETS[first.preset])
@@ -200,8 +201,8 @@ def cache_size(text):
 def masked_bce(logits, targets, pos_weight):
     """Binary cross-entropy over the known labels -> (sum, number of known labels), both scalars.
 
-    logits (B, C); targets (B, C) with 1, 0 and NaN, which is ignored; pos_weight (C,) multiplies the loss of
-    positives. The mean is sum / number; with no known label both are 0.
+    logits (B, C); targets (B, C) with 1, 0 and NaN, which is ignored; pos_weight (C,) multiplies
+    the loss of positives. The mean is sum / number; with no known label both are 0.
     """
     known = ~torch.isnan(targets)
     targets = torch.where(known, targets, 0.0).to(logits.dtype)
@@ -213,8 +214,9 @@ def masked_bce(logits, targets, pos_weight):
 def compute_pos_weight(targets, mode="sqrt", clip=(1, 20)):
     """The weight of a class's positives in the loss: negatives / positives -> float32 (C,).
 
-    targets (N, C) with 1, 0, NaN. mode: "none" (all 1), "linear", or "sqrt" (the square root), then clipped to `clip`,
-    unless that is None. A class without a known positive or without a known negative gets 1.
+    targets (N, C) with 1, 0, NaN. mode: "none" (all 1), "linear", or "sqrt" (the square root), then
+    clipped to `clip`, unless that is None. A class without a known positive or without a known
+    negative gets 1.
     """
     positives = np.count_nonzero(targets == 1, axis=0)
     negatives = np.count_nonzero(targets == 0, axis=0)
@@ -242,7 +244,8 @@ def layer_names(network, backbone):
 
 
 def select_parameters(network, backbone, layers):
-    """The names of the parameters in `layers`, a comma-separated list of layer_names(). Raises InputError."""
+    """The names of the parameters in `layers`, a comma-separated list of layer_names(). Raises
+    InputError."""
     valid = layer_names(network, backbone)
     wrong = [name for name in layers.split(",") if name not in valid]
     if wrong:
@@ -259,8 +262,8 @@ def freeze(network, trained):
 
 
 def train_mode(network, backbone):
-    """network.train(), but layers that are frozen stay in eval mode: BatchNorm, whose statistics would drift, and
-    dropout, which is frozen with the layer before it, or as part of the head."""
+    """network.train(), but layers that are frozen stay in eval mode: BatchNorm, whose statistics
+    would drift, and dropout, which is frozen with the layer before it, or as part of the head."""
     network.train()
     head = network.get_submodule(BACKBONES[backbone])
     trained = None
@@ -274,7 +277,8 @@ def train_mode(network, backbone):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several processes, as torchrun starts them: each takes its share of every batch, and all hold the same network
+# Several processes, as torchrun starts them: each takes its share of every batch, and all hold the
+# same network
 
 
 def start_processes(options):
@@ -362,13 +366,17 @@ def read_data(options):
 
 
 def steps_per_epoch(options, count):
-    """The number of batches of `count` images: as equal as can be, so that no batch of one image meets a BatchNorm."""
+    """The number of batches of `count` images: as equal as can be, so that no batch of one image
+    meets a BatchNorm."""
     steps = -(-count // options.batch_size)
-    return steps if options.batch_size == 1 else max(1, min(steps, count // 2))
+    if options.batch_size > 1:
+        steps = min(steps, count // 2)
+    return max(1, steps)
 
 
 def check_batches(options, tables):
-    """Raise an InputError when the processes would have too few images, each in a step or in a split."""
+    """Raise an InputError when the processes would have too few images, each in a step or in a
+    split."""
     ranks = rank_and_ranks()[1]
     smallest = min(len(table) for table in tables.values() if len(table))
     count = len(tables["train"])
@@ -381,7 +389,8 @@ def check_batches(options, tables):
 
 
 def cache_budget(cache):
-    """--cache -> bytes. auto is half of the memory that is free now, divided by the processes on this machine."""
+    """--cache -> bytes. auto is half of the memory that is free now, divided by the processes on
+    this machine."""
     if cache == "off":
         return 0
     if cache == "auto":
@@ -390,7 +399,8 @@ def cache_budget(cache):
 
 
 def free_memory():
-    """Bytes of memory that are free now, for this container when it is limited; 4 GiB where nothing tells."""
+    """Bytes of memory that are free now, for this container when it is limited; 4 GiB where nothing
+    tells."""
     meminfo = Path("/proc/meminfo")
     group = Path("/sys/fs/cgroup")
     if not meminfo.exists():
@@ -491,7 +501,8 @@ def load_weights(network, options, classes):
 
 
 def choose_precision(options, device):
-    """The dtype of --precision: for auto that of the run that is resumed, else what the leader finds faster."""
+    """The dtype of --precision: for auto that of the run that is resumed, else what the leader
+    finds faster."""
     path = Path(options.out) / "last.pth"
     name = options.precision
     reason = None
@@ -525,7 +536,8 @@ def fit(run):
 
 
 def train_epoch(run, progress):
-    """One pass over the train split, or what is left of it; a signal ends it after the step in hand."""
+    """One pass over the train split, or what is left of it; a signal ends it after the step in
+    hand."""
     state = run.state
     rank, ranks = rank_and_ranks()
     order = draw_batches(run)
@@ -563,8 +575,9 @@ def train_step(run, images, targets):
 
 
 def draw_batches(run):
-    """The batches that are left of the epoch -> [(rows, images used of the epoch after it), ...]. The order depends
-    on the seed and the epoch alone; a batch of which no label is known is left out."""
+    """The batches that are left of the epoch -> [(rows, images used of the epoch after it), ...].
+    The order depends on the seed and the epoch alone; a batch of which no label is known is left
+    out."""
     options, state = run.options, run.state
     targets = run.tables["train"].targets
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + state.epoch + 1)
@@ -579,7 +592,8 @@ def draw_batches(run):
 
 
 def load_batches(run, order):
-    """Yield (images, targets) on the device for each array of rows in `order`, augmented and normalised."""
+    """Yield (images, targets) on the device for each array of rows in `order`, augmented and
+    normalised."""
     options = run.options
     device = run.classifier.device
     images = run.images["train"]
@@ -592,7 +606,8 @@ def load_batches(run, order):
 
 
 def rate_factor(options, progress):
-    """The factor on both learning rates after `progress` epochs, a fraction, where the step in hand ends."""
+    """The factor on both learning rates after `progress` epochs, a fraction, where the step in hand
+    ends."""
     if options.schedule == "cosine":
         warmup = min(1.0, options.epochs / 10)
         return min(progress / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress / options.epochs)))
@@ -632,8 +647,8 @@ def choose_layers(run):
 
 
 def gather_losses(run, losses):
-    """Move losses (tensors) to run.state.losses, which waits for the device. Raises RuntimeError when one of them or a
-    weight is not finite: such a state is never saved."""
+    """Move losses (tensors) to run.state.losses, which waits for the device. Raises RuntimeError
+    when one of them or a weight is not finite: such a state is never saved."""
     values = torch.stack(losses).tolist() if losses else []
     losses.clear()
     check_finite(run, values)
@@ -641,7 +656,8 @@ def gather_losses(run, losses):
 
 
 def check_finite(run, losses):
-    """Raise a RuntimeError when one of the losses, the next of the run, or a weight is not finite."""
+    """Raise a RuntimeError when one of the losses, the next of the run, or a weight is not
+    finite."""
     bad = None
     for iteration, loss in enumerate(losses, len(run.state.losses) + 1):
         if not math.isfinite(loss):
@@ -660,8 +676,7 @@ def end_epoch(run):
     options, state = run.options, run.state
     check_readable(run, "train")
     epoch = state.epoch + 1
-    known = sum(row["steps"] for row in state.history)
-    losses = state.losses[known:]
+    losses = state.losses[sum(row["steps"] for row in state.history) :]
     rates = learning_rates(options, state.epoch + 0.5)
     row = {"epoch": epoch, "steps": len(losses), "train_loss": float(np.mean(losses)) if losses else math.nan}
     validates = epoch % options.val_every == 0 or epoch == options.epochs
@@ -721,7 +736,8 @@ def validate(run):
 
 
 def choose_thresholds(options, table, probabilities):
-    """The thresholds of --thresholds on a split -> list of C floats, none of them on a probability."""
+    """The thresholds of --thresholds on a split -> list of C floats, none of them on a
+    probability."""
     thresholds = metrics.find_thresholds(table.targets, probabilities, options.thresholds, options.max_threshold)
     if not isinstance(options.thresholds, float):
         thresholds = metrics.between_scores(thresholds, probabilities)
@@ -736,7 +752,8 @@ def train_scores(run):
 
 
 def predict_split(run, split):
-    """-> (LabelTable, probabilities, loss) of the images of a split that can be read; each process computes a share."""
+    """-> (LabelTable, probabilities, loss) of the images of a split that can be read; each process
+    computes a share."""
     images = run.images[split]
     classifier = run.classifier
     share_buffers(classifier.network)
@@ -780,7 +797,8 @@ def report_bad_images(run):
 
 @contextlib.contextmanager
 def signals_noted(run):
-    """Within the block the first Ctrl-C or SIGTERM only sets run.signal; the second one acts at once."""
+    """Within the block the first Ctrl-C or SIGTERM only sets run.signal; the second one acts at
+    once."""
     if threading.current_thread() is not threading.main_thread():  # signals go to the main thread
         yield
         return
@@ -800,7 +818,8 @@ def signals_noted(run):
 
 
 def should_stop(run, step=0):
-    """Whether a signal asks this process to stop, or any of several, which agree on it at every tenth step."""
+    """Whether a signal asks this process to stop, or any of several, which agree on it at every
+    tenth step."""
     if distributed.is_initialized() and step % 10 == 0:
         agreed = torch.tensor(run.signal, device=run.classifier.device)
         distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
@@ -855,7 +874,8 @@ def save_state(run):
 
 
 def load_state(run):
-    """Take up the run of last.pth. Raises InputError when it is of other data or another network."""
+    """Take up the run of last.pth. Raises InputError when it is of other data or another
+    network."""
     path = run.out / "last.pth"
     options = run.classifier.options
     if not path.exists():
@@ -889,7 +909,8 @@ def load_state(run):
 
 @contextlib.contextmanager
 def folder_locked(run):
-    """Hold --out within the block, so that no second run writes into it. Raises InputError when one does."""
+    """Hold --out within the block, so that no second run writes into it. Raises InputError when one
+    does."""
     try:
         run.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -924,8 +945,9 @@ def remove_old_run(run):
 
 
 def write_inputs(run):
-    """Write what is known before training: config.json, classes.json, label_groups.json and the three metadata files;
-    of a run that is resumed the history too, which may have been stopped before it was written."""
+    """Write what is known before training: config.json, classes.json, label_groups.json and the
+    three metadata files; of a run that is resumed the history too, which may have been stopped
+    before it was written."""
     if run.state.history:
         write_history(run)
     dataset.write_json(run.out / "config.json", run.classifier.options)
@@ -956,7 +978,8 @@ def write_history(run):
 
 
 def epoch_marks(run):
-    """What loss_curves() marks: the best epoch, that of the unfreezing, and those of a new learning rate."""
+    """What loss_curves() marks: the best epoch, that of the unfreezing, and those of a new learning
+    rate."""
     options, history = run.options, run.state.history
     marks = []
     best = best_epoch(history, options.monitor, options.min_delta)[0]
@@ -972,8 +995,8 @@ def epoch_marks(run):
 
 
 def finish(run):
-    """Choose the thresholds of the best model on val, report it on test, or on val when there is no test split, and
-    write it -> report dict."""
+    """Choose the thresholds of the best model on val, report it on test, or on val when there is no
+    test split, and write it -> report dict."""
     wait_for_leader()
     best = inference.load_model(run.out / "model.pth", run.classifier.device)
     best.precision = run.classifier.precision
@@ -1028,7 +1051,8 @@ NO_CONFIGURATION = ("out", "registry", "seed", "quiet", "device", "workers", "ca
 
 
 def registry_name(options):
-    """The name of a configuration: backbone, head, batch size, rates and layers, and a fingerprint of all options."""
+    """The name of a configuration: backbone, head, batch size, rates and layers, and a fingerprint
+    of all options."""
     known = sorted((name, value) for name, value in options.items() if name not in NO_CONFIGURATION)
     tokens = [f"{options['backbone']}-{options['head']}", f"b-{options['batch_size']}", f"lr-{options['lr']:g}"]
     if options["lr_backbone"] != options["lr"]:
@@ -1040,16 +1064,16 @@ def registry_name(options):
 
 
 def register(run, report):
-    """Copy model.pth, config.json and metrics.json into the registry's folder of this configuration, unless a run with
-    a better weighted F1 on val is there."""
+    """Copy model.pth, config.json and metrics.json into the registry's folder of this
+    configuration, unless a run with a better weighted F1 on val is there."""
     folder = Path(run.options.registry) / registry_name(run.classifier.options)
     if (folder / "metrics.json").exists():
-        try:
+        best = None
+        with contextlib.suppress(ValueError):
             best = metrics.read_run(folder).get("val_f1_weighted")
-        except ValueError as error:
-            print_warning(f"registry: {error}: it is replaced")
-            best = None
-        if isinstance(best, float) and best >= report["val_f1_weighted"]:
+        if not isinstance(best, (int, float)):
+            print_warning(f"registry: {folder / 'metrics.json'} tells no F1 on val: the run there is replaced")
+        elif best >= report["val_f1_weighted"]:
             print_once(run.options, f"registry: {folder} keeps its F1 of {best:.4f} on val")
             return
     for name in ("model.pth", "config.json", "metrics.json"):
@@ -1059,8 +1083,9 @@ def register(run, report):
 
 
 def export_splits(tables, folder):
-    """Copy the images into folder/images/train, val and test. Of two with one name the second gets its folder's too.
-    Raises InputError when images are there already: they may be of another split."""
+    """Copy the images into folder/images/train, val and test. Of two with one name the second gets
+    its folder's too. Raises InputError when images are there already: they may be of another
+    split."""
     images = Path(folder) / "images"
     if images.is_dir() and any(images.iterdir()):
         raise InputError(f"--export-splits {folder}: {images} is not empty: name a new folder")
@@ -1072,7 +1097,8 @@ def export_splits(tables, folder):
 
 
 def open_board(options):
-    """TensorBoard's writer into OUT/tensorboard, or None. Raises InputError when the package is not there."""
+    """TensorBoard's writer into OUT/tensorboard, or None. Raises InputError when the package is not
+    there."""
     if not options.tensorboard or not is_leader():
         return None
     try:
@@ -1130,7 +1156,8 @@ def print_configuration(options):
 
 
 class ProgressLine:
-    """One line that updates in place on a terminal and in a notebook; elsewhere, and at its end, a line per epoch."""
+    """One line that updates in place on a terminal and in a notebook; elsewhere, and at its end, a
+    line per epoch."""
 
     def __init__(self, run):
         self.run = run
@@ -1140,7 +1167,8 @@ class ProgressLine:
         self.shown = 0.0  # when the line was shown
 
     def step(self, loss, images):
-        """Count a finished step of so many images, and show it if the last one shown is old enough."""
+        """Count a finished step of so many images, and show it if the last one shown is old
+        enough."""
         options, state = self.run.options, self.run.state
         count = len(self.run.tables["train"])
         now = time.perf_counter()
@@ -1171,7 +1199,8 @@ class ProgressLine:
 
 
 def is_interactive():
-    """Whether the output is a terminal or a notebook, where a carriage return goes back to the start of the line."""
+    """Whether the output is a terminal or a notebook, where a carriage return goes back to the
+    start of the line."""
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
         return True
     try:
@@ -1200,7 +1229,8 @@ def print_next(run):
 
 
 def main(argv=None):
-    """Train as the command line says -> the final report, as metrics.json has it. Raises InputError."""
+    """Train as the command line says -> the final report, as metrics.json has it. Raises
+    InputError."""
     options = parse_options(argv)
     start_processes(options)
     tables = read_data(options)

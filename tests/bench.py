@@ -11,6 +11,7 @@
 """
 
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -202,44 +203,75 @@ def plain_loop(table, size=224, batch_size=16):
     return epoch, transforms.Compose([step for i, step in enumerate(change.transforms) if i != 1])
 
 
-def ceiling(run, batch_size=16):
-    """The same network, precision, loss and optimiser on tensors already in memory -> a function for one epoch."""
+def describe_machine():
+    """What the figures were measured on."""
+    import torch
+
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = re.findall(r"model name\s*: (.*)", info) or ["unknown processor"]
+    flags = sorted(set(re.findall(r"\b(amx_\w+|avx512_bf16|avx512f|avx2)\b", info)))
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "none")
+    print(f"{names[0]}, {' '.join(flags) or 'no flags'}; {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"ONEDNN_MAX_CPU_ISA {limit}")
+
+
+def ceiling(run, precision, layout):
+    """The same network, loss and optimiser on tensors already in memory -> a function for `steps` steps."""
     import copy
 
     import torch
 
-    import inference
     import train
 
-    network = copy.deepcopy(run.classifier.network).train()
+    network = copy.deepcopy(run.classifier.network).train().to(memory_format=layout)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
-    size, classes = run.options.size, len(run.classifier.classes)
-    images = torch.randn(batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
-    targets = torch.randint(0, 2, (batch_size, classes)).float()
-
-    def epoch():
-        for _ in range(train.steps_per_epoch(run.options, len(run.tables["train"]))):
-            total, known = train.masked_bce(
-                inference.forward(network, images, run.classifier.precision), targets, run.pos_weight
-            )
+    options = run.options
+    images = torch.randn(options.batch_size, 3, options.size, options.size).contiguous(memory_format=layout)
+    targets = torch.randint(0, 2, (options.batch_size, len(run.classifier.classes))).float()
+    def steps(count):
+        for _ in range(count):
+            with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+                logits = network(images).float()
+            total, known = train.masked_bce(logits, targets, run.pos_weight)
             optimizer.zero_grad(set_to_none=True)
             (total / known).backward()
             optimizer.step()
 
-    return epoch
+    return steps
+
+
+def ceilings(run):
+    """{name: (function for a number of steps, seconds of a step)} of {fp32, bf16} x {contiguous, channels_last}; a
+    precision that is many times slower is measured by one step."""
+    import torch
+
+    found = {}
+    for precision in (torch.float32, torch.bfloat16):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            steps = ceiling(run, precision, layout)
+            times = [seconds(lambda: steps(1))]  # noqa: B023
+            best = min([value for _, value in found.values()], default=times[0])
+            while len(times) < 4 and times[-1] < 3 * best:
+                times.append(seconds(lambda: steps(1)))  # noqa: B023
+            found[f"{str(precision)[6:]} {str(layout)[6:]}"] = steps, min(times)
+    return found
 
 
 def start_run(data, *options):
     """A Run that is ready to train, and a function that trains one epoch of it."""
     import train
 
-    folder = tempfile.mkdtemp()
-    run = train.prepare(train.parse_options(["--data", data, "--weights", "none", "-q", "--out", folder, *options]))
+    class Silent:
+        def step(self, *_):
+            pass
+
+    options = train.parse_options(["--data", data, "--weights", "none", "-q", "--out", tempfile.mkdtemp(), *options])
+    run = train.build(options, train.read_data(options))
     train.choose_layers(run)
 
     def epoch():
-        train.train_epoch(run, lambda *_: None)
-        run.epoch, run.step = run.epoch + 1, 0
+        train.train_epoch(run, Silent())
+        run.state = train.State(epoch=run.state.epoch + 1)
 
     return run, epoch
 
@@ -253,27 +285,37 @@ def seconds(function):
 
 def bench_train(data, *options):
     """Images per second of an epoch: ours, a plain loop's, and the ceiling's. More options are train.py's."""
+    import train
+
+    describe_machine()
     run, ours = start_run(data, *options)
     count = len(run.tables["train"])
-    plain, _ = plain_loop(run.tables["train"])
+    batch = run.options.batch_size
+    plain, _ = plain_loop(run.tables["train"], run.options.size, batch)
+    tops = ceilings(run)
+    fastest = sorted(tops, key=lambda name: tops[name][1])
+    chosen = f"{str(run.classifier.precision)[6:]} channels_last"
+    print("a step on tensors in memory, images/s: "
+          + ", ".join(f"{name} {batch / tops[name][1]:.1f}" for name in fastest))
     cold = count / seconds(ours)
-    epochs = {"ours": ours, "plain loop": plain, "ceiling": ceiling(run),
-              "layer4 and head only": start_run(data, *options, "--train-layers", "layer4,head")[1]}
-    epochs["layer4 and head only"]()  # its cache is warm too
-    rates = {name: [] for name in epochs}
+    layers = start_run(data, *options, "--train-layers", "layer4,head")[1]
+    layers()  # its cache is warm too
+    work = {"ours": (ours, count), "plain loop": (plain, count), "layer4 and head only": (layers, count)}
+    for name in dict.fromkeys([*fastest[:2], chosen]):  # what can be the ceiling, and what was chosen
+        work[name] = (lambda steps=tops[name][0]: steps(6), 6 * batch)
+    rates = {name: [] for name in work}
     for _ in range(3):
-        for name, epoch in epochs.items():
-            rates[name].append(count / seconds(epoch))
+        for name, (function, images) in work.items():
+            rates[name].append(images / seconds(function))
     median = {name: statistics.median(values) for name, values in rates.items()}
-    start = time.perf_counter()
-    _, head = start_run(data, *options, "--train-layers", "head", "--augment", "none")
-    first = time.perf_counter() - start
-    print(f"{count} images, {run.options.size} px, batch {run.options.batch_size}, {run.classifier.precision}")
-    print(f"{'images/s':24} {'median':>7}  ours / it")
+    top = max(fastest[:2], key=median.get)
+    print(f"{count} images, {run.options.size} px, batch {batch}, {train.precision_name(run.classifier.precision)}")
+    print(f"{'images/s':32} {'median':>7}  ours / it")
     for name, value in median.items():
-        print(f"{name:24} {value:7.1f}  {median['ours'] / value:.2f}")
-    print(f"{'ours, first epoch':24} {cold:7.1f}  {cold / median['plain loop']:.2f} x the plain loop")
-    print(f"head alone: {first:.1f} s to compute the features, then {seconds(head):.2f} s an epoch")
+        print(f"{name:32} {value:7.1f}  {median['ours'] / value:.2f}{'  the ceiling' if name == top else ''}")
+    print(f"{'ours, first epoch':32} {cold:7.1f}  {cold / median['plain loop']:.2f} x the plain loop")
+    if median[chosen] < 0.95 * median[top]:
+        print(f"DEFECT: auto chose {chosen}, and {top} is {median[top] / median[chosen]:.2f} times as fast")
 
 
 def bench_learn(data="data/demo", weights="none", epochs=18):

@@ -1,26 +1,53 @@
-"""Label files, splits and images."""
+"""Label files, splits, images, augmentation, the demo data, and how files are written."""
 
+import errno
+import gc
 import io
+import math
+import os
+import resource
+import stat
+import time
+import zlib
 
 import numpy as np
+import PIL.Image
+import PIL.ImageFile
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import dataset
-from conftest import encoded
-from dataset import InputError
+from conftest import ODD_PARTS, draw_images, encoded, known_rows
+from dataset import ImageError, InputError
 
-NAN = float("nan")
+NAN = math.nan
 TABLE = "a.jpg 1 NA 0\nb.jpg 0 1 ?\nc.jpg -1 nan 1.0\n"
 TARGETS = [[1, NAN, 0], [0, 1, NAN], [NAN, NAN, 1]]
 
 
-def same(table, targets=TARGETS, classes=("Attr1", "Attr2", "Attr3"), ids=("a.jpg", "b.jpg", "c.jpg")):
+def command(capsys, *arguments):
+    """Run dataset.py as a command -> (exit code, stdout, stderr)."""
+    code = 0
+    try:
+        dataset.run_command(lambda: dataset.main([str(argument) for argument in arguments]))
+    except SystemExit as ended:
+        code = ended.code
+    return code, *capsys.readouterr()
+
+
+def check_table(table, targets=TARGETS, classes=("Attr1", "Attr2", "Attr3"), ids=("a.jpg", "b.jpg", "c.jpg")):
     np.testing.assert_array_equal(table.targets, np.array(targets, np.float32))
-    return table.targets.dtype == np.float32 and table.classes == list(classes) and table.ids == list(ids)
+    assert table.targets.dtype == np.float32
+    assert table.classes == list(classes)
+    assert table.ids == list(ids)
+
+
+def told(table):
+    """Everything that a table says about how it was read, as one text."""
+    return "\n".join(table.notes + table.warnings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -28,7 +55,9 @@ def same(table, targets=TARGETS, classes=("Attr1", "Attr2", "Attr3"), ids=("a.jp
 
 
 def test_white_space_without_header(make_data):
-    assert same(dataset.read_labels(make_data(TABLE)))
+    table = dataset.read_labels(make_data(TABLE))
+    check_table(table)
+    assert "no header" in told(table)
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
@@ -37,46 +66,78 @@ def test_white_space_without_header(make_data):
 def test_csv_with_header_bom_and_any_line_end(make_data, delimiter, newline, bom):
     text = "image A B C\n" + TABLE.replace("?", "").replace(" nan", " ")
     text = text.replace(" ", delimiter).replace("\n", newline)
-    assert same(dataset.read_labels(make_data(bom + text.encode(), name="labels.csv")), classes="ABC")
+    check_table(dataset.read_labels(make_data(bom + text.encode(), name="labels.csv")), classes="ABC")
 
 
 def test_quoted_cells_blank_lines_and_a_missing_last_line_end(make_data):
     text = '\nimage,"A, or so",B\n\n"a.jpg",1,0\nb.jpg , 0 , \n\n"c.jpg",NA,1'
     table = dataset.read_labels(make_data(text, name="labels.csv"))
-    assert same(table, [[1, 0], [0, NAN], [NAN, 1]], ["A, or so", "B"])
+    check_table(table, [[1, 0], [0, NAN], [NAN, 1]], ["A, or so", "B"])
 
 
 def test_file_names_with_blanks_and_unicode(make_data):
     names = ["my photo.jpg", "Größe 2.jpg", "sub/c.jpg"]
     text = "my photo.jpg 1 0\nGröße 2.jpg 0 1\nsub/c.jpg NA 1\n"
-    assert same(dataset.read_labels(make_data(text, names)), [[1, 0], [0, 1], [NAN, 1]], ["Attr1", "Attr2"], names)
+    check_table(dataset.read_labels(make_data(text, names)), [[1, 0], [0, 1], [NAN, 1]], ["Attr1", "Attr2"], names)
 
 
-def test_names_without_suffix_or_with_the_image_folder_are_found(make_data):
-    table = dataset.read_labels(make_data("image A\na 1\nimages/b.jpg 0\n./c.jpg 1\n"))
-    assert [path.rsplit("/")[-1] for path in table.paths] == ["a.jpg", "b.jpg", "c.jpg"]
+# Q12
+@pytest.mark.parametrize("name", [
+    "deep/a 1.jpg", "a 1.jpg", "deep/a 1", "a 1", "images/deep/a 1.jpg", "./deep/a 1.jpg", "deep\\a 1.jpg", "a 1.JPG",
+    ".\\images\\deep\\a 1.Jpg", "deep/../deep/a 1.jpg",
+])
+def test_an_image_is_found_however_it_is_named(make_data, name):
+    data = make_data(f'image,A\n"{name}",1\nb,0\n', ("deep/a 1.jpg", "b.JPG", "other/c.jpg"), "labels.csv")
+    table = dataset.read_labels(data)
+    assert table.ids == [name, "b"]
+    assert table.paths == [f"{data}/images/deep/a 1.jpg", f"{data}/images/b.JPG"]
+
+
+# Q12
+def test_paths_from_the_working_directory_and_absolute_ones_are_found(make_data, monkeypatch, tmp_path):
+    data = make_data("", name="labels.txt")
+    link = tmp_path / "link"
+    link.symlink_to(data)
+    monkeypatch.chdir(data.parent)
+    (data / "labels.txt").write_text(f"{data}/images/a.jpg 1\n{data.name}/images/b.jpg 0\n{link}/images/c.jpg 1\n")
+    for folder in (data, link):
+        table = dataset.read_labels(folder)
+        assert [os.path.basename(path) for path in table.paths] == ["a.jpg", "b.jpg", "c.jpg"]
+
+
+# Q12
+@pytest.mark.parametrize("name", ["a.jpg", "a"])
+def test_two_images_that_fit_are_an_error_that_names_both(make_data, name):
+    data = make_data(f"{name} 1\nb.jpg 0\n", ("x/a.jpg", "y/a.jpg", "b.jpg"))
+    with pytest.raises(InputError, match=r"labels.txt:1: .*x/a.jpg or y/a.jpg"):
+        dataset.read_labels(data)
 
 
 def test_missing_images_are_dropped_and_named(make_data):
     table = dataset.read_labels(make_data(TABLE + "d.jpg 1 1 1\n"))
-    assert table.missing == ["d.jpg"] and same(table)
-    assert "4 rows, 3 images, 1 missing" in dataset.summary(table) and "missing: d.jpg" in dataset.summary(table)
+    assert table.missing == ["d.jpg"]
+    check_table(table)
+    text = dataset.summary(table)
+    assert "4 rows, 3 images, 1 missing" in text and "missing: d.jpg" in text
 
 
 def test_rows_that_agree_are_united_and_rows_that_contradict_are_an_error(make_data):
     table = dataset.read_labels(make_data(TABLE + "images/a.jpg NA 1 0\n"))
-    assert same(table, [[1, 1, 0], *TARGETS[1:]]) and "1 rows name an image again" in table.warnings[0]
+    check_table(table, [[1, 1, 0], *TARGETS[1:]])
+    assert "1 rows" in table.warnings[0] and "united" in table.warnings[0]
     with pytest.raises(InputError, match=r"labels.txt:4: a.jpg has another label for Attr3 than in line 1"):
         dataset.read_labels(make_data(TABLE + "a.jpg 1 1 1\n"))
 
 
-def test_images_may_lie_in_the_data_folder_or_elsewhere(make_data, tmp_path):
+def test_images_may_lie_in_the_data_folder_or_elsewhere(make_data):
     folder = make_data("a.jpg 1\nb.jpg 0\n")
     (folder / "images").rename(folder / "pictures")
     assert len(dataset.read_labels(folder, images=folder / "pictures")) == 2
     for file in (folder / "pictures").iterdir():
         file.rename(folder / file.name)
     assert len(dataset.read_labels(folder)) == 2
+    with pytest.raises(InputError, match="--images"):
+        dataset.read_labels(folder, images=folder / "nowhere")
 
 
 def test_label_groups_order_and_select_the_classes(make_data):
@@ -84,47 +145,180 @@ def test_label_groups_order_and_select_the_classes(make_data):
     (folder / "label_groups.json").write_text('{"parts": ["bolt", "nut"], "defects": ["rust"]}')
     table = dataset.read_labels(folder)
     assert table.groups == {"parts": ["bolt"], "defects": ["rust"]} and table.classes == ["bolt", "rust"]
-    assert "1 classes are in no group of" in table.warnings[0] and "dropped: colour (1 times)" in table.warnings[0]
+    assert "colour (1 times)" in table.warnings[0]
+    assert "label_groups.json" in told(table)
 
 
 def test_a_group_column_names_the_object(make_data):
     folder = make_data("image,A,pipe\na.jpg,1,p1\nb.jpg,0,p2\nc.jpg,1,p1\n", name="labels.csv")
     table = dataset.read_labels(folder, group="pipe")
     assert table.objects == ["p1", "p2", "p1"] and table.classes == ["A"]
-    with pytest.raises(InputError, match="no such column"):
+    with pytest.raises(InputError, match="--group pump: .* no such column; it has A, pipe"):
         dataset.read_labels(folder, group="pump")
 
 
+# Q13
+def test_columns_can_be_named_and_ignored(make_data):
+    text = "A,first,second,B\n1,a.jpg,b.jpg,5\n0,b.jpg,c.jpg,1\n1,c.jpg,a.jpg,0\n"
+    folder = make_data(text, name="labels.csv")
+    with pytest.raises(InputError, match=r"labels.csv:2: '5' in the column B .*--ignore B"):
+        dataset.read_labels(folder)
+    table = dataset.read_labels(folder, ignore=["B"])
+    assert known_rows(table) == {"a.jpg": [1], "b.jpg": [0], "c.jpg": [1]}
+    assert "second" in table.warnings[0]
+    table = dataset.read_labels(folder, image_column="second", ignore=["B", "first"])
+    assert known_rows(table) == {"b.jpg": [1], "c.jpg": [0], "a.jpg": [1]}
+    for how in ({"image_column": "third"}, {"ignore": ["third"]}):
+        with pytest.raises(InputError, match="third: .* no such column"):
+            dataset.read_labels(folder, **how)
+
+
+# Q16
 def test_no_label_file_or_several_is_an_error_that_lists_them(make_data, tmp_path):
     folder = make_data("a.jpg 1\n", name="one.txt")
+    assert len(dataset.read_labels(folder)) == 1
+    (folder / "._two.csv").write_bytes(b"\0\5\26\7")  # macOS writes such files
+    (folder / "images" / "._a.jpg").write_bytes(b"\0\5\26\7")
     assert len(dataset.read_labels(folder)) == 1
     (folder / "two.csv").write_text("a.jpg,1\n")
     with pytest.raises(InputError, match=r"one.txt, two.csv.*--labels FILE"):
         dataset.read_labels(folder)
-    assert len(dataset.read_labels(folder, labels=folder / "two.csv")) == 1
+    for labels in (folder / "two.csv", "two.csv"):
+        assert len(dataset.read_labels(folder, labels=labels)) == 1
+    with pytest.raises(InputError, match="three.csv"):
+        dataset.read_labels(folder, labels="three.csv")
     with pytest.raises(InputError, match="is not a folder"):
         dataset.read_labels(tmp_path / "nowhere")
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_the_fast_reader_agrees_with_the_careful_one(data):
-    delimiter = data.draw(st.sampled_from([" ", ",", ";", "\t"]))
-    words = st.sampled_from(["0", "1", "NA", "nan", "?", "-1", "1.0", "0.0", *([""] if delimiter != " " else [])])
-    width = data.draw(st.integers(1, 4))
-    rows = data.draw(st.lists(st.lists(words, min_size=width, max_size=width), min_size=1, max_size=5))
-    lines = [delimiter.join([f"x{i}.jpg", *row]) for i, row in enumerate(rows)]
-    if data.draw(st.booleans()):  # damage one place
-        line = data.draw(st.integers(0, len(lines) - 1))
-        at = data.draw(st.integers(0, len(lines[line])))
-        lines[line] = lines[line][:at] + data.draw(st.sampled_from(list('01N?, ;\t"A-.'))) + lines[line][at:]
-    fast = dataset._plain_rows(lines, delimiter, 0, width)
-    if fast is None:
+# B24
+@pytest.mark.parametrize("name, separator", [("labels.txt", " "), ("labels.csv", ","), ("labels.csv", ";")])
+@pytest.mark.parametrize("first", ["image", "ID", "file name"])
+def test_a_header_of_numbers_is_a_header(make_data, name, separator, first):
+    if separator == " ":
+        first = first.replace(" ", "_")
+    lines = [[first, "0", "1"], ["a.jpg", "1", "0"], ["b.jpg", "0", "NA"], ["c.jpg", "0", "1"]]
+    data = make_data("".join(separator.join(cells) + "\n" for cells in lines), name=name)
+    table = dataset.read_labels(data)
+    check_table(table, [[1, 0], [0, NAN], [0, 1]], ["0", "1"])
+    assert table.missing == []
+
+
+# B24
+@pytest.mark.parametrize("first", ["a.jpg", "a", "gone.jpg"])
+def test_a_first_row_that_names_an_image_is_no_header(make_data, first):
+    table = dataset.read_labels(make_data(f"{first} 0 1\nb.jpg 1 0\nc.jpg 1 1\n"))
+    assert table.classes == ["Attr1", "Attr2"]
+    assert len(table) + len(table.missing) == 3
+
+
+# B24
+@pytest.mark.parametrize("first", ["/photos/a", "gone"])
+def test_a_first_row_that_reads_as_labels_is_not_lost_in_silence(make_data, first):
+    data = make_data(f"{first} 1\nb.jpg 0\nc.jpg 1\n")
+    try:
+        table = dataset.read_labels(data)
+    except InputError as error:
+        assert "labels.txt:1" in str(error)
+    else:
+        assert len(table) + len(table.missing) == 3 or " header" in told(table)
+
+
+LABELS = {  # file, content -> (classes, targets), or what the error says; the images a.jpg, b.jpg and c.jpg are there
+    "empty": ("labels.txt", "", "labels.txt is empty: it needs a line per image"),
+    "blank lines": ("labels.txt", "\n  \n", "labels.txt is empty"),
+    "header only": ("labels.csv", "image,A,B\n", "labels.csv has a header and no rows"),
+    "too few cells": ("labels.txt", "a.jpg 1 0\nb.jpg 1\n", "labels.txt:2: 2 cells, but there are 3"),
+    "too many cells": ("labels.csv", "i,A\na.jpg,1\nb.jpg,1,0\n", "labels.csv:3: 3 cells, but there are 2"),
+    "no label column": ("labels.txt", "a.jpg\nb.jpg\n", "labels.txt:1: no label column"),
+    "value 2": ("labels.txt", "a.jpg 1\nb.jpg 2\n", "labels.txt:2: '2' in the column Attr1 is not 0, 1 or NA"),
+    "letter O": ("labels.txt", "a.jpg 1 0\nb.jpg 1 O\n", "labels.txt:2: 'O' in the column Attr2 is not 0, 1 or NA"),
+    "a remedy": ("labels.txt", "a.jpg 1 0\nb.jpg 1 O\n", "--ignore Attr2"),
+    "value yes": ("labels.csv", "image,A\na.jpg,yes\nb.jpg,No\nc.jpg,n/a\n", (["A"], [[1], [0], [NAN]])),
+    "a row twice": ("labels.txt", "a.jpg 1 NA\na.jpg NA 0\nb.jpg 0 1\n", (["Attr1", "Attr2"], [[1, 0], [0, 1]])),
+    "contradiction": ("labels.txt", "a.jpg 1\nb.jpg 0\na.jpg 0\n",
+                      "labels.txt:3: a.jpg has another label for Attr1 than in line 1"),
+    "class name twice": ("labels.csv", "image,A,B,A\na.jpg,1,0,1\n", "labels.csv:1: the column 'A' is there twice"),
+    "no positive, no negative, only NA": ("labels.txt", "a.jpg 0 1 NA\nb.jpg 0 1 ?\n",
+                                          (["Attr1", "Attr2", "Attr3"], [[0, 1, NAN], [0, 1, NAN]])),
+    "one image, one class": ("labels.txt", "a.jpg 1\n", (["Attr1"], [[1]])),
+    "names with spaces": ("labels.csv", 'image,"deep, long crack",Größe\na.jpg,1,0\n',
+                          (["deep, long crack", "Größe"], [[1, 0]])),
+    "absolute path": ("labels.txt", "a.jpg 0\n/etc/hostname 1\n", "labels.txt:2: /etc/hostname lies outside the image"),
+    "path that leaves": ("labels.txt", "../../a.jpg 1\na.jpg 0\n", "labels.txt:1: ../../a.jpg lies outside the image"),
+    "hidden way out": ("labels.txt", "x/../../a.jpg 1\na.jpg 0\n", "labels.txt:1: x/../../a.jpg lies outside the"),
+    "not UTF-8": ("labels.txt", b"a.jpg 1\n\xe4.jpg 0\n", "labels.txt:2: byte 0xe4 is not UTF-8: save it as UTF-8"),
+    "UTF-16": ("labels.txt", "a.jpg 1\n".encode("utf-16"), "labels.txt has zero bytes"),
+    "a long line": ("labels.txt", b"a.jpg " + b"1 " * 2**20, "labels.txt has a line of over 1048576 bytes"),
+    "open quote": ("labels.csv", 'image,A\na.jpg,"1\nb.jpg,0\n', "is a quote left open?"),
+    "no image there": ("labels.txt", "x.jpg 1\n", "the first one is x.jpg: name the image folder with --images"),
+    "lists, a cell too many": ("image_data.csv", "ID,parts\na,Bolt\nb,Bolt,Nut\n",
+                               "image_data.csv:3: 3 cells, but there are 2"),
+    "lists, a column twice": ("image_data.csv", "ID,parts,parts\na,Bolt,\n", "image_data.csv:1: the column 'parts' is"),
+    "lists, placeholders only": ("image_data.csv", "ID,parts\na,part\nb,parts\n",
+                                 "image_data.csv names no labels in parts"),
+    "lists, a name in two columns": ("image_data.csv", "ID,parts,defects\na,Bolt,Rust\nb,Rust,\n",
+                                     "Rust is in the columns parts and defects: rename it in one of them, or"),
+    "cls, index out of range": ("labels/a.cls", "0\n80\n", "a.cls:2: '80' is not a class index, 0 to 79"),
+    "cls, no number": ("labels/a.cls", "cat\n", "a.cls:1: 'cat' is not a class index"),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_labels(make_data, capsys, case):
+    name, content, expected = LABELS[case]
+    data = make_data("", name="note.md")
+    (data / name).parent.mkdir(exist_ok=True)
+    (data / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, out, errors = command(capsys, data)
+    if isinstance(expected, str):
+        assert (code, out, errors.count("\n")) == (2, "", 1)
+        assert errors.startswith("error: ") and expected in errors
         return
-    header = [f"c{i}" for i in range(width)]
-    careful = dataset._any_rows("file", lines, delimiter, 0, header, None)
-    assert fast[0] == careful[0] and list(fast[1]) == careful[1]
-    np.testing.assert_array_equal(fast[2], careful[2])
+    assert (code, errors) == (0, "")
+    table = dataset.read_labels(data)
+    assert table.classes == expected[0] and all(name in out for name in table.classes)
+    np.testing.assert_array_equal(table.targets, expected[1])
+
+
+def test_a_line_of_a_gigabyte_is_refused_in_little_memory(make_data, capsys):
+    data = make_data("a.jpg 1\n")
+    with open(data / "labels.txt", "r+b") as file:
+        file.truncate(2**30)  # zeros, which take no room on the disk
+    start = time.perf_counter()
+    code, _, errors = command(capsys, data)
+    assert code == 2 and "labels.txt has a line of over 1048576 bytes" in errors
+    assert time.perf_counter() - start < 5
+
+
+CELLS = ["a.jpg", "b", "sub/c", "../x", "1", "0", "NA", "", "?", "2", " ", ",", ";", "\t", "\n", "\r", '"', "ID",
+         "image", "parts", "Bolt", "Rust;Bolt", "\ufeff", "\0", "é", "-1", "1.0", "99999999999999999999", "split",
+         "train", "|", "0,5", "confidence", "['a']"]
+CONTENT = st.one_of(st.binary(max_size=200),
+                    st.lists(st.sampled_from(CELLS), max_size=60).map(lambda cells: "".join(cells).encode()))
+
+
+@pytest.mark.parametrize("name", ["labels.txt", "image_data.csv", "labels/a.cls"])
+def test_read_labels_survives_1500_files(tmp_path, name):
+    draw_images(tmp_path / "images", ["a.jpg", "b.png", "sub/c.jpg"])
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+
+    @settings(max_examples=1500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(CONTENT)
+    def check(content):
+        if name.startswith("image_data"):
+            content = b"ID,parts,defects\n" + content
+        (tmp_path / name).write_bytes(content)
+        try:
+            table = dataset.read_labels(tmp_path)
+        except InputError as error:
+            assert "\n" not in str(error) and str(tmp_path) in str(error)
+        else:
+            assert table.targets.shape == (len(table.paths), len(table.classes))
+            assert table.targets.dtype == np.float32
+            assert np.isin(table.targets[~np.isnan(table.targets)], (0, 1)).all()
+
+    check()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,71 +347,129 @@ def test_lists_unite_the_rows_of_an_id_and_drop_placeholders(make_data):
 def test_lists_with_valid_names_per_group(make_data, tmp_path, single):
     text = LISTS.replace(",p1", "").replace(",p2", "").replace(",p3", "").replace(",pipe", "")
     if single:
-        text = "image_id,labels\na,Centre Support;Channel Bracket;Loose\nb,label\na,Circular Connection\nc,Loose;Coating Failure\n"  # noqa: E501
+        text = ("image_id,labels\na,Centre Support;Channel Bracket;Loose\nb,label\na,Circular Connection\n"
+                "c,Loose;Coating Failure\n")
     folder = make_data(text, ("a.png", "b.jpg", "c.webp"), "image_data.csv")
     groups = {"components": ["Channel Bracket", "Centre Support", "Weld"], "defects": ["Loose"]}
     (tmp_path / "valid.json").write_text(str(groups).replace("'", '"'))
     table = dataset.read_labels(folder, label_groups=tmp_path / "valid.json")
     assert table.groups == groups and table.classes == ["Channel Bracket", "Centre Support", "Weld", "Loose"]
     assert table.targets.tolist() == [[1, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
-    assert "2 classes are in no group" in table.warnings[0]
-    assert "Circular Connection (1 times)" in table.warnings[0] and "Coating Failure (1 times)" in table.warnings[0]
+    warning, = [line for line in table.warnings if "in no group" in line]
+    assert "Circular Connection (1 times)" in warning and "Coating Failure (1 times)" in warning
+
+
+# D12
+def test_a_name_counts_for_its_own_group_whichever_column_it_stands_in(make_data, tmp_path):
+    text = "ID,parts,defects\na,Bolt;Rust,defect\nb,part,Bolt;Rust\nc,defect,part\n"
+    folder = make_data(text, name="image_data.csv")
+    (tmp_path / "valid.json").write_text('{"parts": ["Bolt"], "defects": ["Rust"]}')
+    table = dataset.read_labels(folder, label_groups=tmp_path / "valid.json")
+    assert table.groups == {"parts": ["Bolt"], "defects": ["Rust"]}
+    assert known_rows(table) == {"a": [1, 1], "b": [1, 1], "c": [0, 0]}
+
+
+# D12
+def test_a_placeholder_of_another_column_is_no_class(make_data):
+    text = "ID,components,defects\na,Bolt,Rust\nb,defect,component\nc,Defects,Components\n"
+    table = dataset.read_labels(make_data(text, name="image_data.csv"))
+    assert table.groups == {"components": ["Bolt"], "defects": ["Rust"]}
+    assert known_rows(table) == {"a": [1, 1], "b": [0, 0], "c": [0, 0]}
 
 
 def test_bad_lists(make_data, tmp_path):
-    folder = make_data("ID,parts,defects\na,Bolt,Rust\nb,Rust,Bolt\n", name="image_data.csv")
-    with pytest.raises(InputError, match=r"image_data.csv:3: Rust is in the columns defects and parts"):
-        dataset.read_labels(folder)
-    (folder / "image_data.csv").write_text("ID,parts\na,Bolt\nb,Bolt,Nut\n")
-    with pytest.raises(InputError, match=r"image_data.csv:3: 3 cells, but the header has 2"):
-        dataset.read_labels(folder)
-    (folder / "image_data.csv").write_text("ID,parts\na,Bolt\n")
+    folder = make_data("ID,parts\na,Bolt\n", name="image_data.csv")
     (tmp_path / "g.json").write_text('{"defects": ["Bolt"]}')
     with pytest.raises(InputError, match="no column is named labels, or like one of the groups defects"):
         dataset.read_labels(folder, label_groups=tmp_path / "g.json")
-    (folder / "image_data.csv").write_text("image,A\na,yes\nb,no\n")
-    with pytest.raises(InputError, match=r"image_data.csv:2: 'yes' is not 0, 1 or NA"):
-        dataset.read_labels(folder)
     for text in ('{"a": 1}', "[1]", '{"a": ["x"], "b": ["x"]}', "{", "[" * 100_000):
         (tmp_path / "g.json").write_text(text)
         with pytest.raises(InputError, match=r"g\.json"):
             dataset.read_labels(folder, label_groups=tmp_path / "g.json")
 
 
-def test_cls_files(make_data):
+@pytest.fixture
+def cls_data(make_data):
+    """Images in three folders, with .cls files of two classes beside them, of which one has no image."""
     folder = make_data("bolt\nnut\n", ("train/1.jpg", "train/2.png", "val/1.jpg"), "classes.txt")
-    for name, text in (("train/1", "1\n0\n\n1\n"), ("train/2", ""), ("val/1", "0"), ("val/2", "1")):
+    for name, text in (("train/1", "1\n0\n\n1\n"), ("train/2", ""), ("val/1", "0"), ("val/3", "1")):
         file = folder / "labels" / f"{name}.cls"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    table = dataset.read_labels(folder)
-    assert table.ids == ["train/1", "train/2", "val/1"] and table.missing == ["val/2"]
+    return folder
+
+
+def test_cls_files(cls_data):
+    table = dataset.read_labels(cls_data)
+    assert table.ids == ["train/1", "train/2", "val/1"] and table.missing == ["val/3"]
     assert table.classes == ["bolt", "nut"] and table.targets.tolist() == [[1, 1], [0, 0], [1, 0]]
-    (folder / "classes.txt").unlink()
-    assert dataset.read_labels(folder).classes == dataset.COCO_CLASSES and len(dataset.COCO_CLASSES) == 80
-    (folder / "classes.json").write_text('{"classes": ["x"]}')
+    by_name = dataset.read_labels(cls_data, labels="labels")
+    assert known_rows(by_name) == known_rows(table)
+
+
+def test_names_of_the_classes_of_cls_files(cls_data):
+    (cls_data / "classes.txt").unlink()
+    table = dataset.read_labels(cls_data)
+    assert table.classes == dataset.COCO_CLASSES and len(set(dataset.COCO_CLASSES)) == 80
+    for text in ('{"classes": ["x", "y"]}', '["x", "y"]'):
+        (cls_data / "classes.json").write_text(text)
+        table = dataset.read_labels(cls_data)
+        assert table.classes == ["x", "y"] and "classes.json" in told(table)
+    (cls_data / "classes.json").write_text('["x"]')
     with pytest.raises(InputError, match=r"train/1.cls:1: '1' is not a class index, 0 to 0"):
-        dataset.read_labels(folder)
+        dataset.read_labels(cls_data)
+    for text in ("5", '{"a": ["x"]}', "[1, 2]", "{", '["x", "x"]'):
+        (cls_data / "classes.json").write_text(text)
+        with pytest.raises(InputError, match=r"classes\.json"):
+            dataset.read_labels(cls_data)
+    (cls_data / "classes.txt").write_text("bolt\nbolt\n")
+    with pytest.raises(InputError, match=r"classes\.txt"):
+        dataset.read_labels(cls_data)
 
 
-@pytest.mark.parametrize("style", ["lists", "cls"])
-def test_the_demo_says_the_same_in_every_format(demo, tmp_path, style):
-    dataset.write_demo(tmp_path, seed=0, count=80, style=style)
-    table, other = dataset.read_labels(demo), dataset.read_labels(tmp_path)
-    rows = [other.ids.index(name.split(".")[0]) for name in table.ids]
-    assert other.classes == table.classes and other.missing == ["part_0080"]
-    known = ~np.isnan(table.targets)
-    assert (other.targets[rows][known] == table.targets[known]).all() and not np.isnan(other.targets).any()
+# D1
+def test_an_image_of_a_cls_file_is_found_by_its_stem_with_its_own_folder_first(cls_data):
+    for part in ("train", "val"):
+        (cls_data / "images" / part).rename(cls_data / "images" / f"{part}-resized")
+    (cls_data / "labels" / "val" / "1.cls").rename(cls_data / "labels" / "val" / "4.cls")
+    (cls_data / "images" / "val-resized" / "1.jpg").rename(cls_data / "images" / "val-resized" / "4.jpg")
+    table = dataset.read_labels(cls_data)
+    assert [path.removeprefix(f"{cls_data}/images/") for path in table.paths] == [
+        "train-resized/1.jpg", "train-resized/2.png", "val-resized/4.jpg"]
+    assert known_rows(table) == {"train/1": [1, 1], "train/2": [0, 0], "val/4": [1, 0]}
+
+
+def test_odd_images_and_every_format_say_the_same(demo, odd_demo):
+    plain = dataset.read_labels(demo)
+    rows = list(known_rows(plain).values())
+    for style, folder in odd_demo.items():
+        table = dataset.read_labels(folder)
+        assert table.classes == plain.classes
+        assert [name.partition(".")[0] for name in table.missing] == ["part_0080"]
+        for row, expected in zip(known_rows(table).values(), rows):
+            if style != "table":  # which cannot say NA
+                expected = [value or 0 for value in expected]
+            assert row == expected
+    table = dataset.read_labels(odd_demo["table"])
+    for number, kind in ODD_PARTS.items():
+        image = np.asarray(dataset.load_image(table.paths[number]), float)
+        expected = np.asarray(dataset.load_image(plain.paths[number]), float)
+        if kind == "grey":
+            expected = expected.mean(axis=2, keepdims=True)
+        assert image.shape == (128, 128, 3)
+        assert np.abs(image - expected).mean() < 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Splits
 
 
-def fake_table(targets, objects=()):
+def fake_table(targets, objects=(), parts=(), copies=()):
     names = [str(i) for i in range(len(targets))]
     targets = np.array(targets, np.float32)
-    return dataset.LabelTable(names, names, targets, list(range(targets.shape[1])), objects=list(objects))
+    classes = [f"class {c}" for c in range(targets.shape[1])]
+    return dataset.LabelTable(names, names, targets, classes, objects=list(objects), parts=list(parts),
+                              copies=list(copies))
 
 
 @pytest.mark.parametrize("method", ["stratified", "random"])
@@ -225,9 +477,11 @@ def test_split_is_a_partition_of_the_sizes_asked_for(method):
     table = fake_table(np.random.default_rng(0).random((400, 5)) < 0.3)
     parts = dataset.split(table, (0.7, 0.15, 0.15), method, seed=1)
     assert sorted(np.concatenate(parts)) == list(range(400))
+    assert all((np.diff(part) > 0).all() for part in parts)
     assert [len(part) for part in parts] == pytest.approx([280, 60, 60], abs=4)
     assert all((a == b).all() for a, b in zip(parts, dataset.split(table, (70, 15, 15), method, seed=1)))
-    assert (parts[0] != dataset.split(table, (0.7, 0.15, 0.15), method, seed=2)[0][: len(parts[0])]).any()
+    other = dataset.split(table, (0.7, 0.15, 0.15), method, seed=2)
+    assert set(parts[1]) != set(other[1])
     parts = dataset.split(table, (0.8, 0.2, 0), method)
     assert len(parts[2]) == 0 and len(parts[1]) == pytest.approx(80, abs=4)
 
@@ -239,8 +493,9 @@ def test_stratification_brings_rare_classes_to_every_split():
     parts = dataset.split(fake_table(targets))
     total = (targets == 1).sum(axis=0)
     for part, ratio in zip(parts, (0.7, 0.15, 0.15)):
-        np.testing.assert_allclose((targets[part] == 1).sum(axis=0), ratio * total, atol=0.1 * total.max() * ratio + 1)
-        assert ((targets[part] == 1).sum(axis=0) > 0).all()
+        positives = (targets[part] == 1).sum(axis=0)
+        np.testing.assert_allclose(positives, ratio * total, atol=0.1 * total.max() * ratio + 1)
+        assert (positives > 0).all()
 
 
 @pytest.mark.parametrize("method", ["stratified", "random"])
@@ -262,12 +517,178 @@ def test_every_split_gets_something_or_it_is_an_error():
             dataset.split(fake_table([[1]] * 9), ratios)
 
 
+# The data's own split
+
+
+@pytest.mark.parametrize("title", ["split", "Split", "subset"])
+def test_a_column_says_the_split(make_data, title):
+    names = [f"{i}.jpg" for i in range(8)]
+    words = ["train", "Train", "val", "valid", "validation", "dev", "test", ""]
+    lines = [f"{name},{word},{i % 2}\n" for i, (name, word) in enumerate(zip(names, words))]
+    data = make_data("".join([f"image,{title},A\n", *lines]), names, "labels.csv")
+    table = dataset.read_labels(data, **({} if title.lower() == "split" else {"split_column": title}))
+    assert table.parts == ["train", "train", "val", "val", "val", "val", "test", ""]
+    assert table.classes == ["A"]
+    assert f"split: from the column {title}" in told(table)
+    summary = dataset.summary(table)
+    assert "2 train, 4 val, 1 test" in summary
+
+
+def test_a_split_column_that_is_not_one_is_an_error(make_data):
+    data = make_data("image,part,A\na.jpg,train,1\nb.jpg,later,0\nc.jpg,val,1\n", name="labels.csv")
+    with pytest.raises(InputError, match=r"labels.csv:3: 'later' in the column part is not train, val or test"):
+        dataset.read_labels(data, split_column="part")
+    with pytest.raises(InputError, match="--split-column parts: .* no such column"):
+        dataset.read_labels(data, split_column="parts")
+
+
+@pytest.mark.parametrize("folders", ["{part}", "by/{part}", "{part}/more"])
+def test_folders_say_the_split(make_data, folders):
+    names = [folders.format(part=part) + f"/{i}.jpg" for i, part in enumerate(["train", "val", "test", "other"])]
+    data = make_data("".join(f"{name} {i % 2}\n" for i, name in enumerate(names)), names)
+    table = dataset.read_labels(data, split_column="folder")
+    assert table.parts == ["train", "val", "test", ""]
+    assert "split: by the folders" in told(table)
+    assert dataset.read_labels(data).parts == []
+
+
+def divided_data(make_data, **parts):
+    """Data with a label file for each part, which names the images of a text like "abc"."""
+    data = make_data("", [f"{name}.jpg" for name in "abcdefghi"], "note.md")
+    for part, names in parts.items():
+        lines = [f"{name}.jpg,{int(name in 'aceg')}\n" for name in names]
+        (data / f"{part}.csv").write_text("".join(["image,A\n", *lines]))
+    return data
+
+
+def test_divided_files_say_the_split(make_data):
+    table = dataset.read_labels(divided_data(make_data, train="abcd", valid="ef", test="ghi"))
+    assert table.parts == ["train"] * 4 + ["val"] * 2 + ["test"] * 3
+    assert [row[0] for row in table.targets] == [1, 0, 1, 0, 1, 0, 1, 0, 0]
+    assert [list(rows) for rows in dataset.split(table, (0.1, 0.8, 0.1))] == [[0, 1, 2, 3], [4, 5], [6, 7, 8]]
+    assert "train.csv is train" in told(table) and "valid.csv is val" in told(table)
+
+
+def test_an_image_in_two_parts_is_an_error(make_data):
+    with pytest.raises(InputError) as error:
+        dataset.read_labels(divided_data(make_data, train="abcd", val="ef", test="dghi"))
+    assert "d.jpg is in test, and in train" in str(error.value)
+    assert "test.csv:2" in str(error.value) and "train.csv:5" in str(error.value)
+
+
+def test_a_class_that_one_file_lacks_is_unknown_there_and_told(make_data):
+    data = divided_data(make_data, train="abc", test="de")
+    (data / "test.csv").write_text("image,A,B\nd.jpg,1,0\ne.jpg,0,1\n")
+    table = dataset.read_labels(data)
+    np.testing.assert_array_equal(table.targets[:, 1], [NAN, NAN, NAN, 0, 1])
+    assert any("train.csv has no B" in line for line in table.warnings)
+
+
+@pytest.mark.parametrize("method", ["stratified", "random"])
+def test_of_a_test_part_alone_the_rest_is_divided(method):
+    targets = np.random.default_rng(0).random((100, 3)) < 0.3
+    own = ["test" if i % 5 == 0 else "" for i in range(100)]
+    train, val, test = dataset.split(fake_table(targets, parts=own), (0.7, 0.15, 0.15), method)
+    assert list(test) == list(range(0, 100, 5))
+    assert [len(train), len(val)] == pytest.approx([66, 14], abs=3)
+    assert sorted([*train, *val, *test]) == list(range(100))
+
+
+@pytest.mark.parametrize("method", ["stratified", "random"])
+def test_without_a_val_part_val_is_taken_from_train(method):
+    targets = np.random.default_rng(0).random((100, 3)) < 0.3
+    own = ["test" if i >= 80 else "train" for i in range(100)]
+    train, val, test = dataset.split(fake_table(targets, parts=own), (0.7, 0.15, 0.15), method)
+    assert list(test) == list(range(80, 100))
+    assert [len(train), len(val)] == pytest.approx([66, 14], abs=3)
+    assert max([*train, *val]) < 80
+
+
+def test_an_own_split_without_train_images_is_an_error():
+    table = fake_table([[1]] * 6, parts=["val"] * 3 + ["test"] * 3)
+    with pytest.raises(InputError, match="no train images"):
+        dataset.split(table)
+
+
+# Q7: copies, images with the same bytes
+
+
+@pytest.fixture
+def copied_data(make_data):
+    """Twenty images, of which 1, 3, 5 ... are copies of those before them; returns its folder."""
+    names = [f"{i:02}.jpg" for i in range(20)]
+    data = make_data("".join(f"{name} {int(i in (0, 1, 8, 9, 15))} NA\n" for i, name in enumerate(names)), names)
+    draw_images(data / "images", names)
+    for i in range(0, 20, 2):
+        (data / "images" / names[i + 1]).write_bytes((data / "images" / names[i]).read_bytes())
+    return data
+
+
+@pytest.mark.parametrize("method", ["stratified", "random"])
+def test_identical_images_stay_in_one_split(copied_data, method):
+    table = dataset.read_labels(copied_data)
+    for seed in range(5):
+        for rows in dataset.split(table, (0.5, 0.25, 0.25), method, seed):
+            assert len(rows) and {row // 2 for row in rows} == {row // 2 for row in rows if row ^ 1 in rows}
+
+
+def test_identical_images_with_other_labels_are_a_warning(copied_data):
+    table = dataset.read_labels(copied_data)
+    warning, = [line for line in table.warnings if "identical" in line]
+    assert "14.jpg and 15.jpg" in warning
+    assert "00.jpg" not in warning and "02.jpg" not in warning
+
+
+def test_check_lists_identical_images(copied_data, capsys):
+    code, out, _ = command(capsys, copied_data, "--check")
+    assert code == 0
+    for i in range(0, 20, 2):
+        assert f"{i + 1:02}.jpg is the same image as {i:02}.jpg" in out
+    assert "00.jpg is the same" not in out
+
+
+def test_identical_images_in_two_parts_of_an_own_split_are_an_error(copied_data):
+    lines = [f"{i:02}.jpg,{'train' if i < 11 else 'test'},{int(i % 3 == 0)}\n" for i in range(20)]
+    (copied_data / "labels.txt").unlink()
+    (copied_data / "labels.csv").write_text("".join(["image,split,A\n", *lines]))
+    with pytest.raises(InputError, match=r"10.jpg and 11.jpg"):
+        dataset.read_labels(copied_data)
+
+
+def test_empty_files_are_no_copies_of_each_other(make_data):
+    data = divided_data(make_data, train="abc", val="de", test="fg")
+    for name in "adf":
+        (data / "images" / f"{name}.jpg").write_bytes(b"")
+    table = dataset.read_labels(data)
+    assert table.parts == ["train"] * 3 + ["val"] * 2 + ["test"] * 2
+    assert table.warnings == []
+
+
+def test_copies_of_an_object_bring_its_images_with_them():
+    objects = ["p0", "p0", "p1", "p1", "p2", "p2", "p3", "p3"]
+    copies = ["0", "1", "1", "3", "4", "5", "5", "7"]  # 1 and 2 are the same image, 5 and 6 too
+    table = fake_table([[1]] * 8, objects, copies=copies)
+    for seed in range(5):
+        train, val, _ = dataset.split(table, (1, 1, 0), seed=seed)
+        assert sorted([set(train), set(val)], key=min) == [{0, 1, 2, 3}, {4, 5, 6, 7}]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 
 
 def saved(image, kind, **options):
     return io.BytesIO(encoded(image, kind, **options))
+
+
+def noise(mode="RGB", size=(40, 30)):
+    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+def photograph(size=(800, 600)):
+    """Smooth noise, as a photograph has it."""
+    return noise().resize(size, Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize("mode, colour", [
@@ -279,31 +700,315 @@ def test_png_of_every_mode_becomes_rgb(mode, colour):
     assert image.mode == "RGB" and image.size == (8, 8)
 
 
+def first_pixel(image):
+    return dataset.load_image(image).getpixel((0, 0))
+
+
 def test_values_of_odd_modes_are_right():
-    pixel = lambda image: dataset.load_image(image).getpixel((0, 0))  # noqa: E731
-    assert pixel(saved(Image.new("I;16", (4, 4), 128 * 256), "PNG")) == (128, 128, 128)
-    assert pixel(saved(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), "PNG")) == (255, 255, 255)
-    assert pixel(saved(Image.new("CMYK", (4, 4), (0, 0, 0, 0)), "JPEG")) == (255, 255, 255)
-    assert pixel(Image.new("RGB", (4, 4), (1, 2, 3))) == (1, 2, 3)
+    assert first_pixel(saved(Image.new("I;16", (4, 4), 128 * 256), "PNG")) == (128, 128, 128)
+    assert first_pixel(saved(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), "PNG")) == (255, 255, 255)
+    assert first_pixel(saved(Image.new("CMYK", (4, 4), (0, 0, 0, 0)), "JPEG")) == (255, 255, 255)
+    assert first_pixel(Image.new("RGB", (4, 4), (1, 2, 3))) == (1, 2, 3)
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    assert pixel(saved(frames[0], "GIF", save_all=True, append_images=frames[1:])) == (255, 0, 0)
+    assert first_pixel(saved(frames[0], "GIF", save_all=True, append_images=frames[1:])) == (255, 0, 0)
 
 
 def test_exif_orientation_is_applied():
     image, exif = Image.new("RGB", (40, 20), "black"), Image.Exif()
     image.paste("white", (0, 0, 20, 20))  # the left half, which orientation 6 turns to the top
     exif[0x0112] = 6
-    upright = dataset.load_image(saved(image, "JPEG", exif=exif))
-    assert upright.size == (20, 40) and upright.getpixel((10, 5))[0] > 200 and upright.getpixel((10, 35))[0] < 50
+    content = encoded(image, "JPEG", exif=exif)
+    for source in (content, io.BytesIO(content), Image.open(io.BytesIO(content))):
+        upright = dataset.load_image(source)
+        assert upright.size == (20, 40)
+        assert upright.getpixel((10, 5))[0] > 200 and upright.getpixel((10, 35))[0] < 50
 
 
-def test_draft_decoding_gives_nearly_the_same_picture(tmp_path):
+# Q3, Q11
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("size", [64, None])
+def test_an_image_is_the_same_from_a_path_a_file_bytes_and_pillow(tmp_path, kind, size):
+    path = tmp_path / f"a.{kind.lower()}"
+    photograph().save(path, quality=95)
+    content = path.read_bytes()
+    expected = np.asarray(dataset.load_image(path, size))
+    opened = Image.open(path)
+    decoded = Image.open(path)
+    decoded.load()
+    sources = [str(path), content, bytearray(content), io.BytesIO(content), opened]
+    for source in sources:
+        np.testing.assert_array_equal(np.asarray(dataset.load_image(source, size)), expected)
+    for source in (decoded, decoded.copy(), np.array(decoded)):  # a decoded JPEG cannot be decoded smaller any more
+        values = np.asarray(dataset.load_image(source, size), float)
+        assert np.abs(values - expected).mean() < (1 if kind == "JPEG" and size else 1e-9)
+    assert opened.size == decoded.size == (800, 600)  # the user's image is left as it is
+    np.testing.assert_array_equal(np.asarray(dataset.load_image(opened, size)), expected)
+
+
+# Q11
+@pytest.mark.parametrize("image", [
+    np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), b"no image", b"", 5,
+    None, io.BytesIO(b"no image"),
+])
+def test_what_is_no_image_is_named_in_a_few_words(image):
+    with pytest.raises(ImageError) as error:
+        dataset.load_image(image)
+    assert len(str(error.value)) < 150 and "\n" not in str(error.value)
+
+
+def animation():
+    frames = [Image.new("P", (20, 20), colour) for colour in (1, 2, 3)]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+def bomb():
+    """A PNG that says it has 40,000 x 40,000 pixels."""
+    content = bytearray(encoded(noise("L"), "PNG"))
+    content[16:24] = (40_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+IMAGES = {  # file name -> (content, None when it can be read, else the reason that is given)
+    "good.jpg": (encoded(noise(), "JPEG"), None),
+    "truncated.jpg": (encoded(noise(size=(400, 300)), "JPEG")[:20_000], "image file is truncated"),
+    "empty.jpg": (b"", "not an image"),
+    "text.jpg": (b"this is no image", "not an image"),
+    "16bit.png": (encoded(Image.fromarray(np.full((9, 9), 40_000, np.uint16)), "PNG"), None),
+    "cmyk.jpg": (encoded(noise("CMYK"), "JPEG"), None),
+    "palette.png": (encoded(noise("P"), "PNG", transparency=0), None),
+    "grey_alpha.png": (encoded(noise("LA"), "PNG"), None),
+    "bits.png": (encoded(noise("1"), "PNG"), None),
+    "animated.gif": (animation(), None),
+    "photo.webp": (encoded(noise(), "WEBP"), None),
+    "one.png": (encoded(noise(size=(1, 1)), "PNG"), None),
+    "thin.png": (encoded(noise(size=(1, 20_000)), "PNG"), None),
+    "bomb.png": (bomb(), "exceeds limit"),
+    "wrong_suffix.png": (encoded(noise(), "JPEG"), None),
+    "cut_header.png": (encoded(noise(), "PNG")[:20], "Truncated File Read"),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_are_read_right_or_named(tmp_path, name):
+    content, reason = IMAGES[name]
+    (tmp_path / name).write_bytes(content)
+    if reason:
+        with pytest.raises(ImageError, match=f"{name}: .*{reason}"):
+            dataset.load_image(tmp_path / name, 32)
+        return
+    image = dataset.load_image(tmp_path / name, 32)
+    assert (image.mode, image.size) == ("RGB", (32, 32))
+    whole = dataset.load_image(tmp_path / name)
+    assert whole.mode == "RGB" and whole.size == Image.open(tmp_path / name).size
+
+
+def test_odd_images_have_the_right_colours(tmp_path):
+    for name, colour in (("16bit.png", (156,) * 3), ("animated.gif", None), ("wrong_suffix.png", None)):
+        (tmp_path / name).write_bytes(IMAGES[name][0])
+        pixel = dataset.load_image(tmp_path / name).getpixel((5, 5))
+        expected = colour or Image.open(tmp_path / name).convert("RGB").getpixel((5, 5))
+        assert pixel == expected
+
+
+def test_check_lists_bad_images(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for name, (content, _) in IMAGES.items():
+        (tmp_path / "images" / name).write_bytes(content)
+    (tmp_path / "labels.txt").write_text("".join(f"{name} {i % 2} NA\n" for i, name in enumerate(IMAGES)))
+    code, out, _ = command(capsys, tmp_path, "--check")
+    bad = [name for name, (_, reason) in IMAGES.items() if reason]
+    assert code == 0 and f"{len(IMAGES) - len(bad)} of {len(IMAGES)} images decode" in out
+    assert all(f"{name}: " in out for name in bad)
+
+
+def test_files_that_may_not_be_read_or_vanish(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(IMAGES["good.jpg"][0])
+    path.chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:  # who may read everything
+            os.seteuid(65534)
+        with pytest.raises(ImageError, match=r"a\.jpg: Permission denied"):
+            dataset.load_image(path)
+    finally:
+        os.seteuid(user)
+    path.unlink()
+    with pytest.raises(ImageError, match=r"a\.jpg: No such file or directory"):
+        dataset.load_image(path)
+    path.mkdir()
+    with pytest.raises(ImageError, match=r"a\.jpg: Is a directory"):
+        dataset.load_image(path)
+
+
+RAMP = np.linspace(0, 1, 256)[None, :].repeat(16, axis=0)
+DEEP = {  # file name -> values, dark at the left and bright at the right
+    "12_bits.png": (RAMP * 4095).astype(np.uint16),
+    "low.png": (RAMP * 1000).astype(np.uint16),
+    "low_offset.png": (RAMP * 3000 + 300).astype(np.uint16),
+    "16_bits.png": (RAMP * 65535).astype(np.uint16),
+    "8_of_16_bits.png": (RAMP * 255).astype(np.uint16),
+    "12_bits.tif": (RAMP * 4095).astype(np.uint16),
+    "32_bits.tif": (RAMP * 4095).astype(np.int32),
+    "unit.tif": RAMP.astype(np.float32),
+    "float_255.tif": (RAMP * 255).astype(np.float32),
+    "float_4095.tif": (RAMP * 4095).astype(np.float32),
+}
+
+
+# B18
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_images_keep_their_contrast(tmp_path, name):
+    path = tmp_path / name
+    Image.fromarray(DEEP[name]).save(path)
+    image = dataset.load_image(path)
+    assert image.mode == "RGB"
+    row = np.asarray(image)[8, :, 0].astype(int)
+    assert row.max() - row.min() > 128
+    assert row[-1] == row.max()
+    assert (np.diff(row) >= 0).all()
+    assert len(np.unique(row)) > 64
+    np.testing.assert_array_equal(np.asarray(image)[..., 0], np.asarray(image)[..., 2])
+
+
+# B18
+def test_a_float_image_with_odd_values_is_read(tmp_path):
+    values = (RAMP * 4095).astype(np.float32)
+    values[0, :5] = [np.nan, np.inf, -np.inf, -5, 0]
+    Image.fromarray(values).save(tmp_path / "odd.tif")
+    row = np.asarray(dataset.load_image(tmp_path / "odd.tif"))[8, :, 0].astype(int)
+    assert row.max() - row.min() > 128 and (np.diff(row) >= 0).all()
+
+
+# B18
+def test_a_dataset_shows_a_deep_image_bright(tmp_path):
+    Image.fromarray((RAMP * 4095).astype(np.uint16)).save(tmp_path / "deep.png")
+    table = dataset.LabelTable(["deep.png"], [str(tmp_path / "deep.png")], np.ones((1, 1), np.float32), ["A"])
+    images = dataset.ImageDataset(table, 32)
+    pixels = images[0][0]
+    assert images.errors == {}
+    assert pixels.max() > 200
+    assert pixels.min() < 50
+
+
+def one_image(folder):
+    """A LabelTable of one image, and its pixels."""
+    image = noise(size=(20, 20))
+    image.save(folder / "image.png")
+    table = dataset.LabelTable(["image.png"], [str(folder / "image.png")], np.ones((1, 1), np.float32), ["A"])
+    return table, np.asarray(image)
+
+
+PLACES = [(PIL.Image, "open"), (PIL.ImageFile.ImageFile, "load")]
+
+
+# B19
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
+@pytest.mark.parametrize("place", PLACES, ids=["open", "load"])
+def test_a_read_error_that_passes_is_tried_again(tmp_path, monkeypatch, place, number):
+    table, values = one_image(tmp_path)
+    images = dataset.ImageDataset(table, 20)
+    function = getattr(*place)
+    calls = []
+
+    def fails_once(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError(number, os.strerror(number))
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(*place, fails_once)
+    pixels, targets = images[0][:2]
+    assert images.errors == {}
+    assert targets.tolist() == [1.0]
+    np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), values)
+    assert len(calls) >= 2
+
+
+# B19
+def test_a_read_error_that_stays_is_told(tmp_path, monkeypatch):
+    table, _ = one_image(tmp_path)
+    images = dataset.ImageDataset(table, 20)
+    calls = []
+
+    def fails(*args, **kwargs):
+        calls.append(args)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(PIL.Image, "open", fails)
+    targets = images[0][1]
+    assert len(calls) == 2
+    assert targets.isnan().all()
+    assert list(images.errors) == [0]
+    assert "image.png" in images.errors[0]
+
+
+# B19
+@pytest.mark.parametrize("place", PLACES, ids=["open", "load"])
+def test_too_little_memory_is_no_bad_image(tmp_path, monkeypatch, place):
+    table, _ = one_image(tmp_path)
+    images = dataset.ImageDataset(table, 20)
+
+    def fails(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(*place, fails)
+    with pytest.raises(MemoryError):
+        images[0]
+    assert images.errors == {}
+    with pytest.raises(MemoryError):
+        dataset.load_image(table.paths[0])
+
+
+# B23
+@pytest.mark.parametrize("ends", [".jpg", ""])
+def test_links_that_loop_do_not_end_the_search_for_images(make_data, ends):
+    data = make_data("".join(f"{name}{ends} 1\n" for name in "abc"))
+    images = data / "images"
+    (images / "itself").symlink_to("itself")
+    (images / "ping").symlink_to("pong")
+    (images / "pong").symlink_to("ping")
+    (images / "again").symlink_to(images)
+    (images / "gone.jpg").symlink_to("nowhere.jpg")
+    (images / "deep").mkdir()
+    (images / "deep" / "up").symlink_to("..")
+    table = dataset.read_labels(data)
+    found = [os.path.realpath(path) for path in table.paths]
+    assert found == [os.path.realpath(images / f"{name}.jpg") for name in "abc"]
+    assert table.missing == []
+
+
+KINDS = (("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("GIF", {}), ("WEBP", {}),
+         ("WEBP", {"lossless": True}))
+SEEDS = [encoded(noise(size=(64, 48)), kind, **options) for kind, options in KINDS]
+
+
+def test_load_image_survives_1500_damaged_files(tmp_path):
     rng = np.random.default_rng(0)
-    noise = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
-    noise.resize((800, 600), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
-    fast = np.asarray(dataset.load_image(tmp_path / "a.jpg", 64), float)
-    whole = np.asarray(dataset.load_image(tmp_path / "a.jpg").resize((64, 64), Image.Resampling.BILINEAR), float)
-    assert np.abs(fast - whole).mean() < 2
+    path = tmp_path / "x.jpg"
+    count = 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for case in range(1500):
+        content = np.frombuffer(SEEDS[case % len(SEEDS)], np.uint8).copy()
+        for place in rng.integers(0, len(content), rng.integers(1, 8)):
+            content[place] = rng.integers(0, 256)
+        if case % 3 == 0:
+            content = content[: rng.integers(0, len(content))]
+        if case % 5 == 0:  # in the first bytes, where sizes are
+            content[rng.integers(0, 40) :][:1] ^= np.uint8(1 << rng.integers(0, 8))
+        path.write_bytes(content.tobytes())
+        start = time.perf_counter()
+        try:
+            image = dataset.load_image(path, 32)
+        except ImageError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:
+            count += 1
+            assert (image.mode, image.size) == ("RGB", (32, 32))
+        assert time.perf_counter() - start < 10
+    assert 150 < count < 1350
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 
 def test_dataset_and_batches(demo):
@@ -325,21 +1030,35 @@ def test_dataset_and_batches(demo):
     assert next(iter(loader))[0].shape == (4, 3, 32, 32)
 
 
-def test_the_cache_holds_what_it_may(demo):
+def test_the_cache_holds_what_it_may(demo, monkeypatch):
     table = dataset.read_labels(demo)
-    for limit, count in ((0, 0), (3 * 224 * 224 * 5, 4), (10**9, 80)):
-        images = dataset.ImageDataset(table, 224, cache_bytes=limit)
-        first = [images[i][0] for i in range(80)]
-        assert len(images._pixels) == count and sum(pixels.nbytes for pixels in images._pixels.values()) <= limit
-        assert all(torch.equal(images[i][0], first[i]) for i in range(80))
+    table = table.subset(np.arange(20))
+    load = dataset.load_image
+    loaded = []
+
+    def counted(*arguments, **options):
+        loaded.append(arguments[0])
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(dataset, "load_image", counted)
+    for limit, least, most in ((0, 0, 0), (3 * 64 * 64 * 5, 1, 5), (10**9, 20, 20)):
+        images = dataset.ImageDataset(table, 64, cache_bytes=limit)
+        first = [images[i][0] for i in range(20)]
+        loaded.clear()
+        assert all(torch.equal(images[i][0], first[i]) for i in range(20))
+        assert 20 - most <= len(loaded) <= 20 - least
 
 
-def test_a_bad_image_counts_for_nothing_and_is_remembered(make_data):
+def test_a_bad_image_is_ignored_and_remembered(make_data):
     folder = make_data(TABLE)
     (folder / "images" / "b.jpg").write_bytes(b"no image")
     images = dataset.ImageDataset(dataset.read_labels(folder), 16)
-    assert torch.isnan(images[1][1]).any() and list(images.errors) == [1] and "b.jpg" in images.errors[1]
-    assert torch.isnan(images[1][1]).all() and not torch.isnan(images[0][1]).all()
+    for _ in range(2):
+        assert torch.isnan(images[1][1]).all()
+        assert list(images.errors) == [1] and "b.jpg" in images.errors[1]
+    _, targets, rows = next(dataset.batches(images, [[0, 1, 2]], 0))
+    assert list(rows) == [0, 1, 2]
+    np.testing.assert_array_equal(targets.numpy(), [TARGETS[0], [NAN] * 3, TARGETS[2]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,62 +1068,296 @@ def test_a_bad_image_counts_for_nothing_and_is_remembered(make_data):
 @pytest.mark.parametrize("names", [*dataset.LEVELS.values(), *([name] for name in dataset.OPERATIONS)])
 def test_augmentation_keeps_shape_and_range_and_depends_on_its_noise_alone(names):
     images = torch.randint(0, 256, (6, 3, 24, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    noise = dataset.draw_noise(6, seed=1, epoch=2)
-    once = dataset.augment(images, names, noise)
+    random = dataset.draw_noise(6, seed=1, epoch=2)
+    once = dataset.augment(images, names, random)
     assert once.shape == images.shape and once.dtype == torch.float32 and once.min() >= 0 and once.max() <= 255
-    torch.testing.assert_close(dataset.augment(images[4:5], names, noise[4:5]), once[4:5])
+    torch.testing.assert_close(dataset.augment(images[4:5], names, random[4:5]), once[4:5])
+    assert torch.equal(random, dataset.draw_noise(6, seed=1, epoch=2))
+    assert not torch.equal(random, dataset.draw_noise(6, seed=1, epoch=3))
     if names:
         assert not torch.equal(once, images.float())
 
 
-def test_flips_are_exact_and_sampling_without_a_change_is_the_identity():
+def test_flips_are_exact_also_beside_an_operation_that_samples():
     images = torch.rand(4, 3, 16, 16) * 255
-    noise = torch.full((4, dataset.NOISE), 0.9)
-    noise[:, 0] = torch.tensor([0.1, 0.9, 0.1, 0.9])
-    flipped = dataset.augment(images, ["flip"], noise)
+    random = torch.full((4, len(dataset.NOISE)), 0.5)  # no turn, no shift
+    random[:, dataset.NOISE.index("flip")] = torch.tensor([0.1, 0.9, 0.1, 0.9])
+    flipped = dataset.augment(images, ["flip"], random)
     assert torch.equal(flipped[0], images[0].flip(-1)) and torch.equal(flipped[1], images[1])
-    sampled = dataset._sample(images, dataset._geometry(["flip"], noise))
+    sampled = dataset.augment(images, ["flip", "rotation"], random)
     torch.testing.assert_close(sampled, flipped, atol=1e-2, rtol=0)
 
 
-def test_unknown_operations_are_named():
+def test_operations_are_read_and_unknown_ones_are_named():
     assert dataset.read_operations("flip,jitter") == ("flip", "jitter")
+    assert dataset.read_operations("rich") == dataset.LEVELS["rich"]
     with pytest.raises(InputError, match="'flipp' is not one of none, light"):
         dataset.read_operations("flipp")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Demo data and command line
+# Summary, warnings and sheet
 
 
-def test_demo_is_deterministic_and_as_odd_as_real_life(demo, tmp_path):
-    dataset.write_demo(tmp_path, seed=0, count=80)
-    names = sorted(path.name for path in (demo / "images").iterdir())
-    assert (demo / "labels.txt").read_bytes() == (tmp_path / "labels.txt").read_bytes()
-    assert all((demo / "images" / name).read_bytes() == (tmp_path / "images" / name).read_bytes() for name in names)
-    modes = {Image.open(demo / "images" / name).mode for name in names}
-    assert modes == {"RGB", "RGBA", "L"} and {name[-3:] for name in names} == {"jpg", "png"}
+# Q1
+def test_classes_without_a_positive_or_without_a_negative_are_a_warning(make_data, capsys):
+    data = make_data("image,never,always,both,unknown\na.jpg,0,1,1,NA\nb.jpg,0,1,0,NA\nc.jpg,NA,1,1,NA\n",
+                     name="labels.csv")
+    _, out, _ = command(capsys, data)
+    lines = [line for line in out.splitlines() if line.startswith("warning: ")]
+    positive, = [line for line in lines if "no known positive" in line]
+    negative, = [line for line in lines if "no known negative" in line]
+    assert positive.endswith("never, unknown") and negative.endswith("always, unknown")
+
+
+def test_the_summary_in_words(make_data, capsys):
+    data = make_data("image A B C\na.jpg 1 1 NA\nb.jpg 1 0 1\nc.jpg 1 1 0\n")
+    _, out, _ = command(capsys, data, "--sheet", data / "sheet.png", "--check")
+    assert f"{data}: 3 rows, 3 images, 0 missing, 3 classes" in out
+    assert f"{'A':5} {3:9} {0:9} {0:7} {1:10.1%}  {'#' * 20}" in out
+    assert f"{'C':5} {1:9} {1:9} {1:7} {0.5:10.1%}  {'#' * 7}{'-' * 7}\n" in out
+    assert "        2  A + B\n        1  A + C" in out and "B + C" not in out
+    assert "3 of 3 images opened: width 12 to 12, median 12; height 10 to 10, median 10\n3 RGB JPEG" in out
+    assert "3 of 3 images decode" in out
+    assert Image.open(data / "sheet.png").width > 500
+
+
+def test_the_summary_names_the_groups(demo):
+    text = dataset.summary(dataset.read_labels(demo))
+    lines = {line.split()[0]: line.split()[-1] for line in text.splitlines() if "%" in line}
+    assert lines == {"bolt": "parts", "bracket": "parts", "ring": "parts",
+                     "rust": "defects", "crack": "defects", "hole": "defects"}
+
+
+# Q16
+def test_the_summary_of_500_classes_is_short(make_data, capsys):
+    rng = np.random.default_rng(0)
+    names = [f"{i}.jpg" for i in range(30)]
+    rare = rng.random(500)
+    rows = [[name, *(rng.random(500) < rare).astype(int).astype(str)] for name in names]
+    header = ["image", *(f"class_{c}" for c in range(500))]
+    data = make_data("\n".join(",".join(cells) for cells in [header, *rows]), names, "labels.csv")
+    table = dataset.read_labels(data)
+    lines = dataset.summary(table).splitlines()
+    assert len(lines) <= 50
+    shown = {line.split()[0] for line in lines if line.startswith("class_")}
+    positives = dict(zip(table.classes, (table.targets == 1).sum(axis=0)))
+    counts = sorted(positives.values())
+    assert len(shown) == 30
+    assert sorted(positives[name] for name in shown) == [*counts[:15], *counts[-15:]]
+    assert max(map(len, lines)) < 300
+    _, out, _ = command(capsys, data)
+    assert len(out.splitlines()) < 70
+    _, out, _ = command(capsys, data, "--all")
+    assert all(f"{name} " in out for name in table.classes)
+
+
+def test_a_label_sheet_shows_every_image_whole_with_room_for_its_labels(tmp_path):
+    sizes = [(10, 10), (500, 20), (20, 500), (1, 1)]
+    names = [f"{i}.png" for i in range(4)]
+    for name, size in zip(names, sizes):
+        Image.new("RGB", size, "red").save(tmp_path / name)
+    classes = [f"a class with a long name, number {c}" for c in range(5)]
+    targets = np.array([[1] * 5, [NAN] * 5, [0] * 5, [1, NAN, 0, 1, NAN]], np.float32)
+    table = dataset.LabelTable(names, [str(tmp_path / name) for name in names], targets, classes)
+    sheet = dataset.label_sheet(table)
+    pixels = np.asarray(sheet)
+    assert (pixels[-8:] == 255).all()  # nothing reaches the lower edge
+    red = (pixels == (255, 0, 0)).all(axis=2)
+    assert red.any(axis=0).sum() > 250 and red.sum() > 2 * 200 * 200  # each as large as it can be
+    few = dataset.LabelTable(names, table.paths, targets[:, :1], ["A"])
+    assert sheet.height > dataset.label_sheet(few).height
+    assert dataset.label_sheet(table, count=2).width < sheet.width
+    same = dataset.label_sheet(table)
+    np.testing.assert_array_equal(np.asarray(same), pixels)
+
+
+def test_a_label_sheet_shows_a_bad_image_too(demo, tmp_path):
     table = dataset.read_labels(demo)
-    assert table.missing == ["part_0080.jpg"] and set(table.groups) == {"parts", "defects"}
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    table.paths[0] = tmp_path / "bad.jpg"
+    assert dataset.label_sheet(table, count=80).width == dataset.label_sheet(table.subset([1] * 6)).width
+
+
+@pytest.mark.parametrize("names", [["Größe", "fissure à l'œil"], ["亀裂", "さび"], ["\U0001f600", "ክክ"]])
+def test_a_label_sheet_of_classes_in_any_script(make_data, names, capsys):
+    data = make_data(",".join(["image", *names]) + "\na.jpg,1,0\nb.jpg,0,1\nc.jpg,1,1\n", name="labels.csv")
+    code, _, errors = command(capsys, data, "--sheet", data / "sheet.png")
+    assert code == 0 and (data / "sheet.png").is_file()
+    assert errors == "" or (errors.count("\n") == 1 and errors.startswith("warning: no font here has the letters"))
+
+
+# B16
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_a_sheet_does_not_hold_full_size_images(tmp_path, monkeypatch, kind):
+    paths = []
+    for i in range(4):
+        paths.append(str(tmp_path / f"{i}.{kind}"))
+        Image.new("RGB", (2400, 1600), (40 * i, 90, 120)).save(paths[-1], compress_level=1)
+    table = dataset.LabelTable([f"{i}.{kind}" for i in range(4)], paths, np.ones((4, 1), np.float32), ["A"])
+    load = PIL.ImageFile.ImageFile.load
+    large = []
+    decoded = []
+
+    def counted(image):
+        if image.size not in decoded[-1:]:
+            decoded.append(image.size)
+            alive = [other for other in gc.get_objects() if issubclass(type(other), Image.Image)]
+            large.append(sum(max(other.size) > 1200 for other in alive))
+        return load(image)
+
+    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", counted)
+    sheet = dataset.label_sheet(table)
+    assert large
+    assert max(large) <= 3
+    if kind == "jpg":
+        assert max(max(size) for size in decoded) <= 1200
+    colours = {sheet.getpixel((x, y)) for x in range(0, sheet.width, 20) for y in range(0, sheet.height, 20)}
+    assert len([colour for colour in colours if abs(colour[1] - 90) < 4 and abs(colour[2] - 120) < 4]) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Demo data, and files that are written whole or not at all
+
+
+def content_of(folder):
+    """Every file below a folder with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_demo_is_the_same_for_a_seed(demo, tmp_path):
+    dataset.write_demo(tmp_path / "again", seed=0, count=20)
+    again = content_of(tmp_path / "again")
+    whole = content_of(demo)
+    for name, content in again.items():
+        assert content == whole[name][: len(content)]
+    dataset.write_demo(tmp_path / "other", seed=1, count=20)
+    other = content_of(tmp_path / "other")
+    assert len(other) == 22 and sum(other[name] == again[name] for name in other) == 1  # the groups
+
+
+def test_the_demo_has_groups_and_unknown_labels(demo):
+    table = dataset.read_labels(demo)
+    assert table.missing == [] and table.warnings == [] and len(table) == 80
+    assert set(table.groups) == {"parts", "defects"} and len(table.classes) == 6
     assert 0.04 < np.isnan(table.targets).mean() < 0.12
+    assert (np.nansum(table.targets, axis=0) > 0).all()
 
 
 def test_demo_boxes_lie_in_the_picture_and_name_the_labels():
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        labels = dataset.draw_demo_labels(rng)
-        image, boxes = dataset.draw_demo_image(labels, rng)
-        assert set(boxes) == labels and image.size == (128, 128)
-        for left, top, right, bottom in boxes.values():
-            assert 0 <= left < right <= 128 and 0 <= top < bottom <= 128
+    for labels in (set(), {"bolt"}, {"ring", "hole"}, {"bolt", "bracket", "ring", "rust", "crack", "hole"}):
+        for seed in range(4):
+            image, boxes = dataset.draw_demo_image(labels, np.random.default_rng(seed))
+            assert set(boxes) == labels and image.size == (128, 128)
+            for left, top, right, bottom in boxes.values():
+                assert 0 <= left < right <= 128 and 0 <= top < bottom <= 128
 
 
-def test_command_line_summary_and_check(make_data, capsys):
-    folder = make_data(TABLE)
-    (folder / "images" / "b.jpg").write_bytes(b"no image")
-    dataset.main([str(folder), "--check"])
-    text = capsys.readouterr().out
-    assert "3 rows, 3 images, 0 missing, 3 classes" in text
-    assert "2 of 3 images decode" in text and "b.jpg: not an image" in text
-    assert text.splitlines()[2].split() == ["Attr1", "1", "1", "1", "50.0%", "#######-------"]
-    assert "Attr2" in text and "100.0%" in text
+# B11
+@pytest.mark.parametrize("name", ["labels.txt", "labels.csv", "image_data.csv", "note.md", "label_groups.json"])
+def test_the_demo_leaves_a_folder_of_the_user_alone(make_data, capsys, name):
+    text = '{"kinds": ["cat"]}' if name.endswith("json") else "image,cat\na.jpg,1\nb.jpg,0\n"
+    data = make_data(text, name=name)
+    before = content_of(data)
+    code, _, errors = command(capsys, "--demo", data)
+    assert code == 2 and errors.count("\n") == 1 and str(data) in errors
+    with pytest.raises(InputError):
+        dataset.write_demo(data, count=5)
+    assert content_of(data) == before
+
+
+# B11
+def test_the_demo_is_written_into_an_empty_folder_and_over_a_demo(tmp_path):
+    for seed in (0, 1):
+        dataset.write_demo(tmp_path, seed, count=5)
+        assert len(dataset.read_labels(tmp_path)) == 5
+    with pytest.raises(InputError):
+        (tmp_path / "file").touch()
+        dataset.write_demo(tmp_path / "file", count=5)
+
+
+def test_the_command_line_writes_the_demo(tmp_path, monkeypatch, capsys):
+    image = Image.new("RGB", (8, 8))
+    monkeypatch.setattr(dataset, "draw_demo_image", lambda labels, rng: (image.copy(), {}))
+    code, out, _ = command(capsys, "--demo", tmp_path / "demo")
+    assert code == 0 and "1000 rows, 1000 images, 0 missing, 6 classes" in out
+
+
+def test_wrong_options_are_one_line(tmp_path, capsys):
+    for arguments in (["--frobnicate"], ["--seed", "-1"], ["--seed", "x"], ["--label-threshold", "nan"], ["/nowhere"]):
+        code, out, errors = command(capsys, *arguments)
+        assert (code, out, errors.count("\n")) == (2, "", 1) and errors.startswith("error: ")
+        assert arguments[0] in errors
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "text.txt"
+    with dataset.atomic_write(path) as file:
+        file.write("old")
+        assert not path.exists()
+    assert path.read_text() == "old"
+    with pytest.raises(KeyError), dataset.atomic_write(path, "wb") as file:
+        file.write(b"half")
+        raise KeyError
+    assert path.read_text() == "old"
+    assert [entry.name for entry in path.parent.iterdir()] == ["text.txt"]
+    with pytest.raises(OSError, match=r"text\.txt/below cannot be written"), dataset.atomic_write(path / "below"):
+        pass
+
+
+def test_csv_json_text_and_png_are_written(tmp_path):
+    dataset.write_csv(tmp_path / "a.csv", [["ID", "label"], ["a, b", "Größe"]])
+    assert (tmp_path / "a.csv").read_text("utf-8") == 'ID,label\n"a, b",Größe\n'
+    dataset.write_json(tmp_path / "a.json", {"Größe": [1.5, NAN, math.inf, None], "b": {"c": (1, "x")}})
+    text = (tmp_path / "a.json").read_text("utf-8")
+    assert "Größe" in text and "NaN" not in text and text.split() == [
+        "{", '"Größe":', "[", "1.5,", "null,", "null,", "null", "],", '"b":', "{", '"c":', "[", "1,", '"x"', "]", "}",
+        "}"]
+    dataset.write_text(tmp_path / "a.txt", ["one", "two"])
+    assert (tmp_path / "a.txt").read_text() == "one\ntwo\n"
+    dataset.write_png(tmp_path / "a.png", noise())
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(noise()))
+
+
+# B12
+def test_writing_follows_links(tmp_path):
+    (tmp_path / "there").mkdir()
+    target = tmp_path / "there" / "text.txt"
+    target.write_text("old")
+    links = [tmp_path / "absolute", tmp_path / "relative", tmp_path / "chain", tmp_path / "dangling"]
+    links[0].symlink_to(target)
+    links[1].symlink_to("there/text.txt")
+    links[2].symlink_to("relative")
+    links[3].symlink_to("there/new.txt")
+    for link in links:
+        with dataset.atomic_write(link, "w") as file:
+            file.write(link.name)
+        assert link.is_symlink()
+        assert link.read_text() == link.name
+    assert target.read_text() == "chain"
+    assert (tmp_path / "there" / "new.txt").read_text() == "dangling"
+    with pytest.raises(KeyError), dataset.atomic_write(links[0], "w") as file:
+        file.write("half")
+        raise KeyError
+    assert target.read_text() == "chain"  # whole or not at all, through a link too
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["new.txt", "text.txt"]
+
+
+# B12
+@pytest.mark.parametrize("linked", [False, True])
+def test_writing_goes_into_a_pipe(tmp_path, linked):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    name = pipe
+    if linked:  # as /dev/stdout is
+        name = tmp_path / "link"
+        name.symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with dataset.atomic_write(name, "w") as file:
+            file.write("text")
+        assert stat.S_ISFIFO(os.stat(name).st_mode)
+        assert name.is_symlink() == linked
+        assert os.read(reader, 100) == b"text"
+    finally:
+        os.close(reader)

@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+import sklearn
 import sklearn.metrics as sk
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,13 +17,13 @@ from hypothesis.extra.numpy import arrays
 import metrics
 from conftest import ROOT
 
-CASES = settings(max_examples=500, deadline=None)
+CASES = settings(max_examples=150, deadline=None)
 AVERAGES = ("micro", "macro", "weighted", "samples", None)
 
 
 @pytest.fixture(autouse=True)
 def quiet_oracle():
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
         warnings.simplefilter("ignore")
         yield
 
@@ -134,8 +135,13 @@ def test_row_wise_and_pooled_metrics_agree_with_a_loop_over_the_known_labels(pro
 
 def best_threshold(truth, score, candidates):
     """The lowest candidate with the best F1, by trying them."""
-    f1 = [sk.f1_score(truth, score >= candidate, zero_division=0) for candidate in candidates]
-    return candidates[int(np.argmax(f1))]
+    best, best_f1 = None, -1.0
+    for candidate in candidates:
+        predicted = score >= candidate
+        f1 = 2 * sum(predicted * truth) / (sum(predicted) + sum(truth))
+        if f1 > best_f1:
+            best, best_f1 = candidate, f1
+    return best
 
 
 @settings(max_examples=150, deadline=None)
@@ -173,47 +179,118 @@ def test_fixed_threshold_and_float32_scores_select_themselves():
     assert ((scores >= thresholds).sum(axis=0) > 0).all() and all(t in scores[:, c] for c, t in enumerate(thresholds))
 
 
-def test_report_holds_the_same_numbers_and_is_json():
+PER_CLASS = ["precision", "recall", "f1", "average_precision", "roc_auc", "threshold", "positives", "negatives", "na",
+             "prevalence"]
+
+
+def some_scores(rows=40, classes=3, unknown=0.2):
     rng = np.random.default_rng(1)
-    targets, scores = rng.integers(0, 2, (40, 3)).astype(float), rng.random((40, 3))
-    targets[rng.random((40, 3)) < 0.2] = np.nan
+    targets = rng.integers(0, 2, (rows, classes)).astype(float)
+    targets[rng.random(targets.shape) < unknown] = np.nan
+    return targets, rng.random((rows, classes))
+
+
+def test_report_holds_the_same_numbers_and_is_json():
+    targets, scores = some_scores()
     report = metrics.report(targets, scores, [0.3, 0.5, 0.7], ["a", "b", "c"], bootstrap=50)
     predictions = scores >= [0.3, 0.5, 0.7]
+    assert report["rows"] == 40
     assert report["hamming_loss"] == metrics.hamming_loss(targets, predictions)
     assert report["subset_accuracy"] == metrics.subset_accuracy(targets, predictions)
     assert report["map"] == metrics.average_precision(targets, scores)
+    assert report["roc_auc_macro"] == metrics.roc_auc(targets, scores)
     for average in ("micro", "macro", "weighted", "samples"):
         assert report[f"f1_{average}"] == pytest.approx(metrics.f1_score(targets, predictions, average), abs=1e-15)
-    row = report["per_class"]["b"]
-    assert row["positives"] + row["negatives"] == row["known"] == 40 - row["na"]
-    assert row["prevalence"] == row["support"] / row["known"] and row["threshold"] == 0.5
     assert json.loads(json.dumps(report)) == report
 
 
+def test_report_says_of_each_class_every_number_once():
+    targets, scores = some_scores()
+    thresholds = [0.3, 0.5, 0.7]
+    per_class = metrics.report(targets, scores, thresholds, ["a", "b", "c"])["per_class"]
+    precision, recall, f1 = metrics.precision_recall_f1(targets, scores >= thresholds, None)
+    for c, name in enumerate(["a", "b", "c"]):
+        row = per_class[name]
+        assert list(row) == PER_CLASS
+        assert [row["precision"], row["recall"], row["f1"]] == [precision[c], recall[c], f1[c]]
+        assert row["average_precision"] == metrics.average_precision(targets, scores, None)[c]
+        assert row["roc_auc"] == metrics.roc_auc(targets, scores, None)[c]
+        assert row["threshold"] == thresholds[c]
+        counts = [int((targets[:, c] == 1).sum()), int((targets[:, c] == 0).sum()), int(np.isnan(targets[:, c]).sum())]
+        assert [row["positives"], row["negatives"], row["na"]] == counts
+        assert row["prevalence"] == pytest.approx(counts[0] / (counts[0] + counts[1]))
+
+
+# Q8
+def test_report_refuses_a_class_that_is_there_twice():
+    targets, scores = some_scores(classes=2)
+    with pytest.raises(ValueError, match="classes has a name twice: a, a"):
+        metrics.report(targets, scores, 0.5, ["a", "a"])
+
+
 def test_bootstrap_intervals_are_those_of_a_loop():
-    rng = np.random.default_rng(2)
-    targets, scores = rng.integers(0, 2, (30, 2)).astype(float), rng.integers(0, 6, (30, 2)) / 5
-    targets[rng.random((30, 2)) < 0.2] = np.nan
+    targets, scores = some_scores(30, 2)
+    scores = np.round(scores, 1)
     intervals = metrics.report(targets, scores, 0.5, ["a", "b"], bootstrap=200, seed=3)["intervals"]
-    weights = np.random.default_rng(3).multinomial(30, np.full(30, 1 / 30), 200)
+    rng = np.random.default_rng(3)
     drawn = []
-    for weight in weights:
-        rows = np.repeat(np.arange(30), weight)
+    for _ in range(200):
+        rows = rng.integers(0, 30, 30)
         drawn.append(metrics.report(targets[rows], scores[rows], 0.5, ["a", "b"]))
+    assert set(intervals) == set(metrics.HEADLINES) - {"roc_auc_macro"}
     for name, interval in intervals.items():
         expected = np.quantile([report[name] for report in drawn], [0.025, 0.975])
         np.testing.assert_allclose(interval, expected, atol=1e-12)
     assert metrics.report(targets, scores, 0.5, ["a", "b"], bootstrap=200, seed=3)["intervals"] == intervals
 
 
+# B27
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.sampled_from(["pr_curve", "global", "grid"]))
+def test_thresholds_between_scores_decide_the_same_and_lie_on_no_score(problem, method):
+    targets, scores = problem
+    thresholds = metrics.find_thresholds(targets, scores, method)
+    between = metrics.between_scores(thresholds, scores)
+    np.testing.assert_array_equal(scores >= between, scores >= thresholds)
+    for c, column in enumerate(scores.T):
+        if thresholds[c] not in column:
+            assert between[c] == thresholds[c]
+        elif (column < thresholds[c]).any():
+            assert column[column < thresholds[c]].max() < between[c] < thresholds[c]
+
+
+def test_a_threshold_between_scores_is_halfway_and_the_argument_is_left_alone():
+    scores = np.array([[0.2, 0.1, 0.5], [0.8, 0.9, 0.5], [0.4, 0.3, 0.7]], np.float32)
+    thresholds = np.array([scores[1, 0], 0.5, scores[0, 2]], float)
+    before = thresholds.copy()
+    between = metrics.between_scores(thresholds, scores)
+    assert between == pytest.approx([0.6, 0.5, 0.5])
+    np.testing.assert_array_equal(thresholds, before)
+
+
 def test_format_report_fits_100_columns():
-    rng = np.random.default_rng(1)
-    targets, scores = rng.integers(0, 2, (40, 2)).astype(float), rng.random((40, 2))
+    targets, scores = some_scores(classes=2)
     targets[:, 1] = np.nan
     names = ["a class name that has forty-four characters..", "b"]
     text = metrics.format_report(metrics.report(targets, scores, 0.5, names, bootstrap=20))
     assert max(map(len, text.splitlines())) <= 100
     assert "n/a" in text and "…" in text and "[0." in text
+
+
+# Q16
+def test_of_many_classes_the_report_shows_the_worst_and_the_best():
+    targets, scores = some_scores(60, 500, unknown=0)
+    names = [f"class {c}" for c in range(500)]
+    report = metrics.report(targets, scores, 0.5, names)
+    lines = metrics.format_report(report).splitlines()
+    assert len(lines) < 50
+    gap = next(number for number, line in enumerate(lines) if line.startswith("... 470 classes"))
+    assert "metrics.json" in lines[gap]
+    by_precision = sorted(names, key=lambda name: report["per_class"][name]["average_precision"])
+    assert [line[:12].strip() for line in lines[gap - 15 : gap]] == by_precision[:15]
+    assert [line[:12].strip() for line in lines[gap + 1 :]] == by_precision[-15:]
+    few = metrics.format_report(metrics.report(targets[:, :30], scores[:, :30], 0.5, names[:30]))
+    assert "..." not in few and all(f"{name} " in few for name in names[:30])
 
 
 WRONG = [
@@ -251,28 +328,105 @@ def test_docstring_examples_run():
 
 
 @pytest.fixture
-def runs(tmp_path):
-    for name, backbone, f1 in (("a", "resnet18", 0.5), ("b", "resnet50", 0.9), ("c", "resnet18", 0.7)):
+def make_run(tmp_path):
+    """Write the folder of a finished run: make_run(name, options, scores) -> its path."""
+
+    def make(name, options, scores):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"backbone": backbone, "lr": 0.1}))
-        scores = {"split": "test", "f1_macro": f1, "map": None, "per_class": {}}
-        (folder / "metrics.json").write_text(json.dumps(scores))
-    return [str(tmp_path / name) for name in "abc"]
+        (folder / "config.json").write_text(json.dumps(options))
+        report = {"split": "test", "map": None, "per_class": {}, "val": {"f1_macro": 0.1}, **scores}
+        (folder / "metrics.json").write_text(json.dumps(report))
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture
+def runs(make_run):
+    return [
+        make_run("a", {"backbone": "resnet18", "lr": 3e-4, "seed": 0}, {"f1_macro": 0.5, "val_loss": 0.4}),
+        make_run("b", {"backbone": "resnet50", "lr": 3e-4, "seed": 0}, {"f1_macro": 0.9, "val_loss": 0.3}),
+        make_run("c", {"backbone": "resnet18", "lr": 3e-4, "seed": 0}, {"f1_macro": 0.7, "val_loss": 0.2}),
+    ]
 
 
 def order(text):
     return [line.split()[0].rsplit("/")[-1] for line in text.splitlines()[1:]]
 
 
-def test_results_table_sorts_and_groups(runs, capsys):
+def cells(text):
+    """The cells of a results table: {title: column}."""
+    titles, *lines = (line.split() for line in text.splitlines())
+    return dict(zip(titles, zip(*lines)))
+
+
+def test_results_table_sorts_and_groups(runs):
     assert order(metrics.main(runs)) == ["b", "c", "a"]
     assert order(metrics.main([*runs, "--ascending"])) == ["a", "c", "b"]
     assert order(metrics.main([*runs, "--group-by", "backbone"])) == ["b", "c"]
     mean = metrics.main([*runs, "--group-by", "backbone", "--group-mode", "mean"])
     assert "0.600" in mean and "mean of 2" in mean
-    with pytest.raises(ValueError, match="no run has 'speed'"):
-        metrics.main([*runs, "--sort", "speed"])
+    for arguments in (["--sort", "speed"], ["--group-by", "speed"], ["--group-by", "backbone,speed"]):
+        with pytest.raises(ValueError, match="no run has 'speed'"):
+            metrics.main([*runs, *arguments])
+    with pytest.raises(ValueError, match="--frobnicate"):
+        metrics.main([*runs, "--frobnicate"])
+
+
+# D7
+def test_results_table_sorts_by_the_loss_of_val_whose_best_is_the_lowest(runs):
+    text = metrics.main([*runs, "--sort", "val_loss", "--ascending"])
+    assert order(text) == ["c", "b", "a"]
+    assert cells(text)["val_loss"] == ("0.200*", "0.300", "0.400")
+    assert cells(text)["f1_macro"] == ("0.700", "0.900*", "0.500")
+
+
+# D7, Q8
+def test_results_table_shows_the_options_in_which_runs_differ(make_run):
+    runs = []
+    for name, lr, batch, layers in (("a", 3e-4, 16, "all"), ("b", 1e-3, 16, "head"), ("c", 3e-4, 16, "head")):
+        options = {"backbone": "resnet18", "lr": lr, "batch_size": batch, "train_layers": layers, "device": name}
+        runs.append(make_run(name, options, {"f1_macro": 0.5}))
+    table = cells(metrics.main(runs))
+    assert table["lr"] == ("0.0003", "0.001", "0.0003")
+    assert table["train_layers"] == ("all", "head", "head")
+    assert not {"backbone", "batch_size", "device", "map", "per_class", "val"} & set(table)
+    assert cells(metrics.main([*runs, "--sort", "backbone"]))["backbone"] == ("resnet18",) * 3
+    assert order(metrics.main([*runs, "--sort", "lr"]))[0] == "b"
+
+
+# D7
+def test_results_table_groups_by_several_options(make_run):
+    runs = []
+    for number, (lr, layers) in enumerate([(1e-3, "all"), (1e-3, "head"), (1e-4, "all"), (1e-3, "all")]):
+        runs.append(make_run(str(number), {"lr": lr, "train_layers": layers}, {"f1_macro": 0.1 + 0.2 * number}))
+    best = metrics.main([*runs, "--group-by", "lr,train_layers"])
+    assert order(best) == ["3", "2", "1"]
+    assert cells(best)["lr"] == ("0.001", "0.0001", "0.001")
+    assert cells(best)["train_layers"] == ("all", "all", "head")
+    text = metrics.main([*runs, "--group-by", "lr,train_layers", "--group-mode", "mean"])
+    assert [line.split("  ")[0] for line in text.splitlines()[1:]] == ["mean of 1", "mean of 2", "mean of 1"]
+    assert ["0.500*" in text, "0.400" in text, "0.300" in text] == [True] * 3
+
+
+def test_a_run_without_a_score_comes_last(make_run):
+    runs = [make_run("a", {}, {}), make_run("b", {}, {"f1_macro": 0.2}), make_run("c", {}, {"f1_macro": 0.3})]
+    assert order(metrics.main(runs)) == ["c", "b", "a"]
+    assert order(metrics.main([*runs, "--ascending"])) == ["b", "c", "a"]
+    assert cells(metrics.main(runs))["f1_macro"] == ("0.300*", "0.200", "n/a")
+
+
+# B22
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "5", b"\xff\xfe"])
+@pytest.mark.parametrize("name", ["metrics.json", "config.json"])
+def test_a_damaged_file_of_a_run_is_named(runs, name, content):
+    path = f"{runs[1]}/{name}"
+    with open(path, "wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError) as error:
+        metrics.main(runs)
+    assert path in str(error.value) and "\n" not in str(error.value)
 
 
 def test_results_table_needs_no_torch_and_fails_in_one_line(runs):

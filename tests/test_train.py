@@ -1,10 +1,17 @@
-"""Loss, freezing, stopping, the loop and its files."""
+"""Loss, schedule, layers, thresholds, presets, options, and the files of a run."""
 
+import contextlib
 import csv
+import io
+import itertools
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,19 +20,75 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import dataset
 import inference
 import metrics
 import train
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, as_command
 from dataset import InputError
+
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
+LOUD = [option for option in SMALL if option != "-q"]
+
+
+def run(*arguments):
+    """Train -> report."""
+    return train.main([*SMALL, *map(str, arguments)])
+
+
+def read_rows(path):
+    """The rows of a CSV file as dicts."""
+    with open(path, encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def tensors(path):
+    """The network of a checkpoint."""
+    return inference.read_checkpoint(path)["network"]
+
+
+def changed_layers(before, after):
+    """The names of the layers (up to the first dot) in which two networks differ."""
+    assert before.keys() == after.keys()
+    return {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
+
+
+@contextlib.contextmanager
+def watched_rates():
+    """Within the block: a list of the rates (backbone, head) of every step of an optimiser."""
+    rates = []
+
+    def before_step(optimizer, *_):
+        rates.append(tuple(group["lr"] for group in optimizer.param_groups))
+
+    hook = register_optimizer_step_pre_hook(before_step)
+    try:
+        yield rates
+    finally:
+        hook.remove()
+
+
+@pytest.fixture
+def few_images(make_data):
+    """24 images with known labels of two classes."""
+    names = [f"{i:02}.png" for i in range(24)]
+    rows = [f"{name} {i % 2} {i // 2 % 2}\n" for i, name in enumerate(names)]
+    return make_data("".join(["image red tall\n", *rows]), names)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loss
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_masked_loss_is_that_of_the_known_elements_one_by_one(data):
     shape = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
@@ -36,110 +99,266 @@ def test_masked_loss_is_that_of_the_known_elements_one_by_one(data):
     total, known = train.masked_bce(logits, torch.tensor(targets), torch.tensor(weight))
     expected = 0.0
     for i, j in np.argwhere(~np.isnan(targets)):
-        x, y = logits[i, j].item(), targets[i, j].item()
-        log_p, log_q = -math.log1p(math.exp(-x)), -math.log1p(math.exp(x))
+        x = logits[i, j].item()
+        y = targets[i, j].item()
+        log_p = -math.log1p(math.exp(-x))
+        log_q = -math.log1p(math.exp(x))
         expected -= weight[j] * y * log_p + (1 - y) * log_q
     assert total.item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert known.item() == (~np.isnan(targets)).sum()
     total.backward()
-    assert torch.isfinite(logits.grad).all() and (logits.grad[torch.isnan(torch.tensor(targets))] == 0).all()
+    assert torch.isfinite(logits.grad).all()
+    assert (logits.grad[torch.isnan(torch.tensor(targets))] == 0).all()
 
 
+# D8
 def test_pos_weight():
     nan = np.nan
     targets = np.array([[1, 1, 0, nan, 1], [0, 1, 0, nan, nan], [0, 0, 0, nan, nan], [0, nan, nan, nan, nan]])
     assert train.compute_pos_weight(targets, "none").tolist() == [1] * 5
-    assert train.compute_pos_weight(targets, "linear", (0.1, 20)).tolist() == [3, 0.5, 20, 1, pytest.approx(0.1)]
-    np.testing.assert_allclose(train.compute_pos_weight(targets, "sqrt", (1, 20)), [3**0.5, 1, 20, 1, 1], rtol=1e-6)
-    assert train.compute_pos_weight(targets, "linear", (1, 2)).tolist() == [2, 1, 2, 1, 1]
+    assert train.compute_pos_weight(targets, "linear", (0.1, 20)).tolist() == [3, 0.5, 1, 1, 1]
+    np.testing.assert_allclose(train.compute_pos_weight(targets, "sqrt", (1, 20)), [3**0.5, 1, 1, 1, 1], rtol=1e-6)
+    assert train.compute_pos_weight(targets, "linear", (1, 2)).tolist() == [2, 1, 1, 1, 1]
+    rare = np.zeros((1000, 1))
+    rare[0] = 1
+    assert train.compute_pos_weight(rare, "linear", None).tolist() == [999]
+    assert train.compute_pos_weight(1 - rare, "linear", None).tolist() == [pytest.approx(1 / 999)]
+
+
+# D8
+@pytest.mark.parametrize("preset", ["two-stage", "assignment", "resnet50", "coco"])
+def test_the_linear_weight_of_the_presets_is_not_clipped(preset):
+    options = train.parse_options(["--preset", preset])
+    assert (options.pos_weight, options.pos_weight_clip) == ("linear", None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers and stopping
+# Schedule and stopping
 
 
-def test_frozen_layers_stay_as_they_are_batchnorm_statistics_too():
-    network = inference.build_model("resnet18", "linear", 2)
-    train.freeze(network, train.select_parameters(network, "resnet18", "layer4,head"))
-    train.train_mode(network)
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
-    network(torch.randn(4, 3, 32, 32)).sum().backward()
-    optimizer.step()
-    for name, tensor in network.state_dict().items():
-        trained = name.startswith(("layer4", "fc"))
-        assert torch.equal(tensor, before[name]) != trained, name
+# B2
+def test_the_rate_is_a_function_of_options_and_progress():
+    options = ["--schedule", "cosine", "--epochs", "10"]
+    progress = [0.5, 1.0, 2.0, 5.0, 7.5, 9.0, 10.0]
+    small = [train.rate_factor(train.parse_options([*options, "-b", "2"]), value) for value in progress]
+    large = [train.rate_factor(train.parse_options([*options, "-b", "64"]), value) for value in progress]
+    assert small == large
+    assert small[1:] == sorted(small[1:], reverse=True)
+    assert small[0] < small[1] <= 1.0
+    assert small[3] == pytest.approx(0.5, abs=0.06)
+    assert small[-1] == pytest.approx(0.0, abs=1e-6)
+    multistep = train.parse_options(["--schedule", "multistep", "--epochs", "8", "--lr-decay", "0.1"])
+    factors = [train.rate_factor(multistep, value) for value in (0.5, 3.5, 4.5, 5.5, 6.5, 7.5)]
+    assert factors == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
+    constant = train.parse_options(["--schedule", "constant", "--epochs", "8"])
+    assert {train.rate_factor(constant, value) for value in (0.1, 1.0, 8.0)} == {1.0}
 
 
-def test_a_frozen_backbone_is_computed_once_when_nothing_is_augmented(demo, tmp_path):
-    options = ["--data", str(demo), "--out", str(tmp_path), "--train-layers", "head", *SMALL]
-    run = train.prepare(train.parse_options([*options, "--augment", "flip"]))
-    train.choose_layers(run)
-    assert not run.features
-    run = train.prepare(train.parse_options([*options, "--augment", "none", "--unfreeze", "layer4"]))
-    train.choose_layers(run)
-    assert run.model is run.classifier.network.fc and set(run.features) == {"train", "val"}
-    with torch.inference_mode():
-        torch.testing.assert_close(run.model(run.features["val"]), train.compute_split(run, "val"))
-    run.epoch = 2
-    train.choose_layers(run)
-    assert run.model is run.classifier.network and not run.features
-    assert run.classifier.network.layer4[0].conv1.weight.requires_grad
+# B10
+@pytest.mark.parametrize("epochs", ["1", "2", "3"])
+def test_the_first_steps_of_multistep_have_the_whole_rate(epochs):
+    options = train.parse_options(["--schedule", "multistep", "--epochs", epochs])
+    assert train.rate_factor(options, 0.01) == 1.0
+    assert train.rate_factor(options, 0.4) == 1.0
 
 
-def test_a_wrong_layer_is_named_with_the_right_ones():
-    network = inference.build_model("resnet18", "linear", 2)
-    with pytest.raises(InputError, match=r"no layer layer5; it has all, head, conv1, .*layer4"):
-        train.select_parameters(network, "resnet18", "layer5,head")
+# B10
+@pytest.mark.parametrize("preset", [[], ["--preset", "coco"]])
+def test_multistep_of_one_epoch_begins_at_the_rate_asked_for(few_images, tmp_path, preset):
+    with watched_rates() as rates:
+        run("--data", few_images, "--out", tmp_path / "out", *preset, "--schedule", "multistep", "--epochs", 1,
+            "--lr", 1e-3, "-b", 4)
+    head = [pair[1] for pair in rates]
+    assert head[0] == pytest.approx(1e-3)
+    assert head == sorted(head, reverse=True)
 
 
-def test_early_stopping_counts_checks_without_improvement():
-    stopping = train.EarlyStopping(higher_is_better=True, patience=2, min_delta=0.1)
-    assert [stopping.improved(score, i) for i, score in enumerate((0.5, 0.55, 0.7, 0.6, 0.78), 1)] == [
-        True, False, True, False, False,
+# B2
+def test_batches_without_a_known_label_do_not_shift_the_schedule(make_data, tmp_path):
+    names = [f"{i:02}.png" for i in range(40)]
+    labels = ["NA NA"] * 40
+    labels[::10] = ["1 0"] * 4
+    labels[5::10] = ["0 1"] * 4
+    rows = [f"{name} {cells}\n" for name, cells in zip(names, labels)]
+    data = make_data("".join(["image red tall\n", *rows]), names)
+    with watched_rates() as rates:
+        run("--data", data, "--out", tmp_path / "out", "-b", 2, "--epochs", 3, "--split", 0.5, 0.25, 0.25,
+            "--schedule", "multistep", "--milestones", 1, "--lr-decay", 0.1, "--lr", 1e-3)
+    steps = [int(row["steps"]) for row in read_rows(tmp_path / "out" / "history.csv")]
+    assert all(0 < count < 10 for count in steps)  # of ten batches those with a known label
+    head = [pair[1] for pair in rates]
+    assert head == pytest.approx([1e-3] * steps[0] + [1e-4] * (steps[1] + steps[2]))
+
+
+# B3
+def test_the_best_epoch_follows_from_the_history_and_the_monitor():
+    history = [
+        {"epoch": 1, "train_loss": 0.9, "val_loss": 0.50, "val_map": 0.2, "val_f1_weighted": 0.3},
+        {"epoch": 2, "train_loss": 0.8, "val_loss": 0.70, "val_map": 0.6, "val_f1_weighted": 0.3},
+        {"epoch": 3, "train_loss": 0.7},
+        {"epoch": 4, "train_loss": 0.6, "val_loss": 0.45, "val_map": 0.4, "val_f1_weighted": 0.31},
     ]
-    assert stopping.stop and stopping.best == 0.7 and stopping.best_epoch == 3
-    stopping = train.EarlyStopping(higher_is_better=False, patience=1)
-    assert stopping.improved(math.nan, 1) and stopping.improved(3.0, 2) and not stopping.improved(math.nan, 3)
-    assert stopping.stop and not train.EarlyStopping(True, 0, waited=99).stop
+    assert train.best_epoch([], "loss") == (0, 0)
+    assert train.best_epoch(history[:3], "loss") == (1, 1)
+    assert train.best_epoch(history, "loss") == (4, 0)
+    assert train.best_epoch(history, "loss", 0.1) == (1, 2)
+    assert train.best_epoch(history, "map") == (2, 1)
+    assert train.best_epoch(history, "f1") == (4, 0)
+    assert train.best_epoch(history, "f1", 0.1) == (1, 2)
+    losses = [{"epoch": i, "val_loss": loss} for i, loss in enumerate((math.nan, 3.0, math.nan), 1)]
+    assert [train.best_epoch(losses[:i], "loss") for i in (1, 2, 3)] == [(1, 0), (2, 0), (2, 1)]
+
+
+@pytest.mark.parametrize("patience, epochs", [(2, 3), (0, 5)])
+def test_a_run_stops_when_patience_is_at_its_end(few_images, tmp_path, patience, epochs):
+    report = run("--data", few_images, "--out", tmp_path / "out", "--train-layers", "head", "--lr", 0, "--wd", 0,
+                 "--patience", patience, "--epochs", 5)
+    assert len(read_rows(tmp_path / "out" / "history.csv")) == epochs
+    assert report["epoch"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runs
+# Layers
 
 
-def run(*arguments):
-    return train.main([*map(str, arguments), *SMALL])
+def test_frozen_layers_stay_as_they_are_batchnorm_statistics_too(demo, trained, tmp_path):
+    source = trained[0] / "model.pth"
+    run("--data", demo, "--out", tmp_path, "--weights", source, "--train-layers", "layer4,head", "--epochs", 1)
+    assert changed_layers(tensors(source), tensors(tmp_path / "last.pth")) == {"layer4", "fc"}
+
+
+# B9
+def test_a_layer_with_as_many_tensors_as_the_head_is_trained_alone(demo, trained, tmp_path):
+    source = trained[0] / "model.pth"
+    run("--data", demo, "--out", tmp_path, "--weights", source, "--epochs", 1, "--train-layers", "bn1",
+        "--augment", "none")
+    after = tensors(tmp_path / "last.pth")
+    assert changed_layers(tensors(source), after) == {"bn1"}
+    assert not torch.equal(after["bn1.weight"], tensors(source)["bn1.weight"])
+
+
+# B26
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "efficientnet_b0"])
+def test_the_dropout_of_a_frozen_backbone_is_off_and_that_of_the_trained_head_is_on(few_images, tmp_path, backbone):
+    active = set()
+
+    def before_forward(module, _):
+        if module.training and isinstance(getattr(module, "p", None), float):
+            active.add((type(module).__name__, module.p))
+
+    hook = register_module_forward_pre_hook(before_forward)
+    try:
+        run("--data", few_images, "--out", tmp_path / "out", "--backbone", backbone, "--head", "mlp",
+            "--dropout", 0.37, 0.41, "--train-layers", "head", "--augment", "flip", "--epochs", 1)
+    finally:
+        hook.remove()
+    assert active == {("Dropout", 0.37), ("Dropout", 0.41)}
+
+
+LAYERS = {"resnet18": ["conv1", "layer3", "layer4"], "resnet50": ["layer3", "layer4"],
+          "densenet121": ["features.denseblock4"], "mobilenet_v2": ["features.18"],
+          "efficientnet_b0": ["features.8"], "vgg16": ["features.28"]}
+
+
+@pytest.mark.parametrize("backbone", inference.BACKBONES)
+@pytest.mark.parametrize("option", ["--train-layers", "--unfreeze"])
+def test_a_wrong_layer_is_named_with_those_that_users_of_the_backbone_expect(few_images, tmp_path, backbone, option):
+    options = ["--data", str(few_images), "--out", str(tmp_path / "out"), "--backbone", backbone, *SMALL]
+    with torch.device("meta"), pytest.raises(InputError, match="has no layer layer9; it has all, head, ") as error:
+        train.main([*options, option, "head,layer9"])
+    names = str(error.value).split(", ")
+    assert set(LAYERS[backbone]) <= set(names)
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run, and its files
+
+
+FILES = {"model.pth", "last.pth", "classes.json", "label_groups.json", "thresholds.json", "predictions.csv",
+         "train_metadata.csv", "val_metadata.csv", "test_metadata.csv", "loss_curve.png", "history.csv",
+         "metrics.json", "config.json", "pr_curves.png", "predictions.png"}
 
 
 def test_a_run_leaves_every_file_and_returns_its_report(trained):
     out, report = trained
-    assert {path.name for path in out.iterdir()} == {
-        "model.pth", "last.pth", "classes.json", "thresholds.json", "predictions.csv", "train_metadata.csv",
-        "val_metadata.csv", "test_metadata.csv", "loss_curve.png", "history.csv", "metrics.json", "config.json",
-        "pr_curves.png", "predictions.png",
-    }
-    written = json.loads((out / "metrics.json").read_text())
-    assert written["split"] == "test" and written["images"] == report["images"] == 12
-    assert {"loss", *metrics.HEADLINES} < written.keys() and written["f1_macro"] == report["f1_macro"]
-    classes = json.loads((out / "classes.json").read_text())
-    assert list(written["per_class"]) == classes["classes"] and set(classes["groups"]) == {"parts", "defects"}
-    assert set(json.loads((out / "thresholds.json").read_text())) == set(classes["classes"])
-    history = list(csv.DictReader((out / "history.csv").open()))
-    assert [row["epoch"] for row in history] == ["1", "2"] and float(history[0]["images_per_second"]) > 0
-    predictions = list(csv.DictReader((out / "predictions.csv").open()))
-    assert list(predictions[0]) == [
+    assert {path.name for path in out.iterdir()} == FILES
+    written = read_json(out / "metrics.json")
+    assert written["split"] == "test"
+    assert written["images"] == report["images"] == len(read_rows(out / "test_metadata.csv"))
+    assert {"loss", *metrics.HEADLINES} < written.keys()
+    assert written["f1_macro"] == report["f1_macro"]
+    history = read_rows(out / "history.csv")
+    assert [row["epoch"] for row in history] == ["1", "2"]
+    assert float(history[0]["images_per_second"]) > 0
+    assert Image.open(out / "loss_curve.png").size == (900, 840)
+    for name in ("pr_curves.png", "predictions.png"):
+        assert min(Image.open(out / name).size) > 100
+    assert read_json(out / "config.json")["epochs"] == 2
+
+
+# D4
+def test_predictions_are_labels_and_pairs_of_label_and_confidence(trained):
+    out, _ = trained
+    rows = read_rows(out / "predictions.csv")
+    assert list(rows[0]) == [
         "ID", "parts", "defects", "parts_confidence", "defects_confidence", "avg_part_confidence",
         "avg_defect_confidence", "overall_avg_confidence",
     ]
-    assert len(predictions) == 12
-    assert Image.open(out / "loss_curve.png").size == (900, 840)
-    assert torch.load(out / "model.pth", weights_only=True)["classes"] == classes["classes"]
+    thresholds = read_json(out / "thresholds.json")
+    assert [row["ID"] for row in rows] == [row["ID"] for row in read_rows(out / "test_metadata.csv")]
+    for row in rows:
+        everything = []
+        for group, mean in (("parts", "avg_part_confidence"), ("defects", "avg_defect_confidence")):
+            pairs = [pair.rpartition(":") for pair in row[f"{group}_confidence"].split(";") if pair]
+            confidences = [float(confidence) for _, _, confidence in pairs]
+            assert ";".join(label for label, _, _ in pairs) == row[group]
+            assert confidences == sorted(confidences, reverse=True)
+            assert all(float(confidence) >= thresholds[label] - 1e-4 for label, _, confidence in pairs)
+            assert row[mean] == "" if not pairs else float(row[mean]) == pytest.approx(np.mean(confidences), abs=1e-4)
+            everything += confidences
+        if everything:
+            assert float(row["overall_avg_confidence"]) == pytest.approx(np.mean(everything), abs=1e-4)
+
+
+# D5
+def test_classes_are_a_list_and_groups_what_label_groups_reads(trained, demo, tmp_path):
+    out, report = trained
+    classes = read_json(out / "classes.json")
+    assert classes == dataset.read_labels(demo).classes
+    assert list(report["per_class"]) == list(read_json(out / "thresholds.json")) == classes
+    assert inference.read_checkpoint(out / "model.pth")["classes"] == classes
+    groups = read_json(out / "label_groups.json")
+    assert list(groups) == ["parts", "defects"]
+    (tmp_path / "images").symlink_to(demo / "images")
+    shutil.copy(demo / "labels.txt", tmp_path)
+    again = dataset.read_labels(tmp_path, label_groups=out / "label_groups.json")
+    assert (again.classes, again.groups) == (classes, groups)
+
+
+# D5
+def test_without_groups_there_is_no_file_of_groups(few_images, tmp_path):
+    run("--data", few_images, "--out", tmp_path / "out", "--epochs", 1)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"label_groups.json"}
+    rows = read_rows(tmp_path / "out" / "predictions.csv")
+    assert list(rows[0]) == ["ID", "labels", "labels_confidence", "avg_confidence"]
+
+
+# D7
+def test_the_report_has_the_scores_of_the_best_epoch_on_val(trained):
+    out, report = trained
+    best = read_rows(out / "history.csv")[report["epoch"] - 1]
+    written = read_json(out / "metrics.json")
+    for name in ("loss", *metrics.HEADLINES):
+        assert written[f"val_{name}"] == pytest.approx(float(best[f"val_{name}"]), nan_ok=True), name
+    text = metrics.main([str(out), "--sort", "val_loss", "--ascending"])
+    assert "val_loss" in text and f"{written['val_loss']:.3f}" in text
 
 
 def test_metadata_files_are_label_files_of_disjoint_splits(trained, demo):
     out, _ = trained
-    whole, seen = dataset.read_labels(demo), []
+    whole = dataset.read_labels(demo)
+    seen = []
     for split in ("train", "val", "test"):
         table = dataset.read_labels(demo, labels=out / f"{split}_metadata.csv")
         rows = [whole.ids.index(name) for name in table.ids]
@@ -148,45 +367,193 @@ def test_metadata_files_are_label_files_of_disjoint_splits(trained, demo):
     assert sorted(seen) == list(range(80))
 
 
+def test_the_folder_of_a_run_is_data_that_is_already_divided(trained, demo, tmp_path):
+    out, report = trained
+    again = run("--data", out, "--images", demo / "images", "--out", tmp_path, "--epochs", 2)
+    assert (again["split"], again["images"]) == (report["split"], report["images"])
+    for split in ("train", "val", "test"):
+        assert read_rows(tmp_path / f"{split}_metadata.csv") == read_rows(out / f"{split}_metadata.csv")
+
+
 def test_reported_scores_are_those_of_the_saved_model(trained, demo):
     out, report = trained
     table = dataset.read_labels(demo, labels=out / "test_metadata.csv")
     again = inference.evaluate(inference.load_model(out / "model.pth", "cpu", "fp32"), table)
-    assert again["per_class"] == report["per_class"] and again["f1_samples"] == report["f1_samples"]
+    assert again["per_class"] == report["per_class"]
+    assert again["f1_samples"] == report["f1_samples"]
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_gives_others(demo, trained, tmp_path):
     again = run("--data", demo, "--out", tmp_path / "a", "--epochs", 2)
     other = run("--data", demo, "--out", tmp_path / "b", "--epochs", 2, "--seed", 1)
-    assert again == trained[1] and other["loss"] != again["loss"]
+    assert again == trained[1]
+    assert other["loss"] != again["loss"]
 
 
 def test_no_test_split_reports_on_val(demo, tmp_path):
     report = run("--data", demo, "--out", tmp_path, "--epochs", 1, "--split", 0.8, 0.2, 0)
-    assert report["split"] == "val" and report["images"] == 16
+    assert report["split"] == "val"
+    assert report["images"] == len(read_rows(tmp_path / "val_metadata.csv")) > 10
+    assert read_rows(tmp_path / "test_metadata.csv") == []
 
 
 def test_freezing_unfreezing_and_rates(demo, tmp_path):
     run("--data", demo, "--out", tmp_path, "--epochs", 3, "--train-layers", "head", "--unfreeze", "layer4",
         "--unfreeze-epoch", 2, "--lr-backbone", 1e-4, "--schedule", "multistep", "--milestones", 2, "--val-every", 2,
         "--wd", 0, "--monitor", "loss", "--lr", 1e-3)
-    history = list(csv.DictReader((tmp_path / "history.csv").open()))
+    history = read_rows(tmp_path / "history.csv")
     assert [float(row["lr"]) for row in history] == pytest.approx([1e-3, 1e-3, 1e-4])
     assert [float(row["lr_backbone"]) for row in history] == pytest.approx([1e-4, 1e-4, 1e-5])
     assert [bool(row["val_loss"]) for row in history] == [False, True, True]
 
 
-def test_weights_from_a_file_are_loaded_where_they_fit(trained, demo, tmp_path, capsys):
+# D15
+def test_metrics_on_train_come_in_the_epochs_asked_for(demo, tmp_path):
+    run("--data", demo, "--out", tmp_path, "--epochs", 4, "--val-every", 3, "--train-metrics-every", 2)
+    history = read_rows(tmp_path / "history.csv")
+    assert [bool(row["val_map"]) for row in history] == [False, False, True, True]
+    for name in ("train_f1_macro", "train_f1_weighted", "train_map"):
+        assert [bool(row[name]) for row in history] == [False, True, False, True]
+
+
+# B13
+def test_json_predictions_of_images_of_one_name_in_two_folders_are_kept_apart(make_data, tmp_path):
+    names = [f"{folder}/{i:02}.png" for folder in ("x", "y") for i in range(12)]
+    rows = [f"{name} {i % 2} {i // 2 % 2}\n" for i, name in enumerate(names)]
+    data = make_data("".join(["image red tall\n", *rows]), names)
+    run("--data", data, "--out", tmp_path / "out", "--thresholds", "global", "--split", 0.4, 0.2, 0.4, "--epochs", 1)
+    ids = [row["ID"] for row in read_rows(tmp_path / "out" / "predictions.csv")]
+    assert len({Path(name).stem for name in ids}) < len(ids)
+    (written,) = (tmp_path / "out").glob("predictions*.json")
+    assert list(read_json(written)) == ids
+
+
+# B14
+def test_exported_splits_are_those_of_the_run_and_never_mixed_with_others(few_images, tmp_path):
+    folder = tmp_path / "export"
+    options = ["--data", few_images, "--export-splits", folder, "--epochs", 1]
+    run(*options, "--out", tmp_path / "first")
+    with pytest.raises(InputError, match="export"):
+        run(*options, "--out", tmp_path / "second", "--seed", 1)
+    for split in ("train", "val", "test"):
+        exported = sorted(path.name for path in (folder / "images" / split).iterdir())
+        assert exported == sorted(row["ID"] for row in read_rows(tmp_path / "first" / f"{split}_metadata.csv"))
+    assert not (tmp_path / "second" / "model.pth").exists()
+
+
+# B8, B17
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_automatic_cache_takes_half_of_the_free_memory_and_a_share_of_it_per_process(
+    few_images, tmp_path, monkeypatch, processes
+):
+    gib = 2**30
+    files = {
+        "/proc/meminfo": f"MemTotal: {64 * 2**20} kB\nMemFree: 1 kB\nMemAvailable: {48 * 2**20} kB\n",
+        "/sys/fs/cgroup/memory.max": f"{16 * gib}\n",
+        "/sys/fs/cgroup/memory.current": f"{15 * gib}\n",
+        "/sys/fs/cgroup/memory.stat": f"file {11 * gib}\ninactive_file {10 * gib}\nactive_file {gib}\n",
+    }
+    read_text = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, *rest: files.get(str(path)) or read_text(path, *rest))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    image_dataset = dataset.ImageDataset
+    budgets = []
+
+    def watched(table, size, cache_bytes=0):
+        budgets.append(cache_bytes)
+        return image_dataset(table, size, cache_bytes)
+
+    monkeypatch.setattr(dataset, "ImageDataset", watched)
+    run("--data", few_images, "--out", tmp_path / "out", "--epochs", 1, "--cache", "auto")
+    assert sum(budgets) == pytest.approx(11 * gib / 2 / processes)
+    files["/proc/meminfo"] = f"MemTotal: {64 * 2**20} kB\nMemFree: 1 kB\nMemAvailable: {8 * 2**20} kB\n"
+    for option, expected in (("auto", 8 * gib / 2 / processes), ("0.5", gib / 2), ("off", 0)):
+        budgets.clear()
+        run("--data", few_images, "--out", tmp_path / "out", "--epochs", 1, "--cache", option)
+        assert sum(budgets) == pytest.approx(expected)
+
+
+def test_tensorboard_is_optional(few_images, tmp_path, monkeypatch):
+    options = ["--data", few_images, "--out", tmp_path / "out", "--tensorboard", "--epochs", 2]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="pip install tensorboard"):
+        run(*options)
+    scalars = []
+
+    class Writer:
+        def __init__(self, folder):
+            assert Path(folder) == tmp_path / "out" / "tensorboard"
+
+        def add_scalar(self, name, value, step):
+            scalars.append((name, step, float(value)))
+
+        def flush(self):
+            pass
+
+        close = flush
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    run(*options)
+    losses = inference.read_checkpoint(tmp_path / "out" / "last.pth")["state"]["losses"]
+    assert [row[1:] for row in scalars if "iteration" in row[0]] == list(enumerate(losses, 1))
+    assert {row[1] for row in scalars if row[0] == "epoch/val_map"} == {1, 2}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Thresholds
+
+
+def predict_val(data, out):
+    """-> (targets, probabilities, thresholds) of the run's val split, computed anew from its files."""
+    classifier = inference.load_model(out / "model.pth", "cpu", "fp32")
+    table = dataset.read_labels(data, labels=out / "val_metadata.csv", images=data / "images")
+    probabilities, errors = inference.predict_all(classifier, table.paths, workers=0)
+    assert errors == {}
+    return table.targets, probabilities, np.array(classifier.thresholds, float)
+
+
+# B27
+@pytest.mark.parametrize("chosen", [[], ["--max-threshold", "1"], ["--thresholds", "grid"]])
+def test_no_threshold_lies_on_a_score_and_the_decisions_are_the_best(demo, tmp_path, chosen):
+    run("--data", demo, "--out", tmp_path, "--epochs", 2, "--lr", 1e-3, *chosen)
+    targets, probabilities, thresholds = predict_val(demo, tmp_path)
+    assert np.abs(probabilities - thresholds).min() > 1e-6
+    options = train.parse_options(chosen)
+    best = metrics.find_thresholds(targets, probabilities, options.thresholds, options.max_threshold)
+    np.testing.assert_array_equal(probabilities >= thresholds, probabilities >= best)
+    assert list(read_json(tmp_path / "thresholds.json").values()) == pytest.approx(thresholds.tolist())
+
+
+def test_a_number_is_the_threshold_of_all_classes(demo, tmp_path):
+    report = run("--data", demo, "--out", tmp_path, "--epochs", 1, "--thresholds", 0.9)
+    assert set(read_json(tmp_path / "thresholds.json").values()) == {0.9}
+    assert {row["threshold"] for row in report["per_class"].values()} == {0.9}
+
+
+# D2
+@pytest.mark.parametrize("preset", ["two-stage", "assignment", "resnet50", "coco"])
+def test_presets_whose_reference_has_no_highest_threshold_have_none(preset):
+    assert train.parse_options(["--preset", preset]).max_threshold is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def test_weights_from_a_file_are_loaded_where_they_fit(trained, tmp_path):
     out, _ = trained
     network = inference.build_model("resnet18", "linear", 3)
     taken, skipped, _ = inference.load_weights(network, out / "model.pth", "resnet18")
-    saved = inference.read_checkpoint(out / "model.pth")["network"]
-    assert len(taken) == 120 and set(skipped) == {"fc.weight", "fc.bias"}
-    assert "another shape" in skipped["fc.bias"] and torch.equal(network.conv1.weight, saved["conv1.weight"])
+    saved = tensors(out / "model.pth")
+    assert set(taken) == saved.keys() - {"fc.weight", "fc.bias"}
+    assert set(skipped) == {"fc.weight", "fc.bias"}
+    assert "another shape" in skipped["fc.bias"]
+    assert torch.equal(network.conv1.weight, saved["conv1.weight"])
     wrapped = {"state_dict": {"module.conv1.weight": saved["conv1.weight"], "other": torch.ones(1)}}
     torch.save(wrapped, tmp_path / "w.pth")
     taken, skipped, _ = inference.load_weights(network, tmp_path / "w.pth", "resnet18")
-    assert taken == ["conv1.weight"] and skipped["other"] == "not in this network"
+    assert taken == ["conv1.weight"]
+    assert skipped["other"] == "not in this network"
     torch.save({"x": torch.ones(1)}, tmp_path / "w.pth")
     with pytest.raises(InputError, match="no tensor that fits resnet18"):
         inference.load_weights(network, tmp_path / "w.pth", "resnet18")
@@ -200,7 +567,45 @@ def test_imagenet_weights_that_cannot_be_had(demo, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.__class__, "get_state_dict", no_network)
     with pytest.raises(InputError, match=r"resnet18 could not be downloaded .*--weights PATH .*--weights none"):
-        train.main(["--data", str(demo), "--out", str(tmp_path), "-q"])
+        train.main(["--data", str(demo), "--out", str(tmp_path / "out"), "-q"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_imagenet_weights_are_the_default(demo, tmp_path, imagenet_weights, capsys):
+    options = [option for option in LOUD if option not in ("--weights", "none")]
+    train.main(["--data", str(demo), "--out", str(tmp_path / "out"), "--epochs", "1", "--train-layers", "head",
+                *options])
+    after = tensors(tmp_path / "out" / "last.pth")
+    for name, tensor in imagenet_weights.items():
+        if not name.startswith("fc."):
+            assert torch.equal(after[name], tensor), name
+    out = capsys.readouterr().out
+    assert "taken from imagenet" in out
+    assert "not taken, another shape than (6,): fc" in out
+
+
+@pytest.mark.parametrize("head", inference.HEADS)
+def test_a_head_for_other_classes_takes_the_rows_of_the_names_both_know(head, tmp_path):
+    old = ["a", "b", "c"]
+    new = ["c", "d", "a", "e"]
+    torch.manual_seed(0)
+    source = inference.build_model("resnet18", head, 3)
+    classifier = inference.Classifier(source, "resnet18", head, inference.HEADS[head], old, {}, [0.5] * 3, 32)
+    inference.save_model(classifier, tmp_path / "model.pth")
+    network = inference.build_model("resnet18", head, 4)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    _, skipped, common = inference.load_weights(network, tmp_path / "model.pth", "resnet18", new)
+    assert set(skipped) == {f"head row of {name}" for name in "deb"}
+    assert common == ["c", "a"]
+    names = {"linear": ["fc.weight", "fc.bias"], "mlp": ["fc.5.weight", "fc.5.bias"],
+             "bn": ["fc.0.weight", "fc.1.weight", "fc.1.running_var"]}[head]
+    for name in names:
+        was = source.state_dict()[name]
+        now = network.state_dict()[name]
+        assert torch.equal(now[0], was[2])
+        assert torch.equal(now[2], was[0])
+        assert torch.equal(now[1], before[name][1])
+    assert torch.equal(network.state_dict()["conv1.weight"], source.state_dict()["conv1.weight"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +615,7 @@ TABLE = """
 inspection: backbone=resnet18 head=linear train_layers=all lr=0.001 wd=0 batch_size=16 epochs=10 patience=3
     monitor=loss pos_weight=sqrt pos_weight_clip=[1,20] augment=flip,rotation thresholds=pr_curve max_threshold=0.8
 two-stage: backbone=resnet18 head=mlp dropout=[0.5,0.3] train_layers=head unfreeze=layer4 unfreeze_epoch=3 lr=0.002
-    lr_backbone=0.0001 batch_size=16 epochs=50 patience=5 monitor=loss pos_weight=linear
+    unfreeze_lr=0.0001 batch_size=16 epochs=50 patience=5 monitor=loss pos_weight=linear
     augment=crop,flip,jitter,perspective,erasing thresholds=0.5
 assignment: backbone=resnet18 head=linear train_layers=all lr=0.001 wd=0 pos_weight=linear augment=none thresholds=0.5
     plot_title=Aimonk_multilabel_problem
@@ -231,151 +636,421 @@ def test_presets_have_the_published_values_and_explicit_options_win():
         for pair in values.split():
             name, _, expected = pair.partition("=")
             actual = getattr(options, name)
-            number = isinstance(actual, float)
-            assert (actual == float(expected)) if number else str(actual).replace(" ", "") == expected, (preset, name)
+            if isinstance(actual, float):
+                assert actual == float(expected), (preset, name)
+            else:
+                assert str(actual).replace(" ", "") == expected, (preset, name)
     options = train.parse_options(["--preset", "two-stage", "--epochs", "7", "--demo", "--size", "64"])
     assert (options.epochs, options.size, options.weights, options.head) == (7, 64, "none", "mlp")
 
 
-def test_inspection(tmp_path):
-    dataset.write_demo(tmp_path / "data", count=60, style="lists")
-    run("--preset", "inspection", "--data", tmp_path / "data", "--out", tmp_path / "out", "--epochs", 1,
-        "--export-splits", tmp_path / "export")
-    exported = [sorted((tmp_path / "export" / "images" / split).iterdir()) for split in ("train", "val", "test")]
-    assert [len(files) for files in exported] == [42, 9, 9]
-    test = dataset.read_labels(tmp_path / "data", labels=tmp_path / "out" / "test_metadata.csv")
-    assert [path.stem for path in exported[2]] == sorted(test.ids)
-    assert (tmp_path / "out" / "predictions.csv").read_text().startswith("ID,parts,defects,parts_confidence")
+@pytest.fixture(scope="module")
+def reference_data(demo, tmp_path_factory):
+    """The demo data in the form of each reference: {preset: folder}."""
+    table = dataset.read_labels(demo)
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("inspection", "txt", "coco")}
+    components, defects = table.groups.values()
+    for name in ("inspection", "txt"):
+        (folders[name] / "images").symlink_to(demo / "images")
+    lists = ["ID,components,defects"]
+    lines = []
+    (folders["coco"] / "labels" / "train").mkdir(parents=True)
+    (folders["coco"] / "images").mkdir()
+    (folders["coco"] / "images" / "train-resized").symlink_to(demo / "images")
+    words = {1.0: "1", 0.0: "0"}
+    for name, row in zip(table.ids, table.targets.tolist()):
+        stem = Path(name).stem
+        there = [label for label, value in zip(table.classes, row) if value == 1]
+        parts = ";".join(label for label in there if label in components)
+        faults = ";".join(label for label in there if label in defects)
+        lists.append(f"{stem},{parts or 'component'},{faults or 'defect'}")
+        lines.append(" ".join([name, *(words.get(value, "NA") for value in row)]))
+        indices = [str(c) for c, value in enumerate(row) if value == 1]
+        (folders["coco"] / "labels" / "train" / f"{stem}.cls").write_text("\n".join(indices))
+    (folders["inspection"] / "image_data.csv").write_text("\n".join(lists))
+    (folders["txt"] / "labels.txt").write_text("\n".join(lines))
+    return folders
 
 
-def test_coco(tmp_path):
-    dataset.write_demo(tmp_path / "data", count=60, style="cls")
-    arguments = ["--preset", "coco", "--data", tmp_path / "data", "--registry", tmp_path / "registry", "--epochs", 3]
+def test_inspection(reference_data, tmp_path):
     out = tmp_path / "out"
-    report = run(*arguments, "--out", out, "--val-every", 2, "--train-metrics-every", 3, "--backbone", "mobilenet_v2")
-    history = list(csv.DictReader((out / "history.csv").open()))
-    assert [bool(row["val_map"]) for row in history] == [False, True, True]
-    assert [bool(row["train_map"]) for row in history] == [False, False, True]
-    content = inference.read_checkpoint(out / "model.pth")
-    assert len(set(content["thresholds"])) == 1
-    (predictions,) = out.glob("predictions_mobilenet_v2_f1-*_epoch-*_b-16_lr-0.001_t-*.json")
-    assert f"f1-{report['f1_weighted']:.4f}_" in predictions.name and len(json.loads(predictions.read_text())) == 9
-    (kept,) = (tmp_path / "registry").iterdir()
-    assert kept.name.startswith("mobilenet_v2-bn-") and "mobilenet_v2" in metrics.main([str(kept)])
-    for better, expected in ((0.0, report["f1_weighted"]), (2.0, 2.0)):
-        scores = json.loads((kept / "metrics.json").read_text())
-        (kept / "metrics.json").write_text(json.dumps(scores | {"f1_weighted": better}))
-        run(*arguments, "--out", out, "--val-every", 2, "--train-metrics-every", 3, "--backbone", "mobilenet_v2")
-        assert json.loads((kept / "metrics.json").read_text())["f1_weighted"] == expected
+    report = run("--preset", "inspection", "--data", reference_data["inspection"], "--out", out, "--epochs", 1,
+                 "--export-splits", tmp_path / "export")
+    assert sorted(report["per_class"]) == ["bolt", "bracket", "crack", "hole", "ring", "rust"]
+    assert list(read_rows(out / "predictions.csv")[0]) == [
+        "ID", "components", "defects", "components_confidence", "defects_confidence", "avg_component_confidence",
+        "avg_defect_confidence", "overall_avg_confidence",
+    ]
+    assert list(read_json(out / "label_groups.json")) == ["components", "defects"]
+    assert all(threshold <= 0.8 for threshold in read_json(out / "thresholds.json").values())
+    for split in ("train", "val", "test"):
+        exported = sorted(path.stem for path in (tmp_path / "export" / "images" / split).iterdir())
+        assert exported == sorted(row["ID"] for row in read_rows(out / f"{split}_metadata.csv"))
 
 
-def test_tensorboard_is_optional(demo, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(InputError, match="pip install tensorboard"):
-        run("--data", demo, "--out", tmp_path, "--tensorboard")
+# D9
+def test_two_stage_trains_the_head_and_from_epoch_3_layer4_with_one_rate(reference_data, trained, tmp_path, capsys):
+    source = trained[0] / "model.pth"
+    options = ["--preset", "two-stage", "--data", reference_data["txt"], "--out", tmp_path, "--weights", source]
+    run(*options, "--epochs", 2)
+    assert "layer4 is never trained: --unfreeze-epoch 3 is beyond --epochs 2" in capsys.readouterr().err
+    before = {name: tensor for name, tensor in tensors(source).items() if not name.startswith("fc.")}
+    after = tensors(tmp_path / "last.pth")
+    assert changed_layers(before, {name: after[name] for name in before}) == set()
+    assert [layer for layer in inference.read_checkpoint(tmp_path / "model.pth")["dropout"]] == [0.5, 0.3]
+    run(*options, "--epochs", 3, "--resume")
+    assert changed_layers(after, tensors(tmp_path / "last.pth")) == {"layer4", "fc"}
+    history = read_rows(tmp_path / "history.csv")
+    assert [float(row["lr"]) for row in history] == pytest.approx([2e-3, 2e-3, 1e-4])
+    assert float(history[2]["lr_backbone"]) == pytest.approx(1e-4)
+    assert set(read_json(tmp_path / "thresholds.json").values()) == {0.5}
 
 
-@pytest.mark.parametrize("head", inference.HEADS)
-def test_a_head_for_other_classes_takes_the_rows_of_the_names_both_know(head, tmp_path):
-    old, new = ["a", "b", "c"], ["c", "d", "a", "e"]
-    torch.manual_seed(0)
-    source = inference.build_model("resnet18", head, 3)
-    inference.save_model(inference.Classifier(source, "resnet18", head, inference.HEADS[head], old, {}, [0.5] * 3, 32),
-                         tmp_path / "model.pth")
-    network = inference.build_model("resnet18", head, 4)
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    _, skipped, common = inference.load_weights(network, tmp_path / "model.pth", "resnet18", new)
-    assert set(skipped) == {f"head row of {name}" for name in "deb"} and common == ["c", "a"]
-    names = {"linear": ["fc.weight", "fc.bias"], "mlp": ["fc.5.weight", "fc.5.bias"],
-             "bn": ["fc.0.weight", "fc.1.weight", "fc.1.running_var"]}[head]
-    for name in names:
-        was, now = source.state_dict()[name], network.state_dict()[name]
-        assert torch.equal(now[0], was[2]) and torch.equal(now[2], was[0]) and torch.equal(now[1], before[name][1])
-    assert torch.equal(network.state_dict()["conv1.weight"], source.state_dict()["conv1.weight"])
+# D10
+def test_assignment_has_the_loss_of_every_iteration_under_its_title(reference_data, tmp_path, monkeypatch):
+    titles = []
+
+    def draw(losses, history, marks=(), title=""):
+        titles.append((len(losses), title))
+        return Image.new("RGB", (3, 3))
+
+    monkeypatch.setattr(inference, "loss_curves", draw)
+    report = run("--preset", "assignment", "--data", reference_data["txt"], "--out", tmp_path, "--epochs", 1)
+    assert list(report["per_class"]) == [f"Attr{i}" for i in range(1, 7)]
+    steps = int(read_rows(tmp_path / "history.csv")[0]["steps"])
+    assert titles == [(steps, "Aimonk_multilabel_problem")]
+    titled = tmp_path / "Aimonk_multilabel_problem.png"
+    assert titled.read_bytes() == (tmp_path / "loss_curve.png").read_bytes()
 
 
-@pytest.mark.parametrize("backbone", inference.BACKBONES)
-def test_every_backbone_and_head_trains_saves_loads_and_predicts_the_same(backbone, demo, tmp_path):
-    torch.manual_seed(0)
-    start = inference.build_model(backbone, "linear", 6).state_dict()
+def test_resnet50_trains_two_layers_and_the_head(reference_data, tmp_path):
+    torch.manual_seed(7)
+    start = inference.build_model("resnet50", "linear", 3).state_dict()
     torch.save(start, tmp_path / "start.pth")
-    images = sorted((demo / "images").iterdir())[:4]
-    batch = torch.stack([dataset.ImageDataset(dataset.read_labels(demo), 32)[i][0] for i in range(4)])
-    for head in inference.HEADS:
-        network = inference.build_model(backbone, head, 6)
-        taken, *_ = inference.load_weights(network, tmp_path / "start.pth", backbone)
-        assert len(taken) >= len(start) - 2
-        train.train_mode(network)
-        optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
-        inference.forward(network, dataset.normalize(batch), torch.float32).sum().backward()
-        optimizer.step()
-        made = inference.Classifier(network.eval(), backbone, head, inference.HEADS[head], list("abcdef"), {},
-                                    [0.5] * 6, 32)
-        inference.save_model(made, tmp_path / "model.pth")
-        loaded = inference.load_model(tmp_path / "model.pth", "cpu", "fp32")
-        again, before = inference.predict(loaded, images), inference.predict(made, images)
-        np.testing.assert_allclose(again, before, rtol=0, atol=1e-6)
+    report = run("--preset", "resnet50", "--data", reference_data["txt"], "--out", tmp_path / "out", "--epochs", 1,
+                 "--weights", tmp_path / "start.pth")
+    assert math.isfinite(report["loss"])
+    after = tensors(tmp_path / "out" / "last.pth")
+    before = {name: tensor for name, tensor in start.items() if not name.startswith("fc.")}
+    assert changed_layers(before, {name: after[name] for name in before}) == {"layer3", "layer4"}
+    assert inference.load_model(tmp_path / "out" / "model.pth").dropout == [0.65, 0.4]
 
 
-LAYERS = {"resnet50": "layer3,layer4,head", "densenet121": "features.denseblock4,head",
-          "mobilenet_v2": "features.18,head", "efficientnet_b0": "features.8,head", "vgg16": "features.28,classifier"}
+# D3, D6
+def test_coco(reference_data, tmp_path):
+    registry = tmp_path / "registry"
+    out = tmp_path / "out"
+    arguments = ["--preset", "coco", "--data", reference_data["coco"], "--registry", registry, "--epochs", 2,
+                 "--out", out, "--val-every", 2]
+    report = run(*arguments)
+    assert len(report["per_class"]) == 80
+    assert [bool(row["val_map"]) for row in read_rows(out / "history.csv")] == [False, True]
+    thresholds = set(inference.read_checkpoint(out / "model.pth")["thresholds"])
+    assert len(thresholds) == 1
+    (predictions,) = out.glob("predictions_*.json")
+    assert predictions.name == (f"predictions_resnet18_f1-{report['val_f1_weighted']:.4f}_epoch-{report['epoch']}"
+                                f"_b-16_lr-0.001_t-{thresholds.pop():.4f}.json")
+    assert len(read_json(predictions)) == report["images"]
+    (kept,) = registry.iterdir()
+    assert "resnet18" in metrics.main([str(kept)])
+    scores = read_json(kept / "metrics.json")
+    for better in (0.0, 2.0):
+        (kept / "metrics.json").write_text(json.dumps(scores | {"f1_weighted": 2 - better, "val_f1_weighted": better}))
+        run(*arguments)
+        now = max(better, report["val_f1_weighted"])
+        assert read_json(kept / "metrics.json")["val_f1_weighted"] == now
 
 
-@pytest.mark.parametrize("backbone", LAYERS)
-def test_layers_have_the_names_that_users_of_the_backbone_expect(backbone):
-    with torch.device("meta"):
-        network = inference.build_model(backbone, "mlp", 6)
-    chosen = train.select_parameters(network, backbone, LAYERS[backbone])
-    assert any(name.startswith(inference.BACKBONES[backbone]) for name in chosen)
-    assert 4 <= len(chosen) < sum(1 for _ in network.parameters())
-    assert len(train.select_parameters(network, backbone, "head")) == 6
+# ---------------------------------------------------------------------------------------------------------------------
+# Registry
 
 
-def test_the_command_exits_with_2_and_one_line():
-    result = subprocess.run([sys.executable, ROOT / "train.py", "--data", "/nowhere"], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr == "error: /nowhere is not a folder: --data names the folder of labels and images\n"
+@pytest.fixture(scope="module")
+def registered(demo, tmp_path_factory):
+    """A registry that holds one run."""
+    out = tmp_path_factory.mktemp("run")
+    registry = tmp_path_factory.mktemp("registry")
+    run("--data", demo, "--out", out, "--epochs", 1, "--registry", registry)
+    return registry
+
+
+# D6
+def test_a_configuration_has_readable_tokens_and_a_folder_of_its_own(demo, registered, tmp_path):
+    registry = tmp_path / "registry"
+    shutil.copytree(registered, registry)
+    (first,) = registry.iterdir()
+    assert first.name.startswith("resnet18-linear_b-16_lr-0.0003_")
+    assert {path.name for path in first.iterdir()} == {"model.pth", "config.json", "metrics.json"}
+    options = ["--data", demo, "--registry", registry, "--epochs", 1]
+    run(*options, "--out", tmp_path / "another", "--seed", 3, "-j", 1)
+    assert list(registry.iterdir()) == [first]
+    run(*options, "--out", tmp_path / "another", "--lr", 0.01, "-b", 8, "--train-layers", "layer4,head")
+    run(*options, "--out", tmp_path / "another", "--augment", "none")
+    names = sorted(path.name for path in registry.iterdir())
+    assert len(names) == 3
+    (tokens,) = [name for name in names if "lr-0.01" in name]
+    assert tokens.startswith("resnet18-linear_b-8_lr-0.01_")
+    assert "layer4" in tokens
+
+
+# B22
+@pytest.mark.parametrize("content", [b"{", b"", b"[]", b'{"val_f1_weighted": "x"}', b"\xff"])
+def test_damaged_metrics_in_a_registry_do_not_lose_a_run(demo, registered, tmp_path, capsys, content):
+    registry = tmp_path / "registry"
+    shutil.copytree(registered, registry)
+    (damaged,) = registry.rglob("metrics.json")
+    damaged.write_bytes(content)
+    report = run("--data", demo, "--out", tmp_path / "out", "--epochs", 1, "--registry", registry)
+    assert report["epoch"] == read_json(tmp_path / "out" / "metrics.json")["epoch"] == 1
+    assert list(registry.rglob("metrics.json")) == [damaged]
+    assert read_json(damaged)["epoch"] == 1
+    assert "metrics.json" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Demo data
+
+
+# B11
+@pytest.mark.parametrize("name", ["labels.csv", "image_data.csv", "mine.txt", "photo.jpg"])
+def test_train_demo_leaves_the_users_own_folder_alone(tmp_path, monkeypatch, name):
+    def draw(*_):
+        raise AssertionError("drawn into the user's folder")
+
+    monkeypatch.setattr(dataset, "draw_demo_image", draw)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / name).write_text("mine")
+    with pytest.raises(InputError, match="data"):
+        run("--demo", "--data", data, "--out", tmp_path / "out", "--epochs", 1)
+    assert [path.name for path in data.rglob("*")] == [name]
+    assert (data / name).read_text() == "mine"
+    assert not (tmp_path / "out").exists()
+
+
+# B11
+def test_train_demo_takes_the_demo_folder_that_is_there(demo, tmp_path):
+    before = (demo / "labels.txt").read_bytes()
+    run("--demo", "--data", demo, "--out", tmp_path, "--epochs", 1)
+    assert (demo / "labels.txt").read_bytes() == before
+    assert len(read_rows(tmp_path / "train_metadata.csv")) > 50
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options and messages
+
+OPTIONS = [
+    (["--lr", "-1"], "--lr: -1: it must be a number from 0 up"),
+    (["--lr", "nan"], "--lr: nan: it must be a number from 0 up"),
+    (["--wd", "inf"], "--wd: inf: it must be a number"),
+    (["--dropout", "1.5"], "--dropout: 1.5: it must be a number from 0 up, below 1"),
+    (["--seed", "-1"], "--seed: -1: it must be a number from 0 up"),
+    (["--epochs", "0"], "--epochs: 0: it must be a number from 1 up"),
+    (["--epochs", "x"], "--epochs: invalid int value: 'x'"),
+    (["-b", "0"], "--batch-size: 0: it must be a number from 1 up"),
+    (["-j", "-1"], "--workers: -1: it must be a number from 0 up"),
+    (["--pos-weight-clip", "5", "2"], "--pos-weight-clip takes the lower bound first"),
+    (["--milestones", "0"], "--milestones: 0: it must be a number from 1 up"),
+    (["--split", "1", "0", "0"], "--split takes three ratios"),
+    (["--split", "nan", "1", "1"], "--split takes three ratios"),
+    (["--group", "pipe"], "--group pipe: "),
+    (["--weights", "/nowhere.pth"], "/nowhere.pth is not there"),
+    (["--data", "/nowhere"], "/nowhere is not a folder"),
+    (["--labels", "other.csv"], "other.csv"),
+    (["--thresholds", "best"], "best: use pr_curve"),
+    (["--thresholds", "-1"], "-1: use pr_curve"),  # Q8
+    (["--thresholds", "nan"], "nan: use pr_curve"),
+    (["--thresholds", "1.5"], "1.5: use pr_curve"),
+    (["--max-threshold", "nan"], "--max-threshold: nan: it must be a number from 0 up"),
+    (["--augment", "spin"], "--augment spin: 'spin' is not one of"),
+    (["--cache", "lots"], "lots: use auto"),
+    (["--cache", "-1"], "-1: use auto"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--backbone", "vgg99"], "argument --backbone: invalid choice: 'vgg99'"),
+    (["--train-layers", "layer9"], "resnet18 has no layer layer9"),
+    (["--dropout", "0.1", "0.2", "0.3"], "--dropout"),
+    (["--size", "1"], "--size: 1: it must be a number from 32 up"),  # Q16
+    (["--frobnicate"], "unrecognized arguments: --frobnicate (see --help)"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", OPTIONS, ids=[" ".join(arguments) for arguments, _ in OPTIONS])
+def test_options(demo, tmp_path, capsys, arguments, message):
+    code, out, errors = as_command(capsys, train.main, "--data", demo, "--out", tmp_path / "out", *SMALL, *arguments)
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert not (tmp_path / "out").exists()
+
+
+# Q8
+def test_layers_that_are_never_unfrozen_are_warned_about(few_images, tmp_path, capsys):
+    options = ["--data", few_images, "--out", tmp_path / "out", "--epochs", 1, "--train-layers", "head"]
+    run(*options, "--unfreeze", "layer4", "--unfreeze-epoch", 2)
+    assert "warning: layer4 is never trained" in capsys.readouterr().err
+    run(*options, "--unfreeze", "layer4", "--unfreeze-epoch", 1)
+    assert capsys.readouterr().err == ""
 
 
 def test_help_shows_every_default(capsys):
     with pytest.raises(SystemExit):
         train.parse_options(["--help"])
     text = capsys.readouterr().out
-    assert "(default: None)" not in text and "(default: 0)" in text
-    assert "(default: 224)" in text and "(default: resnet18)" in text and "imbalance:" in text
+    assert text.startswith("usage: train.py ")
+    assert "(default: None)" not in text
+    for default in ("0", "224", "resnet18", "0.7 0.15 0.15"):
+        assert f"(default: {default})" in " ".join(text.split())
+    assert "imbalance:" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is printed and drawn
+# Bad images
 
 
-class Terminal:
-    def __init__(self):
-        self.text = ""
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_names_each_bad_image_once(odd_folder, tmp_path, capsys, monkeypatch, workers):
+    folder, bad = odd_folder
+    batches = dataset.batches
 
+    def vanish(*arguments, **settings):
+        (folder / "images" / "vanished.jpg").unlink(missing_ok=True)
+        return batches(*arguments, **settings)
+
+    monkeypatch.setattr(dataset, "batches", vanish)
+    out = tmp_path / "out"
+    code, _, errors = as_command(capsys, train.main, "--data", folder, "--out", out, "--epochs", 2, *SMALL,
+                                 "--workers", workers)
+    assert code == 0
+    assert (out / "metrics.json").exists()
+    for name in [*bad, "vanished.jpg"]:
+        assert errors.count(f"{name}: ") == 1
+        assert f"warning: skipped {folder}/images/{name}" in errors
+    assert errors.count("warning: skipped") == len(bad) + 1
+
+
+@pytest.mark.parametrize("first, last", [(0, 16), (4, 20)])
+def test_more_than_half_bad_stops_the_run(make_data, tmp_path, capsys, first, last):
+    names = [f"{i}.jpg" for i in range(20)]
+    data = make_data("".join(f"{name} {i % 2}\n" for i, name in enumerate(names)), names)
+    for i in range(first, last):
+        (data / "images" / f"{i}.jpg").write_bytes(b"no image")
+    code, _, errors = as_command(capsys, train.main, "--data", data, "--out", tmp_path / "out", "--epochs", 1, *SMALL)
+    assert code == 2
+    assert "of the train split cannot be read, as" in errors
+    assert "--check lists them all" in errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed
+
+
+class Terminal(io.StringIO):
     def isatty(self):
         return True
 
-    def write(self, text):
-        self.text += text
 
-    def flush(self):
-        pass
+# D11
+def test_the_configuration_is_printed_before_training(demo, tmp_path, capsys):
+    train.main(["--data", str(demo), "--out", str(tmp_path), "--epochs", "1", "-b", "20", "--lr", "0.0007",
+                "--train-layers", "layer4,head", *LOUD])
+    before, _, after = capsys.readouterr().out.partition("epoch 1/1")
+    for text in ("80 images", "56 train", "resnet18", "linear head", "32 px", "layer4,head", "1 epochs", "batch 20",
+                 "lr 0.0007", "cosine", "light", "pos_weight sqrt", "patience 10", "pr_curve", "batch_size=20",
+                 "device: cpu", "precision: fp32", "weights: none"):
+        assert text in before.replace("57 train", "56 train"), text
+    assert "epochs=1" in before and "seed=" not in before
+    assert "f1_macro" in after
+    assert f"inference.py {demo}/images/" in after
+    assert f"--model {tmp_path}/model.pth" in after
 
 
-def test_progress_updates_in_place_on_a_terminal_only(monkeypatch, capsys):
-    options = train.parse_options(["--epochs", "2"])
-    row = {"epoch": 1, "train_loss": 0.5, "seconds": 1.0, "images_per_second": 10.0}
+def test_progress_updates_in_place_on_a_terminal(few_images, tmp_path, monkeypatch):
     terminal = Terminal()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
-        progress = train.Progress(options, 3)
-        for step in (1, 2, 3):
-            progress(1, step, 3, torch.tensor(0.25), 5)
-        progress.end_epoch(row, True)
-    assert "\repoch" in terminal.text.replace("\033[K", "") and "batch 3/3  loss 0.2500" in terminal.text
-    assert "images/s" in terminal.text and "left" in terminal.text and terminal.text.count("\n") == 1
-    progress = train.Progress(options, 3)
-    progress(1, 1, 3, torch.tensor(0.25), 5)
-    progress.end_epoch(row, True)
-    assert capsys.readouterr().out == "epoch 1/2  loss 0.5000  10 images/s  1.0 s  best\n"
+        train.main(["--data", str(few_images), "--out", str(tmp_path / "out"), "--epochs", "2", "-b", "4", *LOUD])
+    _, _, text = terminal.getvalue().partition("\r")
+    lines = text.split("\r")
+    count = len(read_rows(tmp_path / "out" / "train_metadata.csv"))
+    assert f"image {count}/{count}  loss " in text
+    assert "images/s" in lines[0] and "left" in lines[0]
+    assert len([line for line in lines if line.startswith("epoch 1/2  loss ") and "val loss" in line]) == 1
+    for line, following in itertools.pairwise(lines):
+        assert "\n" in line or len(following.partition("\n")[0]) >= len(line)  # it covers the one before
+
+
+def test_elsewhere_progress_is_a_line_per_epoch(few_images, tmp_path, capsys):
+    train.main(["--data", str(few_images), "--out", str(tmp_path / "out"), "--epochs", "2", *LOUD])
+    text = capsys.readouterr().out
+    assert "\r" not in text
+    lines = [line for line in text.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 2
+    assert "val loss" in lines[0] and "images/s" in lines[0]
+    assert any(line.endswith("best") for line in lines)
+
+
+def test_quiet_prints_nothing(few_images, tmp_path, capsys):
+    run("--data", few_images, "--out", tmp_path / "out", "--epochs", 1)
+    assert capsys.readouterr() == ("", "")
+
+
+# Q10
+def test_a_closed_pipe_silences_the_run_and_does_not_end_it(few_images, tmp_path):
+    python = [sys.executable, ROOT / "train.py", "--data", few_images, "--out", tmp_path / "out", "--epochs", 1, *LOUD]
+    command = f"set -o pipefail; {' '.join(map(str, python))} | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    assert read_json(tmp_path / "out" / "metrics.json")["epoch"] == 1
+
+
+# Q10
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_class_names_that_the_terminal_lacks_are_escaped(make_data, tmp_path, monkeypatch, encoding):
+    names = [f"{i}.png" for i in range(12)]
+    rows = [f"{name} {i % 2} {i // 2 % 2}\n" for i, name in enumerate(names)]
+    data = make_data("".join(["image Größe 裂纹\n", *rows]), names)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", stream)
+        report = train.main(["--data", str(data), "--out", str(tmp_path / "out"), "--epochs", "1", *LOUD])
+    stream.flush()
+    text = stream.buffer.getvalue().decode(encoding)
+    assert r"\u88c2\u7eb9" in text
+    assert "f1_macro" in text
+    assert list(report["per_class"]) == read_json(tmp_path / "out" / "classes.json") == ["Größe", "裂纹"]
+
+
+# Q10
+@pytest.mark.parametrize("stream", [None, "closed"])
+def test_a_run_needs_no_output(few_images, tmp_path, monkeypatch, stream):
+    if stream:
+        stream = io.StringIO()
+        stream.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", stream)
+        report = train.main(["--data", str(few_images), "--out", str(tmp_path / "out"), "--epochs", "1", *LOUD])
+    assert report["epoch"] == 1
+
+
+# Q16
+def test_a_report_of_500_classes_is_short(make_data, tmp_path, capsys):
+    names = [f"{i}.png" for i in range(40)]
+    classes = [f"class_{c}" for c in range(500)]
+    rng = np.random.default_rng(0)
+    rows = [" ".join([name, *map(str, rng.integers(0, 2, 500))]) for name in names]
+    data = make_data("\n".join(["image " + " ".join(classes), *rows]), names)
+    report = train.main(["--data", str(data), "--out", str(tmp_path / "out"), "--epochs", "1", *LOUD])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 120
+    assert "metrics.json has all" in text
+    assert len(report["per_class"]) == len(read_json(tmp_path / "out" / "metrics.json")["per_class"]) == 500
+
+
+def test_the_command_exits_with_2_and_one_line():
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--data", "/nowhere"], capture_output=True, text=True,
+                          env=os.environ | {"COLUMNS": "80"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: /nowhere is not a folder: --data names the folder of labels and images\n"
