@@ -1492,6 +1492,7 @@ def find_bad_images(table, workers):
 
 DEMO_GROUPS = {"parts": ["bolt", "bracket", "ring"], "defects": ["rust", "crack", "hole"]}
 DEMO_SIZE = 128  # pixels; drawn at twice that
+DARK = (25, 25, 25)
 
 
 def write_demo(folder, seed=0, count=1000):
@@ -1534,7 +1535,7 @@ def draw_demo_image(labels, rng):
     pen = ImageDraw.Draw(image)
     for _ in range(rng.integers(3, 7)):  # clutter that is no label
         corners = rng.normal(0, rng.uniform(6, 30), (rng.integers(2, 6), 2))
-        _polygon(pen, *rng.integers(0, side, 2), corners, 0, _colour(rng, 10, 245))
+        _polygon(pen, *rng.integers(0, side, 2), corners, 0, _colour(rng, 10, 245), outline=None)
     places = rng.permutation([(x, y) for x in (50, 128, 206) for y in (50, 128, 206)]) + rng.integers(-20, 21, (9, 2))
     boxes = {}
     for label, (x, y) in zip(DEMO_DRAWERS, places):  # parts first, defects over them
@@ -1565,7 +1566,7 @@ def _to_image(values):
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
-def _polygon(pen, x, y, corners, angle, fill, line=0):
+def _polygon(pen, x, y, corners, angle, fill, outline=DARK, line=0):
     """Draw a polygon (or a line of that width) turned by `angle` around (x, y) -> its box."""
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     corners = np.asarray(corners, float) @ turn + (x, y)
@@ -1573,7 +1574,7 @@ def _polygon(pen, x, y, corners, angle, fill, line=0):
     if line:
         pen.line(points, fill=fill, width=line, joint="curve")
     else:
-        pen.polygon(points, fill=fill, outline=(30, 30, 30), width=2)
+        pen.polygon(points, fill=fill, outline=outline, width=2)
     return (*corners.min(axis=0), *corners.max(axis=0))
 
 
@@ -1587,24 +1588,33 @@ def _draw_bolt(pen, x, y, rng):
     """A hexagonal head with a slot."""
     radius = rng.uniform(26, 38)
     angle = rng.uniform(0, math.pi)
+    _polygon(pen, x + 5, y + 6, _star([radius] * 6), angle, DARK)  # a shadow
     box = _polygon(pen, x, y, _star([radius] * 6), angle, _colour(rng, 60, 230))
     _polygon(pen, x, y, _star([radius * 0.6] * 24), angle, _colour(rng, 60, 230))
-    _polygon(pen, x, y, [(-radius / 2, 0), (radius / 2, 0)], angle, (30, 30, 30), line=5)
+    _polygon(pen, x, y, [(-radius / 2, 0), (radius / 2, 0)], angle, DARK, line=6)
     return box
 
 
 def _draw_bracket(pen, x, y, rng):
     """An angle plate."""
-    corners = np.array([(-1, -1), (-0.3, -1), (-0.3, 0.3), (1, 0.3), (1, 1), (-1, 1)]) * rng.uniform(30, 42)
-    return _polygon(pen, x, y, corners, rng.uniform(0, 2 * math.pi), _colour(rng, 60, 230))
+    size = rng.uniform(30, 42)
+    angle = rng.uniform(0, 2 * math.pi)
+    corners = np.array([(-1, -1), (-0.3, -1), (-0.3, 0.3), (1, 0.3), (1, 1), (-1, 1)]) * size
+    _polygon(pen, x + 5, y + 6, corners, angle, DARK)
+    box = _polygon(pen, x, y, corners, angle, _colour(rng, 60, 230))
+    for hole in ((-0.65, -0.6), (0.6, 0.65)):
+        _polygon(pen, x, y, _star([size * 0.18] * 12) + np.array(hole) * size, angle, DARK)
+    return box
 
 
 def _draw_ring(pen, x, y, rng):
     """A washer: a disc that is open in the middle."""
     radius = rng.uniform(22, 36)
+    width = int(rng.integers(8, 13))
     box = (x - radius, y - radius, x + radius, y + radius)
-    pen.ellipse(box, outline=_colour(rng, 60, 230), width=int(rng.integers(8, 13)))
-    pen.ellipse(box, outline=(30, 30, 30), width=2)
+    pen.ellipse((box[0] + 5, box[1] + 6, box[2] + 5, box[3] + 6), outline=DARK, width=width)
+    pen.ellipse(box, outline=_colour(rng, 60, 230), width=width)
+    pen.ellipse(box, outline=DARK, width=2)
     return box
 
 

@@ -186,15 +186,15 @@ def known_rows(table):
     return rows
 
 
-ODD_PARTS = {7: "RGBA", 8: "PNG", 9: "grey", 10: "turned"}  # images of odd_demo that are not plain JPEG files
+ODD_PARTS = {7: "RGBA", 8: "PNG", 9: "grey", 10: "turned"}  # images of odd_demo that are no plain JPEG files
 
 
 @pytest.fixture(scope="session")
 def odd_demo(demo, tmp_path_factory):
     """The demo data as it comes in real life: {"table", "lists", "cls": its folder in that format}.
 
-    The label files name one image that is not there; a few images are PNG, RGBA, greyscale or turned by EXIF. Only the
-    table can say NA: a label that is unknown there is absent in the other two.
+    The label files name one image that is not there; a few images are PNG, RGBA, greyscale or turned by EXIF.
+    Only the table can say NA: a label that is unknown there is absent in the other two.
     """
     from PIL import Image
 

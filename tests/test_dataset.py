@@ -3,6 +3,7 @@
 import errno
 import gc
 import io
+import json
 import math
 import os
 import resource
@@ -15,12 +16,10 @@ import PIL.Image
 import PIL.ImageFile
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 import dataset
-from conftest import ODD_PARTS, draw_images, encoded, known_rows
+from conftest import ODD_PARTS, as_command, draw_images, encoded, known_rows
 from dataset import ImageError, InputError
 
 NAN = math.nan
@@ -30,15 +29,12 @@ TARGETS = [[1, NAN, 0], [0, 1, NAN], [NAN, NAN, 1]]
 
 def command(capsys, *arguments):
     """Run dataset.py as a command -> (exit code, stdout, stderr)."""
-    code = 0
-    try:
-        dataset.run_command(lambda: dataset.main([str(argument) for argument in arguments]))
-    except SystemExit as ended:
-        code = ended.code
-    return code, *capsys.readouterr()
+    return as_command(capsys, dataset.main, *arguments)
 
 
-def check_table(table, targets=TARGETS, classes=("Attr1", "Attr2", "Attr3"), ids=("a.jpg", "b.jpg", "c.jpg")):
+def check_table(
+    table, targets=TARGETS, classes=("Attr1", "Attr2", "Attr3"), ids=("a.jpg", "b.jpg", "c.jpg")
+):
     np.testing.assert_array_equal(table.targets, np.array(targets, np.float32))
     assert table.targets.dtype == np.float32
     assert table.classes == list(classes)
@@ -78,13 +74,14 @@ def test_quoted_cells_blank_lines_and_a_missing_last_line_end(make_data):
 def test_file_names_with_blanks_and_unicode(make_data):
     names = ["my photo.jpg", "Größe 2.jpg", "sub/c.jpg"]
     text = "my photo.jpg 1 0\nGröße 2.jpg 0 1\nsub/c.jpg NA 1\n"
-    check_table(dataset.read_labels(make_data(text, names)), [[1, 0], [0, 1], [NAN, 1]], ["Attr1", "Attr2"], names)
+    table = dataset.read_labels(make_data(text, names))
+    check_table(table, [[1, 0], [0, 1], [NAN, 1]], ["Attr1", "Attr2"], names)
 
 
 # Q12
 @pytest.mark.parametrize("name", [
-    "deep/a 1.jpg", "a 1.jpg", "deep/a 1", "a 1", "images/deep/a 1.jpg", "./deep/a 1.jpg", "deep\\a 1.jpg", "a 1.JPG",
-    ".\\images\\deep\\a 1.Jpg", "deep/../deep/a 1.jpg",
+    "deep/a 1.jpg", "a 1.jpg", "deep/a 1", "a 1", "images/deep/a 1.jpg", "./deep/a 1.jpg", "deep\\a 1.jpg",
+    "a 1.JPG", ".\\images\\deep\\a 1.Jpg", "deep/../deep/a 1.jpg",
 ])
 def test_an_image_is_found_however_it_is_named(make_data, name):
     data = make_data(f'image,A\n"{name}",1\nb,0\n', ("deep/a 1.jpg", "b.JPG", "other/c.jpg"), "labels.csv")
@@ -99,7 +96,9 @@ def test_paths_from_the_working_directory_and_absolute_ones_are_found(make_data,
     link = tmp_path / "link"
     link.symlink_to(data)
     monkeypatch.chdir(data.parent)
-    (data / "labels.txt").write_text(f"{data}/images/a.jpg 1\n{data.name}/images/b.jpg 0\n{link}/images/c.jpg 1\n")
+    (data / "labels.txt").write_text(
+        f"{data}/images/a.jpg 1\n{data.name}/images/b.jpg 0\n{link}/images/c.jpg 1\n"
+    )
     for folder in (data, link):
         table = dataset.read_labels(folder)
         assert [os.path.basename(path) for path in table.paths] == ["a.jpg", "b.jpg", "c.jpg"]
@@ -124,7 +123,7 @@ def test_missing_images_are_dropped_and_named(make_data):
 def test_rows_that_agree_are_united_and_rows_that_contradict_are_an_error(make_data):
     table = dataset.read_labels(make_data(TABLE + "images/a.jpg NA 1 0\n"))
     check_table(table, [[1, 1, 0], *TARGETS[1:]])
-    assert "1 rows" in table.warnings[0] and "united" in table.warnings[0]
+    assert any("1 rows" in line and "united" in line for line in table.warnings)
     with pytest.raises(InputError, match=r"labels.txt:4: a.jpg has another label for Attr3 than in line 1"):
         dataset.read_labels(make_data(TABLE + "a.jpg 1 1 1\n"))
 
@@ -145,7 +144,7 @@ def test_label_groups_order_and_select_the_classes(make_data):
     (folder / "label_groups.json").write_text('{"parts": ["bolt", "nut"], "defects": ["rust"]}')
     table = dataset.read_labels(folder)
     assert table.groups == {"parts": ["bolt"], "defects": ["rust"]} and table.classes == ["bolt", "rust"]
-    assert "colour (1 times)" in table.warnings[0]
+    assert any("dropped" in line and "colour (1 times)" in line for line in table.warnings)
     assert "label_groups.json" in told(table)
 
 
@@ -153,7 +152,7 @@ def test_a_group_column_names_the_object(make_data):
     folder = make_data("image,A,pipe\na.jpg,1,p1\nb.jpg,0,p2\nc.jpg,1,p1\n", name="labels.csv")
     table = dataset.read_labels(folder, group="pipe")
     assert table.objects == ["p1", "p2", "p1"] and table.classes == ["A"]
-    with pytest.raises(InputError, match="--group pump: .* no such column; it has A, pipe"):
+    with pytest.raises(InputError, match=r"--group pump: .* no such column; it has A, pipe"):
         dataset.read_labels(folder, group="pump")
 
 
@@ -165,11 +164,11 @@ def test_columns_can_be_named_and_ignored(make_data):
         dataset.read_labels(folder)
     table = dataset.read_labels(folder, ignore=["B"])
     assert known_rows(table) == {"a.jpg": [1], "b.jpg": [0], "c.jpg": [1]}
-    assert "second" in table.warnings[0]
+    assert any("left out" in line and "second" in line for line in table.warnings)
     table = dataset.read_labels(folder, image_column="second", ignore=["B", "first"])
     assert known_rows(table) == {"b.jpg": [1], "c.jpg": [0], "a.jpg": [1]}
     for how in ({"image_column": "third"}, {"ignore": ["third"]}):
-        with pytest.raises(InputError, match="third: .* no such column"):
+        with pytest.raises(InputError, match=r"third: .* no such column"):
             dataset.read_labels(folder, **how)
 
 
@@ -185,7 +184,7 @@ def test_no_label_file_or_several_is_an_error_that_lists_them(make_data, tmp_pat
         dataset.read_labels(folder)
     for labels in (folder / "two.csv", "two.csv"):
         assert len(dataset.read_labels(folder, labels=labels)) == 1
-    with pytest.raises(InputError, match="three.csv"):
+    with pytest.raises(InputError, match=r"three\.csv"):
         dataset.read_labels(folder, labels="three.csv")
     with pytest.raises(InputError, match="is not a folder"):
         dataset.read_labels(tmp_path / "nowhere")
@@ -224,41 +223,52 @@ def test_a_first_row_that_reads_as_labels_is_not_lost_in_silence(make_data, firs
         assert len(table) + len(table.missing) == 3 or " header" in told(table)
 
 
-LABELS = {  # file, content -> (classes, targets), or what the error says; the images a.jpg, b.jpg and c.jpg are there
+# file, content -> (classes, targets), or what the error says; the images a.jpg, b.jpg and c.jpg are there
+LABELS = {
     "empty": ("labels.txt", "", "labels.txt is empty: it needs a line per image"),
     "blank lines": ("labels.txt", "\n  \n", "labels.txt is empty"),
     "header only": ("labels.csv", "image,A,B\n", "labels.csv has a header and no rows"),
     "too few cells": ("labels.txt", "a.jpg 1 0\nb.jpg 1\n", "labels.txt:2: 2 cells, but there are 3"),
     "too many cells": ("labels.csv", "i,A\na.jpg,1\nb.jpg,1,0\n", "labels.csv:3: 3 cells, but there are 2"),
     "no label column": ("labels.txt", "a.jpg\nb.jpg\n", "labels.txt:1: no label column"),
-    "value 2": ("labels.txt", "a.jpg 1\nb.jpg 2\n", "labels.txt:2: '2' in the column Attr1 is not 0, 1 or NA"),
-    "letter O": ("labels.txt", "a.jpg 1 0\nb.jpg 1 O\n", "labels.txt:2: 'O' in the column Attr2 is not 0, 1 or NA"),
+    "value 2": ("labels.txt", "a.jpg 1\nb.jpg 2\n",
+                "labels.txt:2: '2' in the column Attr1 is not 0, 1 or NA"),
+    "letter O": ("labels.txt", "a.jpg 1 0\nb.jpg 1 O\n",
+                 "labels.txt:2: 'O' in the column Attr2 is not 0, 1 or NA"),
     "a remedy": ("labels.txt", "a.jpg 1 0\nb.jpg 1 O\n", "--ignore Attr2"),
     "value yes": ("labels.csv", "image,A\na.jpg,yes\nb.jpg,No\nc.jpg,n/a\n", (["A"], [[1], [0], [NAN]])),
-    "a row twice": ("labels.txt", "a.jpg 1 NA\na.jpg NA 0\nb.jpg 0 1\n", (["Attr1", "Attr2"], [[1, 0], [0, 1]])),
+    "a row twice": ("labels.txt", "a.jpg 1 NA\na.jpg NA 0\nb.jpg 0 1\n",
+                    (["Attr1", "Attr2"], [[1, 0], [0, 1]])),
     "contradiction": ("labels.txt", "a.jpg 1\nb.jpg 0\na.jpg 0\n",
                       "labels.txt:3: a.jpg has another label for Attr1 than in line 1"),
-    "class name twice": ("labels.csv", "image,A,B,A\na.jpg,1,0,1\n", "labels.csv:1: the column 'A' is there twice"),
+    "class name twice": ("labels.csv", "image,A,B,A\na.jpg,1,0,1\n",
+                         "labels.csv:1: the column 'A' is there twice"),
     "no positive, no negative, only NA": ("labels.txt", "a.jpg 0 1 NA\nb.jpg 0 1 ?\n",
                                           (["Attr1", "Attr2", "Attr3"], [[0, 1, NAN], [0, 1, NAN]])),
     "one image, one class": ("labels.txt", "a.jpg 1\n", (["Attr1"], [[1]])),
     "names with spaces": ("labels.csv", 'image,"deep, long crack",Größe\na.jpg,1,0\n',
                           (["deep, long crack", "Größe"], [[1, 0]])),
-    "absolute path": ("labels.txt", "a.jpg 0\n/etc/hostname 1\n", "labels.txt:2: /etc/hostname lies outside the image"),
-    "path that leaves": ("labels.txt", "../../a.jpg 1\na.jpg 0\n", "labels.txt:1: ../../a.jpg lies outside the image"),
-    "hidden way out": ("labels.txt", "x/../../a.jpg 1\na.jpg 0\n", "labels.txt:1: x/../../a.jpg lies outside the"),
-    "not UTF-8": ("labels.txt", b"a.jpg 1\n\xe4.jpg 0\n", "labels.txt:2: byte 0xe4 is not UTF-8: save it as UTF-8"),
+    "absolute path": ("labels.txt", "a.jpg 0\n/etc/hostname 1\n",
+                      "labels.txt:2: /etc/hostname lies outside the image"),
+    "path that leaves": ("labels.txt", "../../a.jpg 1\na.jpg 0\n",
+                         "labels.txt:1: ../../a.jpg lies outside the image"),
+    "hidden way out": ("labels.txt", "x/../../a.jpg 1\na.jpg 0\n",
+                       "labels.txt:1: x/../../a.jpg lies outside the"),
+    "not UTF-8": ("labels.txt", b"a.jpg 1\n\xe4.jpg 0\n",
+                  "labels.txt:2: byte 0xe4 is not UTF-8: save it as UTF-8"),
     "UTF-16": ("labels.txt", "a.jpg 1\n".encode("utf-16"), "labels.txt has zero bytes"),
     "a long line": ("labels.txt", b"a.jpg " + b"1 " * 2**20, "labels.txt has a line of over 1048576 bytes"),
     "open quote": ("labels.csv", 'image,A\na.jpg,"1\nb.jpg,0\n', "is a quote left open?"),
-    "no image there": ("labels.txt", "x.jpg 1\n", "the first one is x.jpg: name the image folder with --images"),
+    "no image there": ("labels.txt", "x.jpg 1\n",
+                       "the first one is x.jpg: name the image folder with --images"),
     "lists, a cell too many": ("image_data.csv", "ID,parts\na,Bolt\nb,Bolt,Nut\n",
                                "image_data.csv:3: 3 cells, but there are 2"),
-    "lists, a column twice": ("image_data.csv", "ID,parts,parts\na,Bolt,\n", "image_data.csv:1: the column 'parts' is"),
+    "lists, a column twice": ("image_data.csv", "ID,parts,parts\na,Bolt,\n",
+                              "image_data.csv:1: the column 'parts' is"),
     "lists, placeholders only": ("image_data.csv", "ID,parts\na,part\nb,parts\n",
                                  "image_data.csv names no labels in parts"),
     "lists, a name in two columns": ("image_data.csv", "ID,parts,defects\na,Bolt,Rust\nb,Rust,\n",
-                                     "Rust is in the columns parts and defects: rename it in one of them, or"),
+                                     "Rust is in the columns parts and defects: rename it in one of them"),
     "cls, index out of range": ("labels/a.cls", "0\n80\n", "a.cls:2: '80' is not a class index, 0 to 79"),
     "cls, no number": ("labels/a.cls", "cat\n", "a.cls:1: 'cat' is not a class index"),
 }
@@ -291,34 +301,36 @@ def test_a_line_of_a_gigabyte_is_refused_in_little_memory(make_data, capsys):
     assert time.perf_counter() - start < 5
 
 
-CELLS = ["a.jpg", "b", "sub/c", "../x", "1", "0", "NA", "", "?", "2", " ", ",", ";", "\t", "\n", "\r", '"', "ID",
-         "image", "parts", "Bolt", "Rust;Bolt", "\ufeff", "\0", "é", "-1", "1.0", "99999999999999999999", "split",
-         "train", "|", "0,5", "confidence", "['a']"]
-CONTENT = st.one_of(st.binary(max_size=200),
-                    st.lists(st.sampled_from(CELLS), max_size=60).map(lambda cells: "".join(cells).encode()))
+CELLS = ["a.jpg", "b", "sub/c", "../x", "1", "0", "NA", "", "?", "2", " ", ",", ";", "\t", "\n", "\r", '"',
+         "ID", "image", "parts", "Bolt", "Rust;Bolt", "\ufeff", "\0", "é", "-1", "1.0",
+         "99999999999999999999", "split", "train", "|", "0,5", "confidence", "['a']"]
+
+
+def check_file(folder, name, content):
+    """Read a folder with some content in its label file: it is a table, or one line says what is wrong."""
+    (folder / name).write_bytes(content)
+    try:
+        table = dataset.read_labels(folder)
+    except InputError as error:
+        assert "\n" not in str(error) and str(folder) in str(error)
+    else:
+        assert table.targets.shape == (len(table.paths), len(table.classes))
+        assert table.targets.dtype == np.float32
+        assert np.isin(table.targets[~np.isnan(table.targets)], (0, 1)).all()
 
 
 @pytest.mark.parametrize("name", ["labels.txt", "image_data.csv", "labels/a.cls"])
 def test_read_labels_survives_1500_files(tmp_path, name):
     draw_images(tmp_path / "images", ["a.jpg", "b.png", "sub/c.jpg"])
     (tmp_path / name).parent.mkdir(exist_ok=True)
-
-    @settings(max_examples=1500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(CONTENT)
-    def check(content):
-        if name.startswith("image_data"):
-            content = b"ID,parts,defects\n" + content
-        (tmp_path / name).write_bytes(content)
-        try:
-            table = dataset.read_labels(tmp_path)
-        except InputError as error:
-            assert "\n" not in str(error) and str(tmp_path) in str(error)
+    start = "ID,parts,defects\n" if name.startswith("image_data") else ""
+    rng = np.random.default_rng(0)
+    for case in range(1500):
+        if case % 4:
+            content = "".join(rng.choice(CELLS, rng.integers(0, 60))).encode()
         else:
-            assert table.targets.shape == (len(table.paths), len(table.classes))
-            assert table.targets.dtype == np.float32
-            assert np.isin(table.targets[~np.isnan(table.targets)], (0, 1)).all()
-
-    check()
+            content = rng.bytes(rng.integers(0, 200))
+        check_file(tmp_path, name, start.encode() + content)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -453,11 +465,10 @@ def test_odd_images_and_every_format_say_the_same(demo, odd_demo):
     table = dataset.read_labels(odd_demo["table"])
     for number, kind in ODD_PARTS.items():
         image = np.asarray(dataset.load_image(table.paths[number]), float)
-        expected = np.asarray(dataset.load_image(plain.paths[number]), float)
+        expected = dataset.load_image(plain.paths[number])
         if kind == "grey":
-            expected = expected.mean(axis=2, keepdims=True)
-        assert image.shape == (128, 128, 3)
-        assert np.abs(image - expected).mean() < 6
+            expected = expected.convert("L").convert("RGB")
+        assert np.abs(image - np.asarray(expected, float)).mean() < 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -536,15 +547,16 @@ def test_a_column_says_the_split(make_data, title):
 
 def test_a_split_column_that_is_not_one_is_an_error(make_data):
     data = make_data("image,part,A\na.jpg,train,1\nb.jpg,later,0\nc.jpg,val,1\n", name="labels.csv")
-    with pytest.raises(InputError, match=r"labels.csv:3: 'later' in the column part is not train, val or test"):
+    with pytest.raises(InputError, match=r"labels.csv:3: 'later' in the column part is not train, val"):
         dataset.read_labels(data, split_column="part")
-    with pytest.raises(InputError, match="--split-column parts: .* no such column"):
+    with pytest.raises(InputError, match=r"--split-column parts: .* no such column"):
         dataset.read_labels(data, split_column="parts")
 
 
 @pytest.mark.parametrize("folders", ["{part}", "by/{part}", "{part}/more"])
 def test_folders_say_the_split(make_data, folders):
-    names = [folders.format(part=part) + f"/{i}.jpg" for i, part in enumerate(["train", "val", "test", "other"])]
+    parts = ["train", "val", "test", "other"]
+    names = [folders.format(part=part) + f"/{i}.jpg" for i, part in enumerate(parts)]
     data = make_data("".join(f"{name} {i % 2}\n" for i, name in enumerate(names)), names)
     table = dataset.read_labels(data, split_column="folder")
     assert table.parts == ["train", "val", "test", ""]
@@ -565,7 +577,8 @@ def test_divided_files_say_the_split(make_data):
     table = dataset.read_labels(divided_data(make_data, train="abcd", valid="ef", test="ghi"))
     assert table.parts == ["train"] * 4 + ["val"] * 2 + ["test"] * 3
     assert [row[0] for row in table.targets] == [1, 0, 1, 0, 1, 0, 1, 0, 0]
-    assert [list(rows) for rows in dataset.split(table, (0.1, 0.8, 0.1))] == [[0, 1, 2, 3], [4, 5], [6, 7, 8]]
+    parts = dataset.split(table, (0.1, 0.8, 0.1))
+    assert [list(rows) for rows in parts] == [[0, 1, 2, 3], [4, 5], [6, 7, 8]]
     assert "train.csv is train" in told(table) and "valid.csv is val" in told(table)
 
 
@@ -574,6 +587,15 @@ def test_an_image_in_two_parts_is_an_error(make_data):
         dataset.read_labels(divided_data(make_data, train="abcd", val="ef", test="dghi"))
     assert "d.jpg is in test, and in train" in str(error.value)
     assert "test.csv:2" in str(error.value) and "train.csv:5" in str(error.value)
+
+
+def test_a_part_without_a_known_label_is_read_like_the_others(make_data):
+    data = divided_data(make_data, train="abc", val="de")
+    (data / "train.csv").write_text("image,A,taken\na.jpg,1,at noon\nb.jpg,0,at night\nc.jpg,1,at noon\n")
+    (data / "val.csv").write_text("image,A,taken\nd.jpg,NA,at noon\ne.jpg,,at night\n")
+    table = dataset.read_labels(data)
+    assert table.classes == ["A"]
+    np.testing.assert_array_equal(table.targets[:, 0], [1, 0, 1, NAN, NAN])
 
 
 def test_a_class_that_one_file_lacks_is_unknown_there_and_told(make_data):
@@ -617,7 +639,8 @@ def test_an_own_split_without_train_images_is_an_error():
 def copied_data(make_data):
     """Twenty images, of which 1, 3, 5 ... are copies of those before them; returns its folder."""
     names = [f"{i:02}.jpg" for i in range(20)]
-    data = make_data("".join(f"{name} {int(i in (0, 1, 8, 9, 15))} NA\n" for i, name in enumerate(names)), names)
+    lines = [f"{name} {int(i in (0, 1, 8, 9, 15))} NA\n" for i, name in enumerate(names)]
+    data = make_data("".join(lines), names)
     draw_images(data / "images", names)
     for i in range(0, 20, 2):
         (data / "images" / names[i + 1]).write_bytes((data / "images" / names[i]).read_bytes())
@@ -738,7 +761,7 @@ def test_an_image_is_the_same_from_a_path_a_file_bytes_and_pillow(tmp_path, kind
     sources = [str(path), content, bytearray(content), io.BytesIO(content), opened]
     for source in sources:
         np.testing.assert_array_equal(np.asarray(dataset.load_image(source, size)), expected)
-    for source in (decoded, decoded.copy(), np.array(decoded)):  # a decoded JPEG cannot be decoded smaller any more
+    for source in (decoded, decoded.copy(), np.array(decoded)):  # which cannot be decoded smaller any more
         values = np.asarray(dataset.load_image(source, size), float)
         assert np.abs(values - expected).mean() < (1 if kind == "JPEG" and size else 1e-9)
     assert opened.size == decoded.size == (800, 600)  # the user's image is left as it is
@@ -747,8 +770,8 @@ def test_an_image_is_the_same_from_a_path_a_file_bytes_and_pillow(tmp_path, kind
 
 # Q11
 @pytest.mark.parametrize("image", [
-    np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), b"no image", b"", 5,
-    None, io.BytesIO(b"no image"),
+    np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), b"no image",
+    b"", 5, None, io.BytesIO(b"no image"),
 ])
 def test_what_is_no_image_is_named_in_a_few_words(image):
     with pytest.raises(ImageError) as error:
@@ -884,7 +907,9 @@ def test_a_float_image_with_odd_values_is_read(tmp_path):
 # B18
 def test_a_dataset_shows_a_deep_image_bright(tmp_path):
     Image.fromarray((RAMP * 4095).astype(np.uint16)).save(tmp_path / "deep.png")
-    table = dataset.LabelTable(["deep.png"], [str(tmp_path / "deep.png")], np.ones((1, 1), np.float32), ["A"])
+    table = dataset.LabelTable(
+        ["deep.png"], [str(tmp_path / "deep.png")], np.ones((1, 1), np.float32), ["A"]
+    )
     images = dataset.ImageDataset(table, 32)
     pixels = images[0][0]
     assert images.errors == {}
@@ -896,7 +921,9 @@ def one_image(folder):
     """A LabelTable of one image, and its pixels."""
     image = noise(size=(20, 20))
     image.save(folder / "image.png")
-    table = dataset.LabelTable(["image.png"], [str(folder / "image.png")], np.ones((1, 1), np.float32), ["A"])
+    table = dataset.LabelTable(
+        ["image.png"], [str(folder / "image.png")], np.ones((1, 1), np.float32), ["A"]
+    )
     return table, np.asarray(image)
 
 
@@ -1067,10 +1094,12 @@ def test_a_bad_image_is_ignored_and_remembered(make_data):
 
 @pytest.mark.parametrize("names", [*dataset.LEVELS.values(), *([name] for name in dataset.OPERATIONS)])
 def test_augmentation_keeps_shape_and_range_and_depends_on_its_noise_alone(names):
-    images = torch.randint(0, 256, (6, 3, 24, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    seed = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (6, 3, 24, 24), generator=seed, dtype=torch.uint8)
     random = dataset.draw_noise(6, seed=1, epoch=2)
     once = dataset.augment(images, names, random)
-    assert once.shape == images.shape and once.dtype == torch.float32 and once.min() >= 0 and once.max() <= 255
+    assert once.shape == images.shape and once.dtype == torch.float32
+    assert once.min() >= 0 and once.max() <= 255
     torch.testing.assert_close(dataset.augment(images[4:5], names, random[4:5]), once[4:5])
     assert torch.equal(random, dataset.draw_noise(6, seed=1, epoch=2))
     assert not torch.equal(random, dataset.draw_noise(6, seed=1, epoch=3))
@@ -1179,12 +1208,14 @@ def test_a_label_sheet_shows_a_bad_image_too(demo, tmp_path):
     assert dataset.label_sheet(table, count=80).width == dataset.label_sheet(table.subset([1] * 6)).width
 
 
-@pytest.mark.parametrize("names", [["Größe", "fissure à l'œil"], ["亀裂", "さび"], ["\U0001f600", "ክክ"]])
+@pytest.mark.parametrize("names", [["Größe", "à l'œil"], ["亀裂", "さび"], ["\U0001f600", "ክክ"]])
 def test_a_label_sheet_of_classes_in_any_script(make_data, names, capsys):
     data = make_data(",".join(["image", *names]) + "\na.jpg,1,0\nb.jpg,0,1\nc.jpg,1,1\n", name="labels.csv")
     code, _, errors = command(capsys, data, "--sheet", data / "sheet.png")
     assert code == 0 and (data / "sheet.png").is_file()
-    assert errors == "" or (errors.count("\n") == 1 and errors.startswith("warning: no font here has the letters"))
+    assert errors == "" or (
+        errors.count("\n") == 1 and errors.startswith("warning: no font here has the letters")
+    )
 
 
 # B16
@@ -1254,7 +1285,9 @@ def test_demo_boxes_lie_in_the_picture_and_name_the_labels():
 
 
 # B11
-@pytest.mark.parametrize("name", ["labels.txt", "labels.csv", "image_data.csv", "note.md", "label_groups.json"])
+@pytest.mark.parametrize(
+    "name", ["labels.txt", "labels.csv", "image_data.csv", "note.md", "label_groups.json"]
+)
 def test_the_demo_leaves_a_folder_of_the_user_alone(make_data, capsys, name):
     text = '{"kinds": ["cat"]}' if name.endswith("json") else "image,cat\na.jpg,1\nb.jpg,0\n"
     data = make_data(text, name=name)
@@ -1271,9 +1304,6 @@ def test_the_demo_is_written_into_an_empty_folder_and_over_a_demo(tmp_path):
     for seed in (0, 1):
         dataset.write_demo(tmp_path, seed, count=5)
         assert len(dataset.read_labels(tmp_path)) == 5
-    with pytest.raises(InputError):
-        (tmp_path / "file").touch()
-        dataset.write_demo(tmp_path / "file", count=5)
 
 
 def test_the_command_line_writes_the_demo(tmp_path, monkeypatch, capsys):
@@ -1284,7 +1314,8 @@ def test_the_command_line_writes_the_demo(tmp_path, monkeypatch, capsys):
 
 
 def test_wrong_options_are_one_line(tmp_path, capsys):
-    for arguments in (["--frobnicate"], ["--seed", "-1"], ["--seed", "x"], ["--label-threshold", "nan"], ["/nowhere"]):
+    wrong = ["--frobnicate"], ["--seed", "-1"], ["--seed", "x"], ["--label-threshold", "nan"], ["/nowhere"]
+    for arguments in wrong:
         code, out, errors = command(capsys, *arguments)
         assert (code, out, errors.count("\n")) == (2, "", 1) and errors.startswith("error: ")
         assert arguments[0] in errors
@@ -1301,7 +1332,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         raise KeyError
     assert path.read_text() == "old"
     assert [entry.name for entry in path.parent.iterdir()] == ["text.txt"]
-    with pytest.raises(OSError, match=r"text\.txt/below cannot be written"), dataset.atomic_write(path / "below"):
+    with (
+        pytest.raises(OSError, match=r"text\.txt/below cannot be written"),
+        dataset.atomic_write(path / "below"),
+    ):
         pass
 
 
@@ -1310,9 +1344,9 @@ def test_csv_json_text_and_png_are_written(tmp_path):
     assert (tmp_path / "a.csv").read_text("utf-8") == 'ID,label\n"a, b",Größe\n'
     dataset.write_json(tmp_path / "a.json", {"Größe": [1.5, NAN, math.inf, None], "b": {"c": (1, "x")}})
     text = (tmp_path / "a.json").read_text("utf-8")
-    assert "Größe" in text and "NaN" not in text and text.split() == [
-        "{", '"Größe":', "[", "1.5,", "null,", "null,", "null", "],", '"b":', "{", '"c":', "[", "1,", '"x"', "]", "}",
-        "}"]
+    assert "Größe" in text
+    expected = {"Größe": [1.5, None, None, None], "b": {"c": [1, "x"]}}
+    assert json.loads(text, parse_constant=pytest.fail) == expected
     dataset.write_text(tmp_path / "a.txt", ["one", "two"])
     assert (tmp_path / "a.txt").read_text() == "one\ntwo\n"
     dataset.write_png(tmp_path / "a.png", noise())

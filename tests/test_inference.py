@@ -1,43 +1,253 @@
-"""Models, predictions and their reports."""
+"""Models, predictions, their reports and their pictures."""
 
 import csv
+import dataclasses
+import gc
 import io
 import json
+import math
+import os
+import shutil
+import stat
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import PIL.ImageFile
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import dataset
 import inference
+import train
+from conftest import SMALL, as_command
 from dataset import ImageError, InputError
+
+CPU = ["--device", "cpu", "--precision", "fp32", "-j", "0"]
 
 
 @pytest.fixture(scope="module")
-def classifier(trained):
-    return inference.load_model(trained[0] / "model.pth", "cpu", "fp32")
+def model(trained):
+    """The path of a trained model."""
+    return str(trained[0] / "model.pth")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def classifier(model):
+    return inference.load_model(model, "cpu", "fp32")
+
+
+@pytest.fixture(scope="module")
 def images(demo):
+    """Five images of the demo data."""
     return sorted((demo / "images").iterdir())[:5]
 
 
-def test_predict_takes_paths_and_pil_images(classifier, images):
+def run(capsys, *arguments):
+    """Run inference.py -> what it prints."""
+    inference.main([*map(str, arguments), *CPU])
+    return capsys.readouterr().out
+
+
+def make_classifier(backbone="resnet18", head="linear", size=64, classes=("a", "b", "c")):
+    """A classifier that nobody trained."""
+    torch.manual_seed(0)
+    network = inference.build_model(backbone, head, len(classes)).eval()
+    return inference.Classifier(network, backbone, head, inference.HEADS[head], list(classes), {},
+                                [0.5] * len(classes), size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+@pytest.mark.parametrize("head", inference.HEADS)
+@pytest.mark.parametrize("backbone", inference.BACKBONES)
+def test_every_backbone_takes_every_head(real_networks, backbone, head):
+    with torch.device("meta"):
+        network = inference.build_model(backbone, head, 7).eval()
+        assert network(torch.empty(2, 3, 64, 64)).shape == (2, 7)
+        other = inference.build_model(backbone, "linear", 7)
+    name = inference.BACKBONES[backbone]
+    shapes = {key: tensor.shape for key, tensor in network.state_dict().items() if not key.startswith(name)}
+    assert shapes == {key: tensor.shape for key, tensor in other.state_dict().items() if not key.startswith(name)}
+    head = network.get_submodule(name)
+    linear = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
+    assert linear[-1].out_features == 7
+    assert sum(isinstance(layer, (nn.BatchNorm1d, nn.ReLU)) for layer in head.modules()) == {1: 0, 2: 2}.get(
+        len(linear), 0) or isinstance(head[-1], nn.BatchNorm1d)
+
+
+def fill(network):
+    """Give a network on the meta device random weights, faster than its own initial ones, and odd statistics."""
+    network.to_empty(device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if tensor.dim() >= 2:
+                tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5)
+            elif name.endswith(("running_var", "weight")):
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.is_floating_point():
+                tensor.uniform_(-0.2, 0.2)
+            else:
+                tensor.zero_()
+    return network
+
+
+@pytest.mark.parametrize("number, backbone", enumerate(inference.BACKBONES))
+def test_every_backbone_trains_saves_loads_predicts_and_shows_where(real_networks, number, backbone, demo, tmp_path):
+    head = list(inference.HEADS)[number % 3]
+    with torch.device("meta"):
+        network = inference.build_model(backbone, head, 3)
+    network = fill(network)
+    images = sorted((demo / "images").iterdir())[:17]
+    batch = torch.stack([torch.from_numpy(np.array(dataset.load_image(path, 32))) for path in images[:2]])
+    before = network.get_submodule(inference.BACKBONES[backbone]).state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    network.train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+    network(dataset.normalize(batch.permute(0, 3, 1, 2))).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    after = network.get_submodule(inference.BACKBONES[backbone]).state_dict()
+    assert all(not torch.equal(after[name], before[name]) for name in before if name.endswith("weight"))
+
+    made = inference.Classifier(network.eval(), backbone, head, inference.HEADS[head], list("abc"), {}, [0.5] * 3, 32)
+    inference.save_model(made, tmp_path / "model.pth")
+    loaded = inference.load_model(tmp_path / "model.pth", "cpu", "fp32")
+    (tmp_path / "model.pth").unlink()
+    one_by_one = np.concatenate([inference.predict(made, images[:8]), inference.predict(made, images[8:])])
+    many = inference.predict(loaded, images)  # more of them, which is computed in another way
+    np.testing.assert_allclose(many, one_by_one, rtol=0, atol=1e-4)
+    assert one_by_one.std(axis=0).max() > 1e-3
+
+    maps = inference.heatmaps(dataclasses.replace(loaded, size=64), images[0], [2, 0])
+    assert (maps.shape, maps.dtype) == ((2, 64, 64), np.float32)
+    assert np.isfinite(maps).all() and maps.min() >= 0
+    assert set(maps.max(axis=(1, 2)).tolist()) <= {0.0, 1.0}
+    assert inference.heatmaps(loaded, images[0], []).shape == (0, 32, 32)
+
+
+@pytest.mark.parametrize("head, dropout", [("linear", None), ("linear", [0.2]), ("mlp", None), ("mlp", [0.6]),
+                                           ("bn", None)])
+def test_heads_save_load_and_predict_the_same(head, dropout, tmp_path, images):
+    torch.manual_seed(0)
+    network = inference.build_model("resnet18", head, 3, dropout).eval()
+    made = inference.Classifier(network, "resnet18", head, dropout or inference.HEADS[head], ["a", "b", "c"],
+                                {"x": ["a", "b"]}, [0.5, 0.25, 1], 32, 7, {"map": 0.5}, {"lr": 1e-3})
+    inference.save_model(made, tmp_path / "model.pth")
+    loaded = inference.load_model(tmp_path / "model.pth", "cpu", "fp32")
+    np.testing.assert_allclose(inference.predict(loaded, images), inference.predict(made, images), atol=1e-6)
+    for field in dataclasses.fields(made):
+        if field.name != "network":
+            assert getattr(loaded, field.name) == getattr(made, field.name), field.name
+
+
+# B20
+@pytest.mark.parametrize("capability, expected", [((6, 1), torch.float32), ((7, 0), torch.float16),
+                                                  ((7, 5), torch.float16), ((8, 0), torch.bfloat16),
+                                                  ((9, 0), torch.bfloat16)])
+def test_the_precision_on_a_gpu_is_one_that_is_fast_there(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    precision, reason = inference.choose_precision("auto", torch.device("cuda"), 1000)
+    assert precision == expected
+    assert "{}.{}".format(*capability) in reason
+    assert inference.choose_precision("fp32", torch.device("cuda"))[0] == torch.float32
+
+
+def test_the_precision_on_a_processor():
+    cpu = torch.device("cpu")
+    assert inference.choose_precision("auto", cpu, 1)[0] == torch.float32
+    assert inference.choose_precision("bf16", cpu)[0] == torch.bfloat16
+    precision, reason = inference.choose_precision("auto", cpu)
+    assert precision in (torch.float32, torch.bfloat16)
+    assert reason
+
+
+# B15
+@pytest.mark.parametrize("error", [
+    "RuntimeError('operator torchvision::nms does not exist')",
+    "AttributeError('partially initialized module torchvision has no attribute extension')",
+    "ImportError('_C.so: undefined symbol: _ZN3c10')",
+], ids=["nms", "extension", "symbol"])
+def test_a_torchvision_that_does_not_fit_is_not_called_a_damaged_model(
+    model, images, tmp_path, monkeypatch, capsys, error
+):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(f"raise {error}\n")
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "torchvision":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, errors = as_command(capsys, inference.main, images[0], "--model", model, *CPU)
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("error: torchvision")
+    assert "damaged" not in errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predictions
+
+
+def test_probabilities_of_one_image_and_of_several(classifier, images):
     probabilities = inference.predict(classifier, images)
-    assert probabilities.shape == (5, 6) and probabilities.dtype == np.float32
+    assert (probabilities.shape, probabilities.dtype) == ((5, 6), np.float32)
     assert ((probabilities > 0) & (probabilities < 1)).all()
     np.testing.assert_allclose(inference.predict(classifier, images[0]), probabilities[:1], atol=1e-6)
     np.testing.assert_allclose(inference.predict(classifier, str(images[1])), probabilities[1:2], atol=1e-6)
-    with Image.open(images[2]) as image:
-        np.testing.assert_allclose(inference.predict(classifier, image), probabilities[2:3], atol=0.03)  # no draft
     assert inference.predict(classifier, []).shape == (0, 6)
-
-
-def test_predictions_do_not_depend_on_the_batch_size(classifier, images):
     one = inference.predict(classifier, images, batch_size=1)
     np.testing.assert_allclose(inference.predict(classifier, images, batch_size=4), one, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(inference.predict(classifier, images, workers=3), one, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory):
+    """A large photograph of odd sides, as a JPEG file."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (26, 35, 3), np.uint8)).resize((901, 703), Image.Resampling.BICUBIC)
+    values = np.asarray(coarse) + rng.normal(0, 12, (703, 901, 3))
+    path = tmp_path_factory.mktemp("photo") / "photo.jpg"
+    Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    return path
+
+
+# Q3
+def test_a_photograph_has_the_same_probabilities_however_it_is_given(classifier, photograph):
+    expected = inference.predict(classifier, photograph)
+    content = photograph.read_bytes()
+    opened = Image.open(photograph)
+    for image in (str(photograph), content, bytearray(content), io.BytesIO(content), opened, opened):
+        np.testing.assert_array_equal(inference.predict(classifier, [image]), expected)
+    with open(photograph, "rb") as file:
+        np.testing.assert_array_equal(inference.predict(classifier, file), expected)
+    np.testing.assert_array_equal(inference.predict(classifier, content), expected)
+    np.testing.assert_array_equal(inference.predict(classifier, Image.open(photograph)), expected)
+    loaded = Image.open(photograph)
+    loaded.load()
+    decoded = inference.predict(classifier, [loaded])
+    np.testing.assert_array_equal(inference.predict(classifier, np.asarray(loaded)), decoded)
+    np.testing.assert_array_equal(inference.predict(classifier, [np.asarray(loaded)]), decoded)
+    np.testing.assert_allclose(decoded, expected, rtol=0, atol=2e-3)
+
+
+# Q3
+@pytest.mark.parametrize("size", [32, 64, 224])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_photograph_that_was_decoded_before_has_the_same_pixels_up_to_rounding(photograph, tmp_path, size, turned):
+    if turned:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.open(photograph).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+        photograph = tmp_path / "turned.jpg"
+    loaded = Image.open(photograph)
+    loaded.load()
+    fast = np.asarray(dataset.load_image(photograph, size)).astype(int)
+    slow = np.asarray(dataset.load_image(loaded, size)).astype(int)
+    assert np.abs(fast - slow).mean() < 1
 
 
 def test_predict_names_a_bad_image_and_predict_all_goes_on(classifier, images, tmp_path):
@@ -45,91 +255,522 @@ def test_predict_names_a_bad_image_and_predict_all_goes_on(classifier, images, t
     with pytest.raises(ImageError, match=r"bad\.jpg: not an image"):
         inference.predict(classifier, [images[0], tmp_path / "bad.jpg"])
     probabilities, errors = inference.predict_all(classifier, [images[0], tmp_path / "bad.jpg"])
-    assert list(errors) == [1] and np.isnan(probabilities[1]).all() and not np.isnan(probabilities[0]).any()
+    assert list(errors) == [1]
+    assert np.isnan(probabilities[1]).all() and not np.isnan(probabilities[0]).any()
 
 
-HEADS = [("linear", None), ("linear", [0.2]), ("mlp", None), ("mlp", [0.6]), ("bn", None)]
+# Q11
+@pytest.mark.parametrize("image", [b"no image" * 1000, io.BytesIO(b"no image" * 1000), np.zeros((9, 9)),
+                                   np.zeros((3, 9, 9), np.uint8), None, 5], ids=lambda image: type(image).__name__)
+def test_what_is_no_image_is_named_shortly(classifier, image):
+    with pytest.raises(ImageError) as error:
+        inference.predict(classifier, [image])
+    assert len(str(error.value)) < 150
+    assert type(image).__name__ in str(error.value) or "not an image" in str(error.value)
 
 
-@pytest.mark.parametrize("head, dropout", HEADS)
-def test_heads_save_load_and_predict_the_same(head, dropout, tmp_path, images):
-    torch.manual_seed(0)
-    network = inference.build_model("resnet18", head, 3, dropout).eval()
-    made = inference.Classifier(network, "resnet18", head, dropout or inference.HEADS[head], ["a", "b", "c"], {},
-                                [0.5] * 3, 32)
-    inference.save_model(made, tmp_path / "model.pth")
-    loaded = inference.load_model(tmp_path / "model.pth", "cpu", "fp32")
-    np.testing.assert_allclose(inference.predict(loaded, images), inference.predict(made, images), atol=1e-6)
+# Q9
+def test_threads_may_share_a_classifier(classifier, images):
+    maps = [inference.heatmaps(classifier, path, [0, 3, 5]) for path in images]
+    probabilities = inference.predict(classifier, images)
+
+    def work(number):
+        path = images[number % 5]
+        if number % 3 == 2:
+            return inference.predict(classifier, images, workers=0)
+        return inference.heatmaps(classifier, path, [0, 3, 5])
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, range(48)))
+    for number, result in enumerate(results):
+        expected = probabilities if number % 3 == 2 else maps[number % 5]
+        np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)
+    assert not classifier.network.training
+    assert all(not module._forward_hooks for module in classifier.network.modules())
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
+
+
+# D4
 def test_prediction_rows_with_groups_and_without():
-    classes, groups = ["bolt", "nut", "rust"], {"components": ["bolt", "nut"], "defects": ["rust"]}
+    classes = ["bolt", "nut", "rust"]
+    groups = {"components": ["bolt", "nut"], "defects": ["rust"]}
     probabilities = np.array([[0.6, 0.9, 0.8], [0.1, 0.2, 0.3]])
     rows = inference.prediction_rows(["x", "y"], probabilities, [0.5] * 3, classes, groups)
     assert rows[0] == ["ID", "components", "defects", "components_confidence", "defects_confidence",
                        "avg_component_confidence", "avg_defect_confidence", "overall_avg_confidence"]
-    assert rows[1] == ["x", "nut;bolt", "rust", "0.9000;0.6000", "0.8000", "0.7500", "0.8000", "0.7667"]
+    assert rows[1] == ["x", "nut;bolt", "rust", "nut:0.9000;bolt:0.6000", "rust:0.8000", "0.7500", "0.8000", "0.7667"]
     assert rows[2] == ["y", "", "", "", "", "", "", ""]
     rows = inference.prediction_rows(["x"], probabilities, [0.7] * 3, classes, {})
     assert rows[0] == ["ID", "labels", "labels_confidence", "avg_confidence"]
-    assert rows[1:] == [["x", "nut;rust", "0.9000;0.8000", "0.8500"]]
+    assert rows[1:] == [["x", "nut;rust", "nut:0.9000;rust:0.8000", "0.8500"]]
 
 
-def run(capsys, *arguments):
-    inference.main([*map(str, arguments), "--device", "cpu"])
-    return capsys.readouterr().out
-
-
-def test_one_image_gives_the_table(trained, images, capsys):
-    text = run(capsys, images[0], "--model", trained[0] / "model.pth", "--threshold", 0.0)
-    lines = text.splitlines()
-    assert lines[0] == str(images[0]) and lines[1].split() == ["attribute", "probability", "threshold", "status"]
+def test_one_image_gives_the_table(model, images, capsys):
+    text = run(capsys, images[0], "--model", model, "--threshold", 0.0)
+    lines = text[text.index(images[0].name):].splitlines()
+    assert lines[1].split() == ["attribute", "probability", "threshold", "status"]
     assert [line.split()[0] for line in lines[2:8]] == ["bolt", "bracket", "ring", "rust", "crack", "hole"]
-    assert all(line.endswith("[PRESENT]") for line in lines[2:8]) and len({len(line) for line in lines[2:8]}) == 1
-    assert lines[-1] == "present: bolt, bracket, ring, rust, crack, hole"
-    text = run(capsys, "--image", images[0], "--model", trained[0] / "model.pth", "--threshold", 1.1)
-    assert text.count("[absent]") == 6 and text.endswith("present: none\n")
+    assert all(line.endswith("[PRESENT]") for line in lines[2:8])
+    assert len({len(line) for line in lines[2:8]}) == 1
+    assert "present: bolt, bracket, ring, rust, crack, hole" in lines
+    text = run(capsys, "--image", images[0], "--model", model, "--threshold", 1)
+    assert text.count("[absent]") == 6
+    assert "present: none\n" in text
 
 
-def test_folders_csv_json_and_out(trained, demo, images, capsys, tmp_path):
-    model = trained[0] / "model.pth"
+def test_folders_csv_json_probabilities_and_out(model, classifier, demo, images, capsys, tmp_path):
     text = run(capsys, demo / "images", "--model", model)
-    assert len(text.splitlines()) == 80
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("part_")] == sorted(
+        path.name for path in (demo / "images").iterdir())
     rows = list(csv.DictReader(io.StringIO(run(capsys, *images, "--model", model, "--format", "csv"))))
-    assert [row["ID"] for row in rows] == [path.stem for path in images] and "overall_avg_confidence" in rows[0]
+    assert [row["ID"] for row in rows] == [path.name for path in images]
+    assert "overall_avg_confidence" in rows[0]
     found = json.loads(run(capsys, *images, "--model", model, "--format", "json", "--threshold", 0))
-    assert found == {path.stem: [0, 1, 2, 3, 4, 5] for path in images}
-    assert run(capsys, *images, "--model", model, "--format", "json", "--out", tmp_path / "p.json") == ""
-    assert list(json.loads((tmp_path / "p.json").read_text())) == list(found)
+    assert found == {path.name: [0, 1, 2, 3, 4, 5] for path in images}
+    for style in ("json", "csv", "table"):
+        assert run(capsys, *images, "--model", model, "--format", style, "--out", tmp_path / style) == ""
+    assert list(json.loads((tmp_path / "json").read_text())) == list(found)
+    assert len((tmp_path / "csv").read_text().splitlines()) == 6
+    assert images[0].name in (tmp_path / "table").read_text()
 
 
-def test_evaluate_reports_on_a_labelled_folder(trained, demo, capsys):
-    text = run(capsys, "--evaluate", demo, "--model", trained[0] / "model.pth")
-    assert "81 rows, 80 images" in text and "f1_macro" in text and "bracket" in text and "[0." not in text
-    text = run(capsys, "--evaluate", demo, "--model", trained[0] / "model.pth", "--bootstrap", 50)
-    assert text.count("[0.") >= 6
+# Q15
+def test_all_probabilities_of_all_classes_can_be_had(model, classifier, images, capsys):
+    rows = list(csv.DictReader(io.StringIO(run(capsys, *images, "--model", model, "--format", "probabilities"))))
+    assert list(rows[0]) == ["ID", *classifier.classes]
+    values = [[float(row[name]) for name in classifier.classes] for row in rows]
+    np.testing.assert_allclose(values, inference.predict(classifier, images), atol=1e-5)
 
 
-def test_evaluate_needs_the_classes_of_the_model(trained, make_data):
+# Q4
+def test_ids_are_those_of_the_label_file_so_that_predictions_join(trained, model, demo, capsys):
+    text = run(capsys, demo / "images", "--model", model, "--format", "csv")
+    predicted = {row["ID"]: row for row in csv.DictReader(io.StringIO(text))}
+    with open(trained[0] / "predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) > 5
+    for row in rows:
+        assert predicted[row["ID"]]["parts"] == row["parts"]
+        assert predicted[row["ID"]]["defects"] == row["defects"]
+
+
+# B13, Q4
+def test_images_of_one_name_are_kept_apart(model, demo, tmp_path, capsys):
+    photos = sorted((demo / "images").iterdir())
+    folder = tmp_path / "photos"
+    for name, photo in zip(("x/1.jpg", "y/1.jpg"), photos):
+        (folder / name).parent.mkdir(parents=True)
+        shutil.copy(photo, folder / name)
+    Image.open(photos[2]).save(folder / "x" / "1.png")
+    found = json.loads(run(capsys, folder, "--model", model, "--format", "json"))
+    assert list(found) == ["x/1.jpg", "x/1.png", "y/1.jpg"]
+    thresholds = np.array(inference.load_model(model, "cpu", "fp32").thresholds)
+    probabilities = inference.main([str(folder), "--model", model, *CPU])
+    expected = [np.flatnonzero(row >= thresholds).tolist() for row in probabilities]
+    assert list(found.values()) == expected
+    capsys.readouterr()
+    named = [folder / "x" / "1.jpg", folder / "y" / "1.jpg"]
+    assert len(json.loads(run(capsys, *named, "--model", model, "--format", "json"))) == 2
+    text = run(capsys, folder, "--model", model, "--save", tmp_path / "drawn")
+    assert "and 2 more" in text
+    assert len(list((tmp_path / "drawn").iterdir())) == 3
+
+
+# B12
+def test_out_follows_a_link(model, images, tmp_path, capsys):
+    target = tmp_path / "real" / "predictions.csv"
+    target.parent.mkdir()
+    target.write_text("old\n")
+    link = tmp_path / "link.csv"
+    link.symlink_to("real/predictions.csv")
+    run(capsys, *images[:2], "--model", model, "--format", "csv", "--out", link)
+    assert link.is_symlink()
+    lines = target.read_text().splitlines()
+    assert lines[0].startswith("ID,")
+    assert len(lines) == 3
+    assert [path.name for path in target.parent.iterdir()] == ["predictions.csv"]
+
+
+# B12
+@pytest.mark.parametrize("linked", [False, True])
+def test_out_is_written_into_a_pipe(model, images, tmp_path, capsys, linked):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    name = pipe
+    if linked:  # as /dev/stdout is
+        name = tmp_path / "link"
+        name.symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        run(capsys, *images[:2], "--model", model, "--format", "json", "--out", name)
+        assert stat.S_ISFIFO(os.stat(pipe).st_mode)
+        assert name.is_symlink() == linked
+        assert len(json.loads(os.read(reader, 100_000))) == 2
+    finally:
+        os.close(reader)
+
+
+# D11
+def test_the_model_is_named_beside_the_predictions(model, images, capsys):
+    inference.main([*map(str, images), "--model", model, *CPU])
+    captured = capsys.readouterr()
+    text = captured.out + captured.err
+    assert model in text
+    for word in ("resnet18", "6 classes", "5 images"):
+        assert word in text, word
+
+
+# Q10
+def test_a_file_name_that_is_not_utf8(model, images, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(images[0], os.fsencode(folder) + b"/f\xfcr.jpg")
+    assert "r.jpg" in run(capsys, folder, "--model", model)
+    for style in ("table", "csv", "json", "probabilities"):
+        run(capsys, folder, "--model", model, "--format", style, "--out", tmp_path / style)
+        assert b"r.jpg" in (tmp_path / style).read_bytes()
+    run(capsys, folder, "--model", model, "--threshold", 0, "--save", tmp_path / "drawn", "--heatmap")
+    assert len(list((tmp_path / "drawn").iterdir())) == 1
+    shutil.copy(images[0], os.fsencode(folder) + b"/bad\xfc.jpg")
+    with open(os.fsencode(folder) + b"/bad\xfc.jpg", "wb") as file:
+        file.write(b"no image")
+    code, _, errors = as_command(capsys, inference.main, folder, "--model", model, *CPU)
+    assert code == 1
+    assert "not an image" in errors
+
+
+# Q10
+@pytest.mark.parametrize("stream", ["none", "closed", "pipe", "ascii"])
+def test_predictions_need_no_output(tmp_path, images, monkeypatch, stream):
+    inference.save_model(make_classifier(classes=["Größe", "裂纹"]), tmp_path / "model.pth")
+    if stream == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        file = os.fdopen(writer, "w")
+    elif stream == "ascii":
+        file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    else:
+        file = io.StringIO()
+        file.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None if stream == "none" else file)
+        call = [*map(str, images), "--model", str(tmp_path / "model.pth"), "--threshold", "0", *CPU]
+        assert inference.main(call).shape == (5, 2)
+        inference.main(call[1:])
+    if stream == "ascii":
+        file.flush()
+        assert rb"\u88c2\u7eb9" in file.buffer.getvalue()
+
+
+def test_wrong_images_are_clear_errors(model, tmp_path):
+    for arguments, message in (([str(tmp_path / "x.jpg")], r"x\.jpg is not there"), ([str(tmp_path)], "holds no images"),
+                               ([], "no image is named")):
+        with pytest.raises(InputError, match=message):
+            inference.main([*arguments, "--model", model])
+
+
+# Q16
+def test_what_macos_writes_beside_images_is_no_image(model, images, tmp_path, capsys):
+    shutil.copy(images[0], tmp_path / "b.jpg")
+    (tmp_path / "._b.jpg").write_bytes(b"\0\5\x16\7")
+    assert list(json.loads(run(capsys, tmp_path, "--model", model, "--format", "json"))) == ["b.jpg"]
+
+
+# B23
+def test_a_link_that_loops_is_one_bad_image(model, images, tmp_path, capsys):
+    shutil.copy(images[0], tmp_path / "good.jpg")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    code, out, errors = as_command(capsys, inference.main, tmp_path, "--model", model, "--format", "json", *CPU)
+    assert code == 1
+    assert "good.jpg" in json.loads(out)
+    assert "loop.jpg: " in errors
+    assert errors.splitlines()[-1].startswith("error: 1 of ")
+
+
+def test_bad_images_are_reported_and_the_others_predicted(odd_folder, model, capsys):
+    folder, bad = odd_folder
+    count = len(list((folder / "images").iterdir()))
+    code, out, errors = as_command(capsys, inference.main, folder / "images", "--model", model, "--format", "json", *CPU)
+    assert code == 1
+    assert len(json.loads(out)) == count - len(bad)
+    assert all(errors.count(f"{name}: ") == 1 for name in bad)
+    assert errors.splitlines()[-1] == f"error: {len(bad)} of {count} images could not be read"
+    code, out, errors = as_command(capsys, inference.main, folder / "images" / "text.jpg", "--model", model,
+                                   "--format", "json", *CPU)
+    assert (code, out) == (1, "")
+    assert "text.jpg: not an image" in errors
+
+
+WRONG = [  # Q8
+    (["--threshold", "50"], "--threshold: 50: it must be a number from 0"),
+    (["--threshold", "nan"], "--threshold: nan: it must be a number from 0"),
+    (["--threshold", "-0.1"], "--threshold: -0.1: it must be a number from 0"),
+    (["--heatmap"], "--heatmap draws into the folder of --save DIR"),
+    (["--bootstrap", "5"], "--bootstrap goes with --evaluate"),
+    (["--labels", "x.csv"], "--labels goes with --evaluate"),
+    (["--evaluate", "data"], "--evaluate"),
+    (["--format", "xml"], "--format: invalid choice: 'xml'"),
+    (["--batch-size", "0"], "--batch-size: 0: it must be a number from 1 up"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--frobnicate"], "unrecognized arguments: --frobnicate (see --help)"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+def test_options(model, images, capsys, arguments, message):
+    code, out, errors = as_command(capsys, inference.main, images[0], "--model", model, *arguments)
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("error: ")
+    assert message in errors
+
+
+# Q8
+@pytest.mark.parametrize("option", [["--save", "x"], ["--save", "x", "--heatmap"], ["--format", "csv"],
+                                    ["--format", "probabilities"], ["--image", "a.jpg"]], ids=" ".join)
+def test_options_that_do_nothing_beside_evaluate_are_refused(model, demo, in_folder, capsys, option):
+    code, out, errors = as_command(capsys, inference.main, "--evaluate", demo, "--model", model, *option)
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert option[0] in errors
+    assert list(in_folder.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_evaluate_reports_on_a_labelled_folder(model, demo, capsys):
+    text = run(capsys, "--evaluate", demo, "--model", model)
+    assert "80 rows, 80 images" in text
+    assert "f1_macro" in text and "bracket" in text and "[0." not in text
+    assert run(capsys, "--evaluate", demo, "--model", model, "--bootstrap", 20).count("[0.") >= 6
+
+
+# Q15
+def test_evaluate_as_json_with_images_elsewhere(model, demo, tmp_path, capsys):
+    shutil.copy(demo / "labels.txt", tmp_path)
+    call = ["--evaluate", tmp_path, "--images", demo / "images", "--model", model, "--format", "json"]
+    report = inference.main([*map(str, call), *CPU])
+    written = json.loads(capsys.readouterr().out)
+    assert written["rows"] == report["rows"] == 80
+    assert written["per_class"].keys() == report["per_class"].keys()
+    run(capsys, *call, "--out", tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text()) == written
+
+
+# Q14, Q15
+def test_a_class_that_a_lists_file_does_not_name_is_absent_there(make_data, tmp_path, capsys):
+    data = make_data("ID,parts,defects\na,bolt,Rust\nb,bolt;nut,Rust;odd\nc,bolt,Rust\n", name="image_data.csv")
+    model = tmp_path / "model.pth"
+    inference.save_model(make_classifier(classes=["Rust", "crack", "bolt"]), model)
+    report = inference.main(["--evaluate", str(data), "--model", str(model), *CPU])
+    counts = {name: (row["positives"], row["negatives"], row["na"]) for name, row in report["per_class"].items()}
+    assert counts == {"Rust": (3, 0, 0), "crack": (0, 3, 0), "bolt": (3, 0, 0)}
+    groups = tmp_path / "groups.json"
+    groups.write_text(json.dumps({"parts": ["bolt", "nut"], "defects": ["Rust", "crack"]}))
+    again = inference.main(["--evaluate", str(data), "--label-groups", str(groups), "--model", str(model), *CPU])
+    assert again["per_class"] == report["per_class"]
+    assert "odd (1 times)" in capsys.readouterr().out
+
+
+def test_evaluate_needs_the_classes_of_the_model(model, make_data):
     folder = make_data("a.jpg 1\nb.jpg 0\n")
     with pytest.raises(InputError, match="the data has no labels for bolt, "):
-        inference.main(["--evaluate", str(folder), "--model", str(trained[0] / "model.pth")])
+        inference.main(["--evaluate", str(folder), "--model", model])
 
 
-def test_wrong_images_are_clear_errors(trained, tmp_path):
-    model = ["--model", str(trained[0] / "model.pth")]
-    with pytest.raises(InputError, match=r"x\.jpg is not there"):
-        inference.main([str(tmp_path / "x.jpg"), *model])
-    with pytest.raises(InputError, match="holds no images"):
-        inference.main([str(tmp_path), *model])
-    with pytest.raises(InputError, match="no image is named"):
-        inference.main(model)
+@pytest.fixture
+def labelled(make_data, classifier):
+    """A data folder with three images and labels of the model's classes."""
+    classes = " ".join(classifier.classes)
+    return make_data(f"image {classes}\na.jpg 1 0 1 0 1 0\nb.jpg 0 1 0 1 0 1\nc.jpg 1 1 1 0 0 0\n")
 
 
-def test_files_are_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file.txt"
-    path.write_text("before")
-    with pytest.raises(RuntimeError), dataset.atomic_write(path) as file:
-        file.write("half")
-        raise RuntimeError
-    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+# B22
+def test_evaluate_with_no_readable_image_is_an_error_of_one_line(model, labelled, capsys):
+    for path in (labelled / "images").iterdir():
+        path.write_text(f"no image {path}")
+    code, _, errors = as_command(capsys, inference.main, "--evaluate", labelled, "--model", model, *CPU)
+    *others, last = errors.splitlines()
+    assert (code, last.startswith("error: ")) == (2, True)
+    assert str(labelled) in last
+    assert not any(line.startswith("error: ") or "Traceback" in line for line in others)
+
+
+# B22
+def test_evaluate_with_one_bad_image_reports_the_others(model, labelled, capsys):
+    (labelled / "images" / "a.jpg").write_text("no image")
+    report = inference.main(["--evaluate", str(labelled), "--model", model, *CPU])
+    assert report["rows"] == 2
+    assert "a.jpg" in capsys.readouterr().err
+
+
+# Q10
+def test_a_model_is_deployed_without_metrics(model, images, demo, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "metrics", None)
+    assert images[0].name in run(capsys, images[0], "--model", model)
+    run(capsys, images[0], "--model", model, "--threshold", 0, "--save", tmp_path, "--heatmap")
+    code, _, errors = as_command(capsys, inference.main, "--evaluate", demo, "--model", model, *CPU)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert errors.startswith("error: ")
+    assert "metrics.py" in errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heatmaps
+
+
+def test_the_heatmap_of_a_linear_head_is_the_class_activation_map(images):
+    """CAM (Zhou et al. 2016): the last feature maps, weighted by the row of the head."""
+    classifier = make_classifier()
+    network = classifier.network
+    kept = []
+    hook = network.layer4.register_forward_hook(lambda _, __, output: kept.append(output))
+    pixels = torch.from_numpy(np.array(dataset.load_image(images[0], 64))).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        network(dataset.normalize(pixels))
+    hook.remove()
+    for label in range(3):
+        cam = torch.einsum("c,chw->hw", network.fc.weight[label], kept[0][0]).relu().detach().numpy()
+        heat = inference.heatmaps(classifier, images[0], [label])[0]
+        if cam.max() == 0:
+            assert heat.max() == 0
+            continue
+        side = 64 // len(cam)
+        middles = heat[side // 2 :: side, side // 2 :: side]  # of the cells
+        assert middles.argmax() == cam.argmax()
+
+
+class Brightness(nn.Module):
+    """A network whose last maps are the brightness of 3 x 3 cells."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer4 = nn.Sequential(nn.AvgPool2d(30), nn.ReLU())
+        self.fc = nn.Linear(3, 1)
+        nn.init.ones_(self.fc.weight)
+
+    def forward(self, images):
+        return self.fc(self.layer4(images).mean((2, 3)))
+
+
+@pytest.mark.parametrize("row, column", [(0, 0), (0, 2), (1, 1), (2, 0), (2, 2)])
+def test_a_map_is_highest_in_the_middle_of_its_highest_cell(row, column):
+    pixels = np.zeros((90, 90, 3), np.uint8)
+    pixels[30 * row : 30 * row + 30, 30 * column : 30 * column + 30] = 255
+    classifier = inference.Classifier(Brightness(), "resnet18", "linear", [0.0], ["bright"], {}, [0.5], 90)
+    heat = inference.heatmaps(classifier, pixels, [0])[0]
+    y, x = np.unravel_index(heat.argmax(), heat.shape)
+    assert abs(y - (30 * row + 14.5)) <= 1
+    assert abs(x - (30 * column + 14.5)) <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_pictures_are_saved_for_all_images_of_a_folder(model, images, tmp_path, capsys):
+    call = [*images[:2], "--model", model, "--threshold", 0]
+    run(capsys, *call, "--save", tmp_path / "plain")
+    text = run(capsys, *call, "--save", tmp_path / "heat", "--heatmap")
+    assert f"drawn: {tmp_path / 'heat' / images[0].stem}.png and 1 more" in text
+    for image in images[:2]:
+        plain, heat = (Image.open(tmp_path / name / f"{image.stem}.png") for name in ("plain", "heat"))
+        assert plain.width < heat.width
+        assert heat.height > 2 * 360  # seven pictures in rows of four
+    none = inference.save_pictures(inference.load_model(model), images[:1], np.zeros((1, 6)), tmp_path / "none", True)
+    assert Image.open(none[0]).width == plain.width
+
+
+# Q16
+def test_pictures_of_classes_in_other_scripts(images, tmp_path, capsys):
+    inference.save_model(make_classifier(classes=["Größe", "裂纹", "трещина"]), tmp_path / "model.pth")
+    run(capsys, images[0], "--model", tmp_path / "model.pth", "--threshold", 0, "--save", tmp_path / "drawn")
+    assert len(list((tmp_path / "drawn").iterdir())) == 1
+
+
+def colour_columns(sheet, colour):
+    """The columns of a picture with pixels close to a colour."""
+    pixels = np.asarray(sheet).astype(int)
+    return np.flatnonzero((np.abs(pixels - colour).max(axis=2) < 25).any(axis=0))
+
+
+def test_mistakes_are_shown_most_confident_first():
+    images = [np.full((40, 40, 3), colour, np.uint8) for colour in ((200, 200, 0), (0, 200, 200), (200, 0, 200))]
+    targets = np.array([[1, 0], [0, np.nan], [1, 1]], np.float32)
+    table = dataset.LabelTable(["a", "b", "c"], images, targets, ["x", "y"])
+    sheet = inference.mistakes_sheet(table, np.array([[0.4, 0.1], [0.95, 0.9], [0.9, 0.02]]), [0.5, 0.5])
+    yellow, cyan, violet = (colour_columns(sheet, colour) for colour in ((200, 200, 0), (0, 200, 200), (200, 0, 200)))
+    assert len(violet) and len(cyan) and len(yellow)
+    assert violet.max() < cyan.min() and cyan.max() < yellow.min()  # 0.98, 0.95, 0.6
+    red = colour_columns(sheet, (178, 24, 43))  # false alarms
+    blue = colour_columns(sheet, (31, 78, 156))  # missed labels
+    assert violet.max() < red.min() and red.max() < yellow.min()
+    assert blue.min() < cyan.min() and blue.max() > yellow.min() - 20
+    none = inference.mistakes_sheet(table, np.nan_to_num(targets), [0.5, 0.5])
+    assert none.size[1] < sheet.size[1]
+    assert not len(colour_columns(none, (200, 200, 0)))
+
+
+# B16
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_the_sheet_of_mistakes_does_not_hold_full_size_images(tmp_path, monkeypatch, kind):
+    paths = []
+    for i in range(5):
+        paths.append(str(tmp_path / f"{i}.{kind}"))
+        Image.new("RGB", (2400, 1600), (40 * i, 90, 120)).save(paths[-1])
+    table = dataset.LabelTable([f"{i}.{kind}" for i in range(5)], paths, np.ones((5, 1), np.float32), ["A"])
+    load = PIL.ImageFile.ImageFile.load
+    large = []
+    decoded = []
+
+    def counted(image):
+        decoded.append(image.size)
+        alive = [other for other in gc.get_objects() if issubclass(type(other), Image.Image)]
+        large.append(sum(max(other.size) > 1300 for other in alive))
+        return load(image)
+
+    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", counted)
+    sheet = inference.mistakes_sheet(table, np.full((5, 1), 0.1, np.float32), [0.5])
+    assert max(large) <= 3
+    if kind == "jpg":
+        assert max(max(size) for size in decoded) <= 1300
+    colours = {sheet.getpixel((x, y)) for x in range(0, sheet.width, 20) for y in range(0, sheet.height, 20)}
+    assert len([colour for colour in colours if abs(colour[1] - 90) < 4 and abs(colour[2] - 120) < 4]) == 5
+
+
+@pytest.mark.parametrize("losses, epochs", [([0.5], 1), ([1.0, math.nan, 0.5], 3), (list(range(5000)), 200), ([], 1)])
+def test_loss_curves_draw_from_one_point_to_many(losses, epochs):
+    history = [{"epoch": i + 1, "train_loss": 1 / (i + 1), "val_loss": math.nan} for i in range(epochs)]
+    image = inference.loss_curves(losses, history, [(1, "best epoch: 1"), (epochs, "layer4 unfrozen")], "A title")
+    assert image.size == (900, 840)
+    assert not losses or len(image.getcolors(10**6)) > 20
+
+
+def test_marks_are_of_the_best_epoch_the_unfreezing_and_new_rates(demo, tmp_path, monkeypatch):
+    kept = []
+
+    def draw(losses, history, marks=(), title=""):
+        kept.append(set(marks))
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr(inference, "loss_curves", draw)
+    options = [*SMALL, "--data", str(demo), "--out", str(tmp_path), "--epochs", "3", "--train-layers", "head"]
+    report = train.main([*options, "--unfreeze", "layer4", "--unfreeze-epoch", "2", "--schedule", "multistep",
+                         "--milestones", "2", "--lr", "0.001"])
+    assert len(kept) == 3
+    assert kept[-1] == {(report["epoch"], f"best epoch: {report['epoch']}"), (2, "layer4 unfrozen"), (3, "lr 0.0001")}
+    assert kept[0] == {(1, "best epoch: 1")}
+
+
+@pytest.mark.parametrize("classes, size", [(1, (300, 324)), (4, (1200, 324)), (6, (1200, 604)), (80, (1200, 1444))])
+def test_curves_of_few_and_of_many_classes(classes, size):
+    rng = np.random.default_rng(0)
+    targets = (rng.random((50, classes)) < 0.3).astype(np.float32)
+    targets[rng.random(targets.shape) < 0.1] = np.nan
+    targets[:, 0] = np.nan
+    names = [f"a class with a rather long name, number {c}" for c in range(classes)]
+    assert inference.pr_curves(targets, rng.random((50, classes)), [0.5] * classes, names).size == size

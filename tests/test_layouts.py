@@ -1,6 +1,6 @@
-"""Label files as real data sets have them: each is read as a person would, or the error names the option that helps.
+"""Label files as real data sets have them: each is read as a person would, or an error names the option.
 
-The files are a few rows each, written from the public descriptions of the data sets, with small drawn images.
+The files are a few rows each, written from the public descriptions of the data sets; the images are drawn.
 """
 
 import csv
@@ -40,7 +40,7 @@ class Layout:
 
 LAYOUTS = {}
 
-# celeba: a line with the number of rows, a header without the image column, 1 and -1, several blanks between them
+# celeba: a line with the number of rows, a header without the image column, 1 and -1 between several blanks
 LAYOUTS["CelebA"] = Layout(
     files={"list_attr_celeba.txt": (
         "5\n"
@@ -64,7 +64,8 @@ LAYOUTS["CelebA"] = Layout(
     named={"--negative", "--unknown"},
 )
 
-# nih chest x-rays: labels separated by "|", many other columns, some with commas in their titles, a comma at the end
+# nih chest x-rays: labels separated by "|", and many other columns, some with commas in their titles; a comma
+# ends each line
 LAYOUTS["ChestX-ray14"] = Layout(
     files={"Data_Entry_2017.csv": (
         "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -141,7 +142,7 @@ LAYOUTS["VOC 2007"] = Layout(
     named={"--negative", "--unknown"},
 )
 
-# open images, image-level labels that people verified: a row per label, confidence 0 means verified to be absent
+# open images, image-level labels that people verified: a row per label; confidence 0 means that it is absent
 LAYOUTS["Open Images"] = Layout(
     files={"oidv6-train-annotations-human-imagelabels.csv": (
         "ImageID,Source,LabelName,Confidence\n"
@@ -184,7 +185,7 @@ LAYOUTS["UCMerced"] = Layout(
     told=["tabs", "in the column IMAGE\\LABEL", "a table with 4 columns"],
 )
 
-# nus-wide: a matrix of 0 and 1 with a blank at the end of each line, beside a list of images with backslashes
+# nus-wide: a matrix of 0 and 1 with a blank at the end of lines, beside a list of images with backslashes
 LAYOUTS["NUS-WIDE"] = Layout(
     files={
         "Train_Tags81.txt": "0 0 1 \n1 0 1 \n0 0 0 \n0 1 0 \n",
@@ -238,7 +239,8 @@ LAYOUTS["pandas"] = Layout(
     images=[f"images/pipe {i}.jpg" for i in range(1, 5)],
     classes=["rust", "crack"],
     rows={"pipe 1.jpg": [1, 0], "pipe 2.jpg": [0, 0], "pipe 3.jpg": [0, NA], "pipe 4.jpg": [1, 1]},
-    told=["commas", "in the column filename", "a table with 2 columns", "left out: one without a title, taken by"],
+    told=["commas", "in the column filename", "a table with 2 columns",
+          "left out: one without a title, taken by"],
 )
 
 # roboflow, multi-label classification: train, valid and test, blanks before names and values
@@ -377,7 +379,8 @@ def test_what_was_found_by_looking_is_told(tmp_path, monkeypatch, name):
 
 
 def test_few_layouts_need_an_option():
-    assert [name for name in LAYOUTS if LAYOUTS[name].options] == ["CelebA", "Planet Amazon", "VOC 2007", "NUS-WIDE"]
+    asked = [name for name in LAYOUTS if LAYOUTS[name].options]
+    assert asked == ["CelebA", "Planet Amazon", "VOC 2007", "NUS-WIDE"]
 
 
 def test_files_that_options_name_may_lie_in_the_data_folder(tmp_path):
@@ -470,6 +473,17 @@ def test_names_with_blanks_below_a_header(tmp_path, header):
     assert known_rows(table) == {"my photo.jpg": [1, 0], "other.jpg": [0, 1], "photo.jpg": [0, NA]}
 
 
+# Q13
+@pytest.mark.parametrize("title", ["genre", "category", "tags", "class"])
+def test_a_column_of_text_beside_columns_of_labels_is_left_out(tmp_path, title):
+    draw_images(tmp_path / "images", ["0.jpg", "1.jpg", "2.jpg"])
+    text = f"image,rust,crack,{title}\n0.jpg,1,0,pipe\n1.jpg,0,1,valve\n2.jpg,0,1,pipe\n"
+    (tmp_path / "labels.csv").write_text(text)
+    table = dataset.read_labels(tmp_path)
+    assert known_rows(table) == {"0.jpg": [1, 0], "1.jpg": [0, 1], "2.jpg": [0, 1]}
+    assert any("left out" in line and title in line for line in table.warnings)
+
+
 # Q2
 @pytest.mark.parametrize("title", ["photo", "bild", "Frame"])
 def test_lists_with_an_image_column_of_any_title(tmp_path, title):
@@ -493,7 +507,8 @@ def test_columns_that_are_no_labels_stay_out_of_lists(tmp_path):
     for i, name in enumerate(names):
         labels = ("cat, dog", "NA", "bird", "None")[i % 4]
         part = ("train", "valid", "test")[i % 3]
-        lines.append(f'{i},{name},"{labels}",{part},{i % 5},2024-01-0{i % 9 + 1},Anna,a photo of number {i},noon {i}')
+        others = f"{part},{i % 5},2024-01-0{i % 9 + 1},Anna,a photo of number {i},noon {i}"
+        lines.append(f'{i},{name},"{labels}",{others}')
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     table = dataset.read_labels(tmp_path)
     assert table.classes == ["bird", "cat", "dog"]
@@ -525,10 +540,11 @@ def test_a_table_whose_first_rows_are_unknown_is_a_table(tmp_path):
 IMAGES = [*(f"photo {i}.jpg" for i in range(4)), *(f"sub/part.{i}.png" for i in range(4))]
 CLASSES = ["rust", "deep crack", "Größe", "hole", "10", "A, or B"]
 WORDS = [  # how a program writes 1, 0 and NA
-    ("1", "0", "NA"), ("1", "0", ""), ("1", "0", "-1"), ("1.0", "0.0", "nan"), ("1", "0", "?"), ("TRUE", "FALSE", "NA"),
-    ("True", "False", ""), ("yes", "no", "n/a"), ("Yes", "No", "None"), ("1", "0", "null"),
+    ("1", "0", "NA"), ("1", "0", ""), ("1", "0", "-1"), ("1.0", "0.0", "nan"), ("1", "0", "?"),
+    ("TRUE", "FALSE", "NA"), ("True", "False", ""), ("yes", "no", "n/a"), ("Yes", "No", "None"),
+    ("1", "0", "null"),
 ]
-SOME = settings(max_examples=300, deadline=None, database=None)
+SOME = settings(max_examples=300, deadline=None, database=None, derandomize=True)
 OUTCOMES = Counter()
 
 
@@ -543,7 +559,8 @@ def album(tmp_path_factory):
 def name_of(draw, image):
     """One of the ways to write the name of an image."""
     stem = image.rpartition(".")[0]
-    return draw(st.sampled_from([image, image.rpartition("/")[2], stem, f"images/{image}", image.replace("/", "\\")]))
+    names = [image, image.rpartition("/")[2], stem, f"images/{image}", image.replace("/", "\\")]
+    return draw(st.sampled_from(names))
 
 
 def encode(draw, rows, delimiter):
@@ -564,15 +581,15 @@ def encode(draw, rows, delimiter):
 
 
 def draw_columns(draw, titles, columns):
-    """Shuffle columns of cells, some of the time with an index and a column of text -> rows, the titles first."""
+    """Columns of cells, shuffled, at times with an index and a column of text -> rows, the titles first."""
     titles = list(titles)
     columns = list(columns)
     height = len(columns[0])
     if draw(st.booleans()):
         titles.append(draw(st.sampled_from(["remarks", "inspector", "taken"])))
-        columns.append(draw(st.sampled_from([
-            [f"seen by {i}" for i in range(height)], ["Anna"] * height, [f"2024-05-{i + 10}" for i in range(height)],
-        ])))
+        texts = [f"seen by {i}" for i in range(height)]
+        dates = [f"2024-05-{i + 10}" for i in range(height)]
+        columns.append(draw(st.sampled_from([texts, dates, ["Anna"] * height])))
     order = draw(st.permutations(range(len(titles))))
     if draw(st.booleans()):
         titles.append(draw(st.sampled_from(["", "Unnamed: 0"])))
@@ -638,7 +655,8 @@ def classes_of(draw, delimiter):
     return [name.replace(" ", "_") for name in names] if delimiter == " " else names
 
 
-FORMS = [(".csv", ","), (".csv", ";"), (".csv", "\t"), (".tsv", "\t"), (".txt", ","), (".txt", ";"), (".txt", " ")]
+FORMS = [(".csv", ","), (".csv", ";"), (".csv", "\t"), (".tsv", "\t"),
+         (".txt", ","), (".txt", ";"), (".txt", " ")]
 
 
 def test_variants_of_a_table(album):
@@ -668,15 +686,21 @@ def test_variants_of_lists(album):
         draw = data.draw
         delimiter = draw(st.sampled_from([",", ";", "\t"]))
         separator = draw(st.sampled_from([";", "|", ",", "; ", ", ", " | "]))
-        names = draw(st.permutations(["rust", "deep crack", "Größe", "hole", "10 mm", "bolt"]))[: draw(st.integers(2, 4))]
+        names = draw(st.permutations(["rust", "deep crack", "Größe", "hole", "10 mm"]))
+        names = names[: draw(st.integers(2, 4))]
         meant = draw_labels(draw, names, [1, 0])
         title = draw(st.sampled_from(["labels", "Finding Labels", "tags"]))
         nothing = draw(st.sampled_from(["", "nan", "None", "NA", title, title.lower().rstrip("s")]))
-        cells = [separator.join(name for name in names if labels[name]) or nothing for labels in meant.values()]
+        cells = []
+        for labels in meant.values():
+            cells.append(separator.join(name for name in names if labels[name]) or nothing)
         several = any(separator in cell for cell in cells)
         ids = [name_of(draw, image) for image in meant]
         if draw(st.booleans()):  # a row for each label, as inspectors write them
-            ids, cells = zip(*[(name, part) for name, cell in zip(ids, cells) for part in cell.split(separator)])
+            pairs = []
+            for name, cell in zip(ids, cells):
+                pairs += [(name, part) for part in cell.split(separator)]
+            ids, cells = zip(*pairs)
             several = False
         titles = [draw(st.sampled_from(["ID", "image_id", "filename", "Image Index"])), title]
         rows = draw_columns(draw, titles, [ids, cells])
@@ -700,8 +724,10 @@ def test_variants_of_divided_tables(album):
         draw = data.draw
         meant = draw_labels(draw, draw(st.permutations(CLASSES))[:2], [1, 0, NA])
         images = list(meant)
-        cuts = {"train": images[:3], draw(st.sampled_from(["val", "valid"])): images[3:4], "test": images[4:]}
-        form = draw(st.sampled_from(["{}.csv", "{}.tsv", "{}/labels.csv", "{}/_classes.csv", "{}_metadata.csv"]))
+        val = draw(st.sampled_from(["val", "valid"]))
+        cuts = {"train": images[:3], val: images[3:4], "test": images[4:]}
+        forms = ["{}.csv", "{}.tsv", "{}/labels.csv", "{}/_classes.csv", "{}_metadata.csv"]
+        form = draw(st.sampled_from(forms))
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             (folder / "images").symlink_to(album / "images")

@@ -1,7 +1,8 @@
-"""Runs that are killed, interrupted or out of disk lose nothing."""
+"""Runs that are killed, interrupted, resumed or out of disk lose nothing; one folder holds one run."""
 
 import contextlib
 import csv
+import itertools
 import json
 import math
 import os
@@ -10,15 +11,23 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import dataset
 import inference
 import train
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, as_command
 from dataset import InputError
+
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
+
+class Killed(BaseException):
+    """Stands for a process that is killed: nothing handles it."""
 
 
 def tensors(path):
@@ -29,20 +38,99 @@ def same_tensors(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def saved_state(out):
+    return inference.read_checkpoint(out / "last.pth")["state"]
+
+
 def history(out):
-    """The rows of history.csv, without what the clock says."""
+    """The rows of history.csv, without what the clock says; none when it is not there."""
+    if not (out / "history.csv").exists():
+        return []
+    rows = []
     with open(out / "history.csv") as file:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
-                for row in csv.DictReader(file)]
+        for row in csv.DictReader(file):
+            del row["seconds"], row["images_per_second"]
+            rows.append(row)
+    return rows
 
 
-# Starts the runs as forks of one process that has imported everything: with 25 kills that saves two minutes.
+@contextlib.contextmanager
+def calls_at(actions):
+    """Within the block the n-th step of training is preceded by actions[n](); the block gets a list of all steps:
+    (finished epochs, rate of the head)."""
+    train_step = train.train_step
+    steps = []
+
+    def watched(run, *batch):
+        hook = register_optimizer_step_pre_hook(
+            lambda optimizer, *_: steps.append((run.state.epoch, optimizer.param_groups[-1]["lr"])))
+        try:
+            actions.get(len(steps) + 1, lambda: None)()
+            return train_step(run, *batch)
+        finally:
+            hook.remove()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", watched)
+        yield steps
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def kill():
+    raise Killed
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Fail when the block takes longer."""
+
+    def fail(*_):
+        pytest.fail(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def few_images(make_data):
+    """24 images with known labels of two classes."""
+    names = [f"{i:02}.png" for i in range(24)]
+    rows = [f"{name} {i % 2} {i // 2 % 2}\n" for i, name in enumerate(names)]
+    return make_data("".join(["image red tall\n", *rows]), names)
+
+
+@pytest.fixture
+def options(few_images, tmp_path):
+    """The arguments of a run on few_images into tmp_path/out."""
+    return [*SMALL, "--data", str(few_images), "--out", str(tmp_path / "out")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed
+
+# Starts the runs as forks of one process that has imported everything. The disk is slow, so that many kills come while
+# a file is written.
 KILLER = """
 import os, random, signal, sys, time
-sys.path.insert(0, {root!r})
-import torch, torchvision.models
-import train
-torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+import conftest, train
+import torchvision.models
+conftest.use_small_networks()
+fsync = os.fsync
+
+def slow_fsync(file):
+    time.sleep(0.01)
+    fsync(file)
+
+os.fsync = slow_fsync
 
 def start(out, *more):
     pid = os.fork()
@@ -55,6 +143,9 @@ def start(out, *more):
         os._exit(0)
     return pid
 
+def resume_option():
+    return ["--resume"] if os.path.exists("parts/last.pth") else []
+
 def saving():
     return os.path.exists("parts") and any(name.endswith(".tmp") for name in os.listdir("parts"))
 
@@ -63,28 +154,32 @@ def code(pid):
 
 began = time.time()
 assert code(start("whole")) == 0
-length, rng, hits = time.time() - began, random.Random({seed}), 0
+length = time.time() - began
+rng = random.Random({seed})
+hits = 0
 for kill in range({kills}):
-    pid = start("parts", *["--resume"] * os.path.exists("parts/last.pth"))
+    pid = start("parts", *resume_option())
     end = time.time() + rng.uniform(0, 0.5 * length)
     while time.time() < end and not (kill % 2 and saving()):  # every second one while a file is written
         time.sleep(0.001)
-    time.sleep(rng.uniform(0, 0.05))
+    if kill % 2 == 0:
+        time.sleep(rng.uniform(0, 0.05))
     os.kill(pid, signal.SIGKILL)
     assert code(pid) in (0, -signal.SIGKILL)
     hits += saving()
-assert code(start("parts", *["--resume"] * os.path.exists("parts/last.pth"))) == 0
+assert code(start("parts", *resume_option())) == 0
 assert hits and not saving(), (hits, os.listdir("parts"))
 print(f"{{length:.1f}} s without a stop; {{hits}} of {kills} kills left a file half-written")
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_killed_25_times_ends_as_one_that_never_was(demo, tmp_path, workers):
-    arguments = ["--data", str(demo), "--epochs", "6", "--head", "mlp", "--augment", "rich", *SMALL,
+@pytest.mark.parametrize("workers, kills", [(2, 25), (0, 10)])
+def test_a_run_killed_many_times_ends_as_one_that_never_was(demo, tmp_path, workers, kills):
+    arguments = ["--data", str(demo), "--epochs", "4", "--head", "mlp", "--augment", "rich", *SMALL,
                  "--workers", str(workers)]
-    script = KILLER.format(root=str(ROOT), arguments=arguments, seed=workers, kills=25)
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    script = KILLER.format(tests=str(ROOT / "tests"), arguments=arguments, seed=workers, kills=kills)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=one_thread)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     for name in ("model.pth", "last.pth"):
@@ -92,65 +187,283 @@ def test_a_run_killed_25_times_ends_as_one_that_never_was(demo, tmp_path, worker
     assert history(tmp_path / "whole") == history(tmp_path / "parts")
     reports = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts")]
     assert reports[0] == reports[1]
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("whole", "parts")]
+    assert names[0] == names[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interrupted
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("at", [2, 4])  # within the first epoch, and at its end
-def test_a_signal_saves_the_step_in_hand(demo, trained, tmp_path, capsys, monkeypatch, number, code, at):
+def test_a_signal_saves_the_step_in_hand(demo, trained, tmp_path, capfd, number, code, at):
     options = ["--data", str(demo), "--out", str(tmp_path), "--epochs", "2", *SMALL]
-    shown = train.Progress.__call__
-
-    def send(self, epoch, step, *rest):
-        shown(self, epoch, step, *rest)
-        if (epoch, step) == (1, at):
-            os.kill(os.getpid(), number)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(train.Progress, "__call__", send)
+    before = signal.getsignal(number)
+    with calls_at({at: lambda: os.kill(os.getpid(), number)}) as steps, pytest.raises(SystemExit) as ended:
         dataset.run_command(lambda: train.main(options))
-    assert ended.value.code == code and signal.getsignal(number) != send
-    place = {2: "iteration 2 of epoch 1", 4: "epoch 1"}[at]
-    assert f"stopped after {place}: the same command with --resume goes on from here" in capsys.readouterr().err
+    assert len(steps) == at
+    assert ended.value.code == code
+    assert signal.getsignal(number) is before
+    errors = capfd.readouterr().err
+    count = saved_state(tmp_path)["images"]
+    place = f"{count} images of epoch 1" if at == 2 else "epoch 1"
+    assert (0 < count < 56) == (at == 2)
+    assert "stopping after this step, to save" in errors
+    assert f"stopped after {place}: the same command with --resume goes on from here" in errors
     assert train.main([*options, "--resume"]) == trained[1]
     assert same_tensors(tensors(tmp_path / "model.pth"), tensors(trained[0] / "model.pth"))
     assert history(tmp_path) == history(trained[0])
 
 
-def test_the_second_signal_acts_at_once(trained, demo, tmp_path):
-    run = train.prepare(train.parse_options(["--data", str(demo), "--out", str(tmp_path), *SMALL]))
+def test_the_second_signal_acts_at_once(demo, trained, tmp_path):
+    options = ["--data", str(demo), "--out", str(tmp_path), "--epochs", "2", *SMALL]
     before = signal.getsignal(signal.SIGINT)
-    with train.signals_noted(run):
-        os.kill(os.getpid(), signal.SIGINT)
-        assert run.signal == signal.SIGINT
+
+    def interrupt_twice():
+        interrupt()
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            interrupt()
+        raise KeyboardInterrupt
+
+    with calls_at({6: interrupt_twice}) as steps, pytest.raises(KeyboardInterrupt):
+        train.main(options)
+    assert len(steps) == 5
     assert signal.getsignal(signal.SIGINT) is before
+    state = saved_state(tmp_path)
+    assert (state["epoch"], state["images"], len(state["losses"])) == (1, 0, 4)
+    assert train.main([*options, "--resume"]) == trained[1]
+
+
+# B2, B6
+def test_the_state_counts_images_and_a_step_is_one_call(options, tmp_path):
+    options = [*options, "--epochs", "1", "-b", "4"]
+    with calls_at({2: interrupt}), pytest.raises(KeyboardInterrupt):
+        train.main(options)
+    state = saved_state(tmp_path / "out")
+    assert state["epoch"] == 0
+    assert 7 <= state["images"] <= 8
+    assert len(state["losses"]) == 2
+    assert state["history"] == []
+    with calls_at({}) as steps:
+        train.main([*options, "--resume"])
+    state = saved_state(tmp_path / "out")
+    assert (state["epoch"], state["images"], len(state["history"])) == (1, 0, 1)
+    assert len(state["losses"]) == 2 + len(steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resumed with other options
 
 
 def test_resume_says_what_changed_and_refuses_what_must_not(trained, demo, tmp_path, capsys):
     shutil.copytree(trained[0], tmp_path / "run")
     options = ["--data", str(demo), "--out", str(tmp_path / "run"), "--resume", *SMALL]
     train.main([*options, "--epochs", "3", "--lr", "1e-4", "-b", "8"])
-    assert "than before: epochs 2 -> 3, batch_size 16 -> 8, lr 0.0003 -> 0.0001, lr_b" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    for change in ("epochs 2 -> 3", "batch_size 16 -> 8", "lr 0.0003 -> 0.0001"):
+        assert change in errors
     assert [row["epoch"] for row in history(tmp_path / "run")] == ["1", "2", "3"]
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    for more, message in ((["--seed", "1"], "is of other splits"), (["--backbone", "vgg16"], "has --backbone resnet18"),
+    for more, message in ((["--seed", "1"], "is of other splits"), (["--backbone", "resnet50"], "--backbone resnet18"),
                           (["--head", "bn"], "has --head linear")):
         with pytest.raises(InputError, match=message):
             train.main([*options, *more])
     with pytest.raises(InputError, match=r"last\.pth is not there: without --resume a run starts"):
         train.main([*options, "--out", str(tmp_path / "none")])
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert not (tmp_path / "none").exists()
 
 
-def test_a_batch_size_that_changes_within_an_epoch_goes_on_at_the_same_image(demo, tmp_path):
-    options = ["--data", str(demo), "--out", str(tmp_path), *SMALL]
-    run = train.prepare(train.parse_options([*options, "-b", "8"]))
-    run.step = 4
-    train.save_state(run)
-    run = train.prepare(train.parse_options([*options, "-b", "16"]))
-    train.load_state(run)
-    assert run.step == 2
+# B1
+def test_resuming_with_another_rate_and_weight_decay_uses_them(options, tmp_path):
+    out = tmp_path / "out"
+    options = [*options, "--schedule", "constant"]
+    train.main([*options, "--epochs", "1", "--lr", "1e-3", "--wd", "0.01"])
+    with calls_at({}) as steps:
+        train.main([*options, "--epochs", "2", "--lr", "1e-5", "--wd", "0.5", "--resume"])
+    assert [rate for _, rate in steps] == pytest.approx([1e-5] * len(steps))
+    assert [float(row["lr"]) for row in history(out)] == pytest.approx([1e-3, 1e-5])
+    assert float(history(out)[1]["lr_backbone"]) == pytest.approx(1e-5)
+    for group in inference.read_checkpoint(out / "last.pth")["optimizer"]["param_groups"]:
+        assert group["lr"] == pytest.approx(1e-5)
+        assert group["weight_decay"] == pytest.approx(0.5)
+
+
+# B1
+def test_resuming_with_another_schedule_uses_it(options):
+    options = [*options, "--lr", "1e-3"]
+    train.main([*options, "--epochs", "1", "--schedule", "cosine"])
+    with calls_at({}) as steps:
+        train.main([*options, "--epochs", "3", "--schedule", "multistep", "--milestones", "2", "--lr-decay", "0.5",
+                    "--resume"])
+    assert {epoch: rate for epoch, rate in steps} == {1: pytest.approx(1e-3), 2: pytest.approx(5e-4)}
+
+
+# B2
+def test_the_rate_goes_on_with_the_images_when_the_batch_size_changes_within_an_epoch(demo, tmp_path):
+    options = [*SMALL, "--data", str(demo), "--epochs", "2", "--schedule", "cosine", "--lr", "3e-4"]
+    with calls_at({}) as expected:
+        train.main([*options, "-b", "4", "--out", str(tmp_path / "whole")])
+    half = len(expected) // 4  # half of the first of two epochs
+    parts = ["--out", str(tmp_path / "parts")]
+    with calls_at({half: interrupt}) as first, pytest.raises(KeyboardInterrupt):
+        train.main([*options, "-b", "4", *parts])
+    assert first == expected[:half]
+    with calls_at({}) as second:
+        train.main([*options, "-b", "8", *parts, "--resume"])
+    assert second[0][1] == pytest.approx(expected[half][1], rel=0.1)
+    begin_expected = next(rate for epoch, rate in expected if epoch == 1)
+    begin = next(rate for epoch, rate in second if epoch == 1)
+    assert begin == pytest.approx(begin_expected, rel=0.2)
+    assert second[-1][1] == pytest.approx(expected[-1][1], abs=0.05 * 3e-4)
+    in_epoch = [epoch for epoch, _ in second].count(0)
+    assert in_epoch == pytest.approx(half / 2, abs=1)
+
+
+# B6
+def test_a_smaller_batch_size_on_resume_ends_also_when_few_labels_are_known(make_data, tmp_path):
+    names = [f"{i:02}.png" for i in range(40)]
+    labels = ["NA NA"] * 40
+    labels[::10] = ["1 0"] * 4
+    labels[5::10] = ["0 1"] * 4
+    rows = [f"{name} {cells}\n" for name, cells in zip(names, labels)]
+    data = make_data("".join(["image red tall\n", *rows]), names)
+    options = [*SMALL, "--data", str(data), "--out", str(tmp_path / "out"), "--epochs", "2",
+               "--split", "0.5", "0.25", "0.25"]
+    with calls_at({2: interrupt}), pytest.raises(KeyboardInterrupt):
+        train.main([*options, "-b", "5"])
+    assert history(tmp_path / "out") == []
+    with time_limit(60):
+        train.main([*options, "-b", "2", "--resume"])
+    assert [row["epoch"] for row in history(tmp_path / "out")] == ["1", "2"]
+    assert (tmp_path / "out" / "metrics.json").exists()
+
+
+# B3
+def test_another_monitor_on_resume_decides_what_is_best(make_data, tmp_path):
+    names = [f"{i:02}.png" for i in range(40)]
+    red = [40 * i % 255 > 127 for i in range(40)]
+    data = make_data("".join(f"{name} {int(value)}\n" for name, value in zip(names, red)), names)
+    split = dataset.split(dataset.read_labels(data), method="random", seed=0)
+    for row in [*split[1], *split[2]]:  # val says the opposite of train: its loss rises from epoch to epoch
+        red[row] = not red[row]
+    make_data("".join(f"{name} {int(value)}\n" for name, value in zip(names, red)), names)
+    out = tmp_path / "out"
+    options = [*SMALL, "--data", str(data), "--out", str(out), "--split-method", "random", "--schedule", "constant",
+               "--lr", "1e-2", "-b", "4", "--pos-weight", "none", "--augment", "none"]
+    assert train.main([*options, "--monitor", "map", "--epochs", "1"])["epoch"] == 1
+    report = train.main([*options, "--monitor", "loss", "--epochs", "3", "--resume"])
+    losses = [float(row["val_loss"]) for row in history(out)]
+    assert len(losses) == 3
+    assert min(losses) == losses[0]
+    assert report["epoch"] == 1
+    assert inference.load_model(out / "model.pth", "cpu", "fp32").epoch == 1
+
+
+# B4
+@pytest.mark.parametrize("before, after", [("bf16", "fp16"), ("fp32", "fp16"), ("fp16", "fp32")])
+def test_a_run_is_resumed_in_another_precision(options, tmp_path, before, after):
+    train.main([*options, "--epochs", "1", "--precision", before])
+    train.main([*options, "--epochs", "2", "--precision", after, "--resume"])
+    assert [row["epoch"] for row in history(tmp_path / "out")] == ["1", "2"]
+    assert inference.read_checkpoint(tmp_path / "out" / "last.pth")["precision"] == after
+
+
+# B4
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_auto_on_resume_takes_the_precision_of_the_run(options, tmp_path, precision):
+    train.main([*options, "--epochs", "1", "--precision", precision])
+    train.main([*options, "--epochs", "2", "--precision", "auto", "--resume"])
+    assert inference.read_checkpoint(tmp_path / "out" / "last.pth")["precision"] == precision
+
+
+# Q6
+def test_resuming_a_finished_run_with_other_thresholds_changes_all_that_depends_on_them(options, tmp_path):
+    out = tmp_path / "out"
+    train.main([*options, "--epochs", "1"])
+    before = tensors(out / "model.pth")
+    report = train.main([*options, "--epochs", "1", "--resume", "--thresholds", "0.9"])
+    assert set(json.loads((out / "thresholds.json").read_text()).values()) == {0.9}
+    assert set(inference.load_model(out / "model.pth").thresholds) == {0.9}
+    assert {row["threshold"] for row in report["per_class"].values()} == {0.9}
+    assert json.loads((out / "metrics.json").read_text())["f1_macro"] == report["f1_macro"]
+    assert json.loads((out / "config.json").read_text())["thresholds"] == 0.9
+    assert same_tensors(tensors(out / "model.pth"), before)
+
+
+# Q6
+def test_labels_that_were_corrected_since_are_not_passed_over(options, few_images, tmp_path):
+    train.main([*options, "--epochs", "1"])
+    text = (few_images / "labels.txt").read_text()
+    (few_images / "labels.txt").write_text(text.replace("00.png 0 0", "00.png 0 NA"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(InputError, match=r"last\.pth is of other splits or labels"):
+        train.main([*options, "--epochs", "2", "--resume"])
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One folder, one run
+
+
+# B5
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_killed_in_its_first_epoch_is_not_resumed_as_the_run_before_it(options, tmp_path, finished):
+    out = tmp_path / "out"
+    options = [*options, "-b", "4"]
+    if finished:
+        train.main([*options, "--epochs", "2"])
+        assert (out / "metrics.json").exists()
+    else:
+        with calls_at({6: interrupt}), pytest.raises(KeyboardInterrupt):
+            train.main([*options, "--epochs", "2"])
+    assert (out / "last.pth").exists()
+    with calls_at({2: kill}), pytest.raises(Killed):
+        train.main([*options, "--epochs", "3"])
+    left = {path.name for path in out.iterdir()}
+    assert not left & {"metrics.json", "model.pth", "last.pth", "history.csv"}  # those of the run before
+    with calls_at({}) as steps, pytest.raises(InputError, match=r"last\.pth is not there"):
+        train.main([*options, "--epochs", "3", "--resume"])
+    assert steps == []
+
+
+# Q5, D10
+def test_a_fresh_run_says_that_it_replaces_one_and_leaves_nothing_of_it(options, few_images, tmp_path, capsys):
+    loud = [option for option in options if option != "-q"]
+    out = tmp_path / "out"
+    train.main([*loud, "--epochs", "2", "--thresholds", "global", "--plot-title", "First: a/b"])
+    assert "replace" not in capsys.readouterr().out
+    assert len(list(out.glob("predictions_*.json"))) == 1
+    assert len(list(out.glob("First*.png"))) == 1
+    (out / "notes.txt").write_text("mine")
+    train.main([*loud, "--epochs", "1", "--lr", "0.01"])
+    assert f"the run that was in {out} is replaced" in capsys.readouterr().out
+    train.main([*options, "--epochs", "1", "--lr", "0.01", "--out", str(tmp_path / "new")])
+    expected = {path.name for path in (tmp_path / "new").iterdir()}
+    assert {path.name for path in out.iterdir()} == expected | {"notes.txt"}
+    assert len(history(out)) == 1
+
+
+# Q5
+def test_a_second_run_into_the_same_folder_is_an_error_and_does_no_harm(options, tmp_path, capsys):
+    ended = []
+
+    def start_another():
+        names = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+        for more in ([], ["--resume"]):
+            code, out, errors = as_command(capsys, train.main, *options, *more)
+            assert (code, out) == (2, "")
+            ended.append(errors.splitlines()[-1])
+        assert names == {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+
+    with calls_at({3: start_another}):
+        report = train.main([*options, "--epochs", "2"])
+    assert ended[0].startswith(f"error: --out {tmp_path}/out: another run writes there")
+    assert len(ended) == 2
+    assert ended[1].startswith("error: ")
+    again = train.main([*options, "--epochs", "2"])  # the folder is free again
+    assert again == report
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,38 +484,39 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(trained, tmp_path)
     classifier = inference.load_model(trained[0] / "model.pth", "cpu", "fp32")
     path = tmp_path / "model.pth"
     inference.save_model(classifier, path)
-    before, size = tensors(path), path.stat().st_size
+    before = tensors(path)
+    size = path.stat().st_size
     torch.nn.init.normal_(classifier.network.conv1.weight)
     for stage in range(20):
         with file_size_limit(stage * size // 20), pytest.raises(OSError, match="cannot be written") as error:
             inference.save_model(classifier, path)
         assert "\n" not in str(error.value)
-        assert same_tensors(tensors(path), before) and [file.name for file in tmp_path.iterdir()] == ["model.pth"]
+        assert same_tensors(tensors(path), before)
+        assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
     inference.save_model(classifier, path)
     assert not same_tensors(tensors(path), before)
 
 
-def test_a_run_out_of_disk_ends_in_one_line_and_can_be_resumed(demo, trained, tmp_path, capsys, monkeypatch):
+def test_a_run_out_of_disk_ends_in_one_line_and_can_be_resumed(demo, trained, tmp_path, capsys):
     options = ["--data", str(demo), "--out", str(tmp_path), "--epochs", "2", *SMALL]
-    saved = train.save_state
-
-    def save(run):
-        with file_size_limit(10_000_000 if run.epoch == 2 else resource.RLIM_INFINITY):
-            saved(run)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(train, "save_state", save)
-        dataset.run_command(lambda: train.main(options))
+    sizes = [(trained[0] / name).stat().st_size for name in ("model.pth", "last.pth")]
+    assert sizes[0] < sizes[1]
+    with contextlib.ExitStack() as limits:
+        fill = lambda: limits.enter_context(file_size_limit(sum(sizes) // 2))  # noqa: E731
+        with calls_at({5: fill}), pytest.raises(SystemExit) as ended:  # the first step of epoch 2
+            dataset.run_command(lambda: train.main(options))
     lines = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 1 and len(lines) == 1 and "last.pth cannot be written" in lines[0]
-    assert inference.read_checkpoint(tmp_path / "last.pth")["epoch"] == 1
+    assert (ended.value.code, len(lines)) == (1, 1)
+    assert "last.pth cannot be written" in lines[0]
+    assert saved_state(tmp_path)["epoch"] == 1
     assert train.main([*options, "--resume"]) == trained[1]
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_at_once(demo, tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error_at_once(options, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"--out .*file/out: .*cannot be written: Not a directory"):
-        train.main(["--data", str(demo), "--out", str(tmp_path / "file" / "out"), *SMALL])
+    for out in ("file", "file/out"):
+        with pytest.raises(InputError, match=rf"--out .*/{out}: .*cannot be written: "):
+            train.main([*options, "--out", str(tmp_path / out)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +532,8 @@ class Payload:
 
 
 def test_code_in_a_checkpoint_is_not_run(trained, demo, tmp_path):
-    proof, out = tmp_path / "proof", tmp_path / "run"
+    proof = tmp_path / "proof"
+    out = tmp_path / "run"
     shutil.copytree(trained[0], out)
     image = str(next((demo / "images").iterdir()))
     calls = {
@@ -232,17 +547,20 @@ def test_code_in_a_checkpoint_is_not_run(trained, demo, tmp_path):
             torch.save(content, out / name, _use_new_zipfile_serialization=zipped)
             with pytest.raises(InputError, match=name) as error:
                 call()
-            assert not proof.exists() and "\n" not in str(error.value)
+            assert not proof.exists()
+            assert "\n" not in str(error.value)
     torch.load(out / "model.pth", weights_only=False)  # the payload works
     assert proof.is_dir()
 
 
 def damaged(change):
     """A model.pth of the trained run, changed."""
+
     def write(trained, path):
         content = inference.read_checkpoint(trained[0] / "model.pth")
         change(content)
         torch.save(content, path)
+
     return write
 
 
@@ -268,12 +586,30 @@ def test_models_that_are_none(trained, demo, tmp_path, capsys, case):
     write, message = MODELS[case]
     path = tmp_path / "model.pth"
     write(trained, path)
-    image = str(next((demo / "images").iterdir()))
-    with pytest.raises(SystemExit) as ended:
-        dataset.run_command(lambda: inference.main([image, "--model", str(path), "--device", "cpu"]))
-    captured = capsys.readouterr()
-    assert ended.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1
-    assert captured.err.startswith("error: ") and message in captured.err
+    image = next((demo / "images").iterdir())
+    code, out, errors = as_command(capsys, inference.main, image, "--model", path, "--device", "cpu")
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("error: ")
+    assert message in errors
+
+
+LAST = {
+    "empty": (lambda trained, path: path.write_bytes(b""), "cannot be read as a PyTorch checkpoint"),
+    "model.pth": (lambda trained, path: shutil.copy(trained[0] / "model.pth", path), "is not a last.pth of train.py"),
+    "a tensor": (lambda trained, path: torch.save(torch.ones(1), path), "is not a last.pth of train.py"),
+}
+
+
+@pytest.mark.parametrize("case", LAST)
+def test_states_that_are_none(trained, demo, tmp_path, capsys, case):
+    write, message = LAST[case]
+    shutil.copytree(trained[0], tmp_path / "run")
+    write(trained, tmp_path / "run" / "last.pth")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    code, out, errors = as_command(capsys, train.main, "--data", demo, "--out", tmp_path / "run", "--resume", *SMALL)
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert message in errors
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,20 +618,22 @@ def test_models_that_are_none(trained, demo, tmp_path, capsys, case):
 
 def test_a_loss_that_is_not_a_number_stops_the_run(demo, tmp_path, monkeypatch):
     options = ["--data", str(demo), "--out", str(tmp_path), "--epochs", "3", *SMALL]
-    loss = train.masked_bce
-    calls = []
+    masked_bce = train.masked_bce
+    count = itertools.count(1)
 
     def broken(logits, targets, pos_weight):
-        calls.append(None)
-        total, known = loss(logits, targets, pos_weight)
-        return (total * math.nan if len(calls) == 7 else total), known  # 4 iterations, val, then the second one
+        total, known = masked_bce(logits, targets, pos_weight)
+        if next(count) == 7:  # after 4 iterations, val, and an iteration more
+            total = total * math.nan
+        return total, known
 
-    monkeypatch.setattr(train, "masked_bce", broken)
-    with pytest.raises(RuntimeError, match=r"the loss is nan at iteration 6, in epoch 2: .*lr.*is that after epoch 1"):
-        train.main(options)
-    assert inference.read_checkpoint(tmp_path / "last.pth")["epoch"] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "masked_bce", broken)
+        message = r"the loss is nan at iteration 6, in epoch 2: .*lr.*is that after epoch 1"
+        with pytest.raises(RuntimeError, match=message):
+            train.main(options)
+    assert saved_state(tmp_path)["epoch"] == 1
     assert inference.load_model(tmp_path / "model.pth").epoch == 1
-    monkeypatch.setattr(train, "masked_bce", loss)
     assert train.main([*options, "--resume"])["epoch"] in (1, 2, 3)
 
 
@@ -307,15 +645,15 @@ def test_weights_that_overflow_are_not_saved(demo, tmp_path, rate):
         assert all(tensor.isfinite().all() for tensor in tensors(path).values())
 
 
-def test_out_of_memory_gives_a_hint(demo, tmp_path, capsys, monkeypatch):
-    def full(*_):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate ...")
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried ..."), MemoryError()])
+def test_out_of_memory_gives_a_hint(options, capsys, error):
+    def fail():
+        raise error
 
-    monkeypatch.setattr(inference, "forward", full)
-    with pytest.raises(SystemExit) as ended:
-        dataset.run_command(lambda: train.main(["--data", str(demo), "--out", str(tmp_path), *SMALL]))
-    assert ended.value.code == 1
-    assert capsys.readouterr().err == "error: out of memory: try a lower -b (--batch-size), --size or --cache\n"
+    with calls_at({1: fail}):
+        code, out, errors = as_command(capsys, train.main, *options)
+    assert (code, out) == (1, "")
+    assert errors == "error: out of memory: try a lower -b (--batch-size), --size or --cache\n"
 
 
 ODD = {  # labels of 1.jpg, 2.jpg, ... -> more options, and what is wrong with them, if anything
@@ -340,13 +678,17 @@ def test_odd_data_trains_or_says_why_not(make_data, tmp_path, capsys, case):
     labels, more, message = ODD[case]
     names = [f"{i}.jpg" for i in range(len(labels))]
     data = make_data("".join(f"{name} {label}\n" for name, label in zip(names, labels)), names)
-    arguments = ["--data", str(data), "--out", str(tmp_path / "out"), "--epochs", "1", *SMALL, *more]
+    arguments = [*SMALL, "--data", data, "--out", tmp_path / "out", "--epochs", "1", *more]
     if message is None:
-        report = train.main(arguments)
-        assert math.isfinite(report["loss"]) and (tmp_path / "out" / "metrics.json").exists()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            report = train.main(list(map(str, arguments)))
+        assert math.isfinite(report["loss"])
+        assert (tmp_path / "out" / "metrics.json").exists()
         return
-    with pytest.raises(SystemExit) as ended:
-        dataset.run_command(lambda: train.main(arguments))
-    errors = capsys.readouterr().err
-    assert ended.value.code == 2 and errors.count("\n") == 1 and message in errors
+    code, _, errors = as_command(capsys, train.main, *arguments)
+    *others, error = errors.splitlines()
+    assert (code, error.startswith("error: ")) == (2, True)
+    assert message in error
+    assert all(line.startswith("warning: ") for line in others)
     assert not (tmp_path / "out").exists()
