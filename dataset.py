@@ -116,8 +116,12 @@ def read_labels(data_dir, labels=None, images=None, **how):
 
     files = {"": _given_file(labels, data_dir)} if labels else find_labels(data_dir)
     tables = []
+    lists = None  # whether the files hold lists: the first one decides
     for part, path in files.items():
-        table = _read_cls(path, data_dir) if path.is_dir() else _read_file(path, groups, folder, how)
+        if path.is_dir():
+            table = _read_cls(path, data_dir)
+        else:
+            table, lists = _read_file(path, groups, folder, how, lists)
         if part:
             table.parts = [part] * len(table)
         tables.append(table)
@@ -273,8 +277,9 @@ ID_TITLES = ("id", "image_id", "imageid", "image", "images", "image_name", "imag
              "file_name", "file name", "file", "path", "filepath", "file_path", "image_path", "img", "name")
 
 
-def _read_file(path, groups, folder, how):
-    """A label file in the table or the lists format -> LabelTable without paths."""
+def _read_file(path, groups, folder, how, lists=None):
+    """A label file in the table or the lists format -> (LabelTable without paths, whether it was
+    read as lists). lists: whether it has to be, None to look."""
     rows, delimiter = read_rows(path)
     if not rows:
         raise InputError(f"{path} is empty: it needs a line per image")
@@ -284,11 +289,13 @@ def _read_file(path, groups, folder, how):
         notes.append(f"line {rows[0][0]} tells the number of rows")
         rows = rows[1:]
     if how.image_list:
-        rows = _add_image_names(path, rows, how.image_list)
+        image_list = _given_file(how.image_list, path.parent)
+        rows = _add_image_names(path, rows, image_list)
+        notes.append(f"images: named by {image_list}")
     header, rows = _split_header(path, rows, delimiter, folder, values, notes)
     columns = _columns(path, header, rows, delimiter, values)
     title = _find_image_column(path, columns, folder, how)
-    notes.append(f"images: in the column {title or 'without a title'}")
+    notes.append(f"images: in the column {title}" if title else "images: in a column without a title")
     table = LabelTable(columns.pop(title), [], None, [], notes=notes)
     table.origins = [f"{path}:{number}" for number, _ in rows]
     for name in how.ignore:
@@ -296,11 +303,14 @@ def _read_file(path, groups, folder, how):
     if how.group:
         table.objects = _take(path, columns, how.group, "--group")
     _read_parts(path, table, columns, how)
-    if delimiter != " " and title.lower() in ID_TITLES and _looks_like_lists(columns, values, groups):
+    if lists is None:
+        known = how.image_column or title.lower() in ID_TITLES
+        lists = delimiter != " " and bool(known) and _looks_like_lists(columns, values, groups)
+    if lists:
         _read_lists(path, table, columns, groups, values, how)
     else:
         _read_table(path, table, columns, values, how)
-    return table
+    return table, lists
 
 
 def _add_image_names(path, rows, image_list):
@@ -333,8 +343,10 @@ def _split_header(path, rows, delimiter, folder, values, notes):
                          "--image-list FILE")
     if len(rows) == 1:
         raise InputError(f"{path} has a header and no rows: it needs a line per image")
-    if delimiter == " " and len(rows[1][1]) == len(cells) + 1:  # the image column has no title
-        cells = ["image", *cells]
+    if delimiter == " " and len(rows[1][1]) == len(cells) + 1 and values[rows[1][1][1]] is not None:
+        cells = ["", *cells]  # the image column has no title
+    elif labels == len(cells) - 1:
+        notes.append(f"line {number} is taken as a header, as {name} is no image: write a suffix if it is one")
     repeated = first_repeated(cells)
     if repeated is not None:
         raise InputError(f"{path}:{number}: the column {repeated!r} is there twice: rename one")
@@ -367,9 +379,7 @@ def _find_image_column(path, columns, folder, how):
     if how.image_column:
         _take(path, dict(columns), how.image_column, "--image-column")
         return how.image_column
-    known = [title for title in columns if title.lower() in ID_TITLES]
-    candidates = [*known, *(title for title in columns if title not in known and not _is_index(title))]
-    candidates = candidates or list(columns)
+    candidates = sorted(columns, key=lambda title: (title.lower() not in ID_TITLES, _is_index(title)))
     best = 0
     for title in candidates:
         hits = sum(folder.names_image(cell) for cell in columns[title][:50])
@@ -412,6 +422,7 @@ def first_repeated(names):
     return None
 
 
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 LABEL_WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 LABEL_WORDS |= dict.fromkeys(["", "na", "n/a", "nan", "none", "null", "?"], math.nan)
 
@@ -429,9 +440,10 @@ class LabelValues(dict):
 
     def _value(self, cell):
         number = self.number(cell)
-        if cell == self.how.negative:
-            return 0.0
-        if cell == self.how.unknown or number == -1:
+        for word, value in ((self.how.negative, 0.0), (self.how.unknown, math.nan)):
+            if word is not None and (cell == word or number == self.number(word) is not None):
+                return value
+        if number == -1:
             return math.nan
         if self.how.label_threshold is not None and number is not None and 0 <= number <= 1:
             return float(number >= self.how.label_threshold)
@@ -441,7 +453,7 @@ class LabelValues(dict):
         """The cell as a float, or None."""
         if self.decimal_comma:
             cell = cell.replace(",", ".")
-        return float(cell) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", cell) else None
+        return float(cell) if NUMBER.fullmatch(cell) else None
 
     def is_word(self, cell):
         """Whether a cell is neither a label, nor a number, nor a date."""
@@ -458,8 +470,9 @@ def _read_table(path, table, columns, values, how):
         else:
             table.classes.append(title)
     if not table.classes:
-        raise InputError(f"{path}: no column holds labels (0, 1 or NA): it has {', '.join(columns)}")
-    _refuse_signs(path, [columns[title] for title in table.classes], values, how)
+        raise InputError(f"{path}: no column holds labels (0, 1 or NA): it has {', '.join(columns)}; for lists of "
+                         "names say with --image-column which column names the images")
+    _check_signs(path, table, [columns[title] for title in table.classes], values, how)
     table.targets = np.empty((len(table), len(table.classes)), np.float32)
     for c, title in enumerate(table.classes):
         table.targets[:, c] = np.fromiter(map(values.__getitem__, columns[title]), np.float32, len(table))
@@ -484,20 +497,22 @@ def _is_label_column(path, table, title, cells, values):
                      f"leave the column out with --ignore {title}")
 
 
-def _refuse_signs(path, columns, values, how):
-    """An InputError where -1 may mean absent as well as unknown: it is in every column, and oftener
-    than 0."""
-    minus = zeros = 0
+def _check_signs(path, table, columns, values, how):
+    """An InputError where -1 may mean absent as well as unknown: there is no 0, or it is rarer and
+    every column has -1. Else a note that -1 is NA."""
+    if "-1" in (how.negative, how.unknown):
+        return
+    minus = []
+    zeros = 0
     for cells in columns:
         counts = Counter(cells)
-        here = sum(count for cell, count in counts.items() if values.number(cell) == -1)
-        if here == 0 or len(cells) == 1 or "-1" in (how.negative, how.unknown):
-            return
-        minus += here
+        minus.append(sum(count for cell, count in counts.items() if values.number(cell) == -1))
         zeros += sum(count for cell, count in counts.items() if values[cell] == 0)
-    if minus > zeros:
-        raise InputError(f"{path}: every column has -1, which can mean absent or unknown: say which with --negative -1 "
-                         "(and --unknown 0 where 0 means unknown) or with --unknown -1")
+    if sum(minus) > zeros and (zeros == 0 or min(minus)) and len(table) > 1:
+        raise InputError(f"{path}: -1 can mean absent or unknown here: say which with --negative -1 (and --unknown 0 "
+                         "where 0 means unknown) or with --unknown -1")
+    if any(minus):
+        table.notes.append(f"labels: -1 was read as NA, {sum(minus)} times")
 
 
 def _warn_left_out(table, titles):
@@ -512,13 +527,28 @@ OTHER_TITLES = {"split", "fold", "set", "subset", "caption", "text", "descriptio
 
 
 def _looks_like_lists(columns, values, groups):
-    """Whether columns hold lists of names: one has words and a title that says so, or there are
-    words and no labels."""
-    words = [title for title, cells in columns.items() if any(values.is_word(cell) for cell in set(cells))]
-    if any(LIST_TITLE.search(title) or title in groups for title in words):
+    """Whether columns hold lists of names: one has words and a title that says so, and at most one
+    is of labels; or there are words, and neither labels nor numbers between 0 and 1."""
+    words = []
+    labels = []
+    for title, cells in columns.items():
+        distinct = set(cells)
+        if any(values.is_word(cell) for cell in distinct):
+            words.append(title)
+        elif not _is_index(title) and title.lower() not in OTHER_TITLES:
+            found = {values[cell] for cell in distinct}
+            if {0, 1} <= found and None not in found:
+                labels.append(title)
+    if any(title in groups for title in words):
         return True
-    others = [title for title in columns if title not in words and not _is_index(title)]
-    return bool(words) and not any(values[cell] in (0, 1) for title in others for cell in set(columns[title]))
+    if any(LIST_TITLE.search(title) for title in words):
+        return len(labels) < 2
+    rest = [title for title in columns if title not in words and not _is_index(title)]
+    rest = [title for title in rest if title.lower() not in OTHER_TITLES]
+    numbers = [values.number(cell) for title in rest for cell in set(columns[title])]
+    some_labels = any(number is not None and 0 <= number <= 1 for number in numbers)
+    some_labels |= any(values[cell] in (0, 1) for title in rest for cell in set(columns[title]))
+    return bool(words) and not some_labels
 
 
 def _read_lists(path, table, columns, groups, values, how):
@@ -533,10 +563,12 @@ def _read_lists(path, table, columns, groups, values, how):
         stem = title.lower().removesuffix("s")
         placeholders |= {stem, stem + "s"}
     names = {}  # cell -> the names in it
+    dropped = set()
     for cell in cells:
         parts = cell.strip("[]").split(separator) if separator else [cell]
         parts = [part.strip(" '\"") for part in parts]
         names[cell] = [part for part in parts if part.lower() not in placeholders]
+        dropped.update(part or "an empty cell" for part in parts if part.lower() in placeholders)
 
     own = {title: sorted({name for cell in set(columns[title]) for name in names[cell]}) for title in titles}
     repeated = first_repeated([name for members in own.values() for name in members])
@@ -562,6 +594,8 @@ def _read_lists(path, table, columns, groups, values, how):
 
     table.notes.append(f"labels: lists of names in {', '.join(titles)}, " + (
         f"separated by {separator!r}" if separator else "one in a cell"))
+    if dropped:
+        table.notes.append(f"labels: no label is meant by {', '.join(sorted(dropped))}")
     if confidence is not None:
         table.notes.append("labels: confidence 0 means absent, and a label that is not listed is unknown")
     _warn_left_out(table, [title or "one without a title" for title in columns if title not in titles])
@@ -629,14 +663,20 @@ def _read_class_names(data_dir):
     text = data_dir / "classes.txt"
     file = data_dir / "classes.json"
     if text.is_file():
-        return [line.strip() for line in read_lines(text) if line.strip()], str(text)
-    if not file.is_file():
+        source = text
+        classes = [line.strip() for line in read_lines(text) if line.strip()]
+    elif file.is_file():
+        source = file
+        content = _read_json(file)
+        classes = content.get("classes") if isinstance(content, dict) else content
+    else:
         return COCO_CLASSES, "the 80 of COCO"
-    content = _read_json(file)
-    classes = content.get("classes") if isinstance(content, dict) else content
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise InputError(f'{file}: it must look like ["class", ...] or {{"classes": ["class", ...]}}')
-    return classes, str(file)
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise InputError(f'{source}: it must look like ["class", ...]')
+    repeated = first_repeated(classes)
+    if repeated is not None:
+        raise InputError(f"{source}: {repeated} is there twice: rename one")
+    return classes, str(source)
 
 
 COCO_CLASSES = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,
@@ -858,7 +898,8 @@ def _find_copies(table):
     contradictory = []
     for other, row in found:
         table.copies[row] = table.ids[other]
-        pair = f"{table.ids[other]} and {table.ids[row]}"
+        names = table.ids if table.ids[other] != table.ids[row] else table.paths
+        pair = f"{names[other]} and {names[row]}"
         if table.parts and table.parts[row] != table.parts[other]:
             crossing.append(pair)
         if (table.targets[row] + table.targets[other] == 1).any():
@@ -1431,9 +1472,9 @@ def one_sided(table):
     """Warnings of the classes of a table that have no known positive, or no known negative."""
     lines = []
     for value, word in ((1, "positive"), (0, "negative")):
-        names = list_names(table.classes, ~(table.targets == value).any(axis=0))
-        if names:
-            lines.append(f"no known {word}: {shortened(names.split(', '))}")
+        lacking = ~(table.targets == value).any(axis=0)
+        if lacking.any():
+            lines.append(f"no known {word}: {shortened([table.classes[c] for c in np.flatnonzero(lacking)])}")
     return lines
 
 
@@ -1503,7 +1544,8 @@ def write_demo(folder, seed=0, count=1000):
     """
     folder = Path(folder)
     marker = folder / "label_groups.json"
-    if folder.is_dir() and any(folder.iterdir()) and not (marker.is_file() and _read_json(marker) == DEMO_GROUPS):
+    used = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    if used and not (marker.is_file() and _read_json(marker) == DEMO_GROUPS):
         raise InputError(f"{folder} is not empty, and not demo data: name a new folder")
     write_json(marker, DEMO_GROUPS)
     (folder / "images").mkdir(exist_ok=True)

@@ -59,7 +59,7 @@ def make_classifier(backbone="resnet18", head="linear", size=64, classes=("a", "
                                 [0.5] * len(classes), size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Networks
 
 
@@ -71,17 +71,18 @@ def test_every_backbone_takes_every_head(real_networks, backbone, head):
         assert network(torch.empty(2, 3, 64, 64)).shape == (2, 7)
         other = inference.build_model(backbone, "linear", 7)
     name = inference.BACKBONES[backbone]
-    shapes = {key: tensor.shape for key, tensor in network.state_dict().items() if not key.startswith(name)}
-    assert shapes == {key: tensor.shape for key, tensor in other.state_dict().items() if not key.startswith(name)}
-    head = network.get_submodule(name)
-    linear = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
-    assert linear[-1].out_features == 7
-    assert sum(isinstance(layer, (nn.BatchNorm1d, nn.ReLU)) for layer in head.modules()) == {1: 0, 2: 2}.get(
-        len(linear), 0) or isinstance(head[-1], nn.BatchNorm1d)
+    for key, tensor in other.state_dict().items():
+        if not key.startswith(name):
+            assert network.state_dict()[key].shape == tensor.shape, key
+    layers = [layer for layer in network.get_submodule(name).modules() if not list(layer.children())]
+    assert [type(layer).__name__ for layer in layers] == {
+        "linear": ["Linear"], "bn": ["Linear", "BatchNorm1d"],
+        "mlp": ["BatchNorm1d", "Dropout", "Linear", "ReLU", "Dropout", "Linear"],
+    }[head]
 
 
 def fill(network):
-    """Give a network on the meta device random weights, faster than its own initial ones, and odd statistics."""
+    """Give a network on the meta device random weights, faster than its own initial ones."""
     network.to_empty(device="cpu")
     torch.manual_seed(0)
     with torch.no_grad():
@@ -94,28 +95,33 @@ def fill(network):
                 tensor.uniform_(-0.2, 0.2)
             else:
                 tensor.zero_()
+    for module in network.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.momentum = 1.0  # the statistics are those of the last batch
     return network
 
 
-@pytest.mark.parametrize("number, backbone", enumerate(inference.BACKBONES))
-def test_every_backbone_trains_saves_loads_predicts_and_shows_where(real_networks, number, backbone, demo, tmp_path):
+@pytest.mark.parametrize("number, backbone", list(enumerate(inference.BACKBONES)))
+def test_every_backbone_trains_saves_loads_and_predicts(real_networks, number, backbone, demo, tmp_path):
     head = list(inference.HEADS)[number % 3]
     with torch.device("meta"):
         network = inference.build_model(backbone, head, 3)
     network = fill(network)
     images = sorted((demo / "images").iterdir())[:17]
-    batch = torch.stack([torch.from_numpy(np.array(dataset.load_image(path, 32))) for path in images[:2]])
+    batch = torch.stack([torch.from_numpy(np.array(dataset.load_image(path, 32))) for path in images[:8]])
     before = network.get_submodule(inference.BACKBONES[backbone]).state_dict()
     before = {name: tensor.clone() for name, tensor in before.items()}
     network.train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
-    network(dataset.normalize(batch.permute(0, 3, 1, 2))).sum().backward()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-5)
+    logits = network(dataset.normalize(batch.permute(0, 3, 1, 2)))
+    (logits * torch.randn(8, 3)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
     after = network.get_submodule(inference.BACKBONES[backbone]).state_dict()
     assert all(not torch.equal(after[name], before[name]) for name in before if name.endswith("weight"))
 
-    made = inference.Classifier(network.eval(), backbone, head, inference.HEADS[head], list("abc"), {}, [0.5] * 3, 32)
+    dropout = inference.HEADS[head]
+    made = inference.Classifier(network.eval(), backbone, head, dropout, list("abc"), {}, [0.5] * 3, 32)
     inference.save_model(made, tmp_path / "model.pth")
     loaded = inference.load_model(tmp_path / "model.pth", "cpu", "fp32")
     (tmp_path / "model.pth").unlink()
@@ -131,8 +137,8 @@ def test_every_backbone_trains_saves_loads_predicts_and_shows_where(real_network
     assert inference.heatmaps(loaded, images[0], []).shape == (0, 32, 32)
 
 
-@pytest.mark.parametrize("head, dropout", [("linear", None), ("linear", [0.2]), ("mlp", None), ("mlp", [0.6]),
-                                           ("bn", None)])
+@pytest.mark.parametrize("head, dropout", [("linear", None), ("linear", [0.2]), ("mlp", None),
+                                           ("mlp", [0.6]), ("bn", None)])
 def test_heads_save_load_and_predict_the_same(head, dropout, tmp_path, images):
     torch.manual_seed(0)
     network = inference.build_model("resnet18", head, 3, dropout).eval()
@@ -188,7 +194,7 @@ def test_a_torchvision_that_does_not_fit_is_not_called_a_damaged_model(
     assert "damaged" not in errors
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Predictions
 
 
@@ -208,8 +214,9 @@ def test_probabilities_of_one_image_and_of_several(classifier, images):
 def photograph(tmp_path_factory):
     """A large photograph of odd sides, as a JPEG file."""
     rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (26, 35, 3), np.uint8)).resize((901, 703), Image.Resampling.BICUBIC)
-    values = np.asarray(coarse) + rng.normal(0, 12, (703, 901, 3))
+    coarse = Image.fromarray(rng.integers(0, 256, (26, 35, 3), np.uint8))
+    smooth = np.asarray(coarse.resize((901, 703), Image.Resampling.BICUBIC))
+    values = smooth + rng.normal(0, 12, smooth.shape)
     path = tmp_path_factory.mktemp("photo") / "photo.jpg"
     Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(path, quality=90)
     return path
@@ -237,7 +244,7 @@ def test_a_photograph_has_the_same_probabilities_however_it_is_given(classifier,
 # Q3
 @pytest.mark.parametrize("size", [32, 64, 224])
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_photograph_that_was_decoded_before_has_the_same_pixels_up_to_rounding(photograph, tmp_path, size, turned):
+def test_a_photograph_that_was_decoded_before_has_the_same_pixels(photograph, tmp_path, size, turned):
     if turned:
         exif = Image.Exif()
         exif[0x0112] = 6
@@ -261,7 +268,8 @@ def test_predict_names_a_bad_image_and_predict_all_goes_on(classifier, images, t
 
 # Q11
 @pytest.mark.parametrize("image", [b"no image" * 1000, io.BytesIO(b"no image" * 1000), np.zeros((9, 9)),
-                                   np.zeros((3, 9, 9), np.uint8), None, 5], ids=lambda image: type(image).__name__)
+                                   np.zeros((3, 9, 9), np.uint8), None, 5],
+                         ids=lambda image: type(image).__name__)
 def test_what_is_no_image_is_named_shortly(classifier, image):
     with pytest.raises(ImageError) as error:
         inference.predict(classifier, [image])
@@ -289,7 +297,7 @@ def test_threads_may_share_a_classifier(classifier, images):
     assert all(not module._forward_hooks for module in classifier.network.modules())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Output
 
 
@@ -301,7 +309,8 @@ def test_prediction_rows_with_groups_and_without():
     rows = inference.prediction_rows(["x", "y"], probabilities, [0.5] * 3, classes, groups)
     assert rows[0] == ["ID", "components", "defects", "components_confidence", "defects_confidence",
                        "avg_component_confidence", "avg_defect_confidence", "overall_avg_confidence"]
-    assert rows[1] == ["x", "nut;bolt", "rust", "nut:0.9000;bolt:0.6000", "rust:0.8000", "0.7500", "0.8000", "0.7667"]
+    assert rows[1] == ["x", "nut;bolt", "rust", "nut:0.9000;bolt:0.6000", "rust:0.8000", "0.7500", "0.8000",
+                       "0.7667"]
     assert rows[2] == ["y", "", "", "", "", "", "", ""]
     rows = inference.prediction_rows(["x"], probabilities, [0.7] * 3, classes, {})
     assert rows[0] == ["ID", "labels", "labels_confidence", "avg_confidence"]
@@ -339,7 +348,8 @@ def test_folders_csv_json_probabilities_and_out(model, classifier, demo, images,
 
 # Q15
 def test_all_probabilities_of_all_classes_can_be_had(model, classifier, images, capsys):
-    rows = list(csv.DictReader(io.StringIO(run(capsys, *images, "--model", model, "--format", "probabilities"))))
+    text = run(capsys, *images, "--model", model, "--format", "probabilities")
+    rows = list(csv.DictReader(io.StringIO(text)))
     assert list(rows[0]) == ["ID", *classifier.classes]
     values = [[float(row[name]) for name in classifier.classes] for row in rows]
     np.testing.assert_allclose(values, inference.predict(classifier, images), atol=1e-5)
@@ -466,8 +476,8 @@ def test_predictions_need_no_output(tmp_path, images, monkeypatch, stream):
 
 
 def test_wrong_images_are_clear_errors(model, tmp_path):
-    for arguments, message in (([str(tmp_path / "x.jpg")], r"x\.jpg is not there"), ([str(tmp_path)], "holds no images"),
-                               ([], "no image is named")):
+    for arguments, message in (([str(tmp_path / "x.jpg")], r"x\.jpg is not there"),
+                               ([str(tmp_path)], "holds no images"), ([], "no image is named")):
         with pytest.raises(InputError, match=message):
             inference.main([*arguments, "--model", model])
 
@@ -484,7 +494,8 @@ def test_a_link_that_loops_is_one_bad_image(model, images, tmp_path, capsys):
     shutil.copy(images[0], tmp_path / "good.jpg")
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     (tmp_path / "folder").symlink_to(tmp_path)
-    code, out, errors = as_command(capsys, inference.main, tmp_path, "--model", model, "--format", "json", *CPU)
+    code, out, errors = as_command(capsys, inference.main, tmp_path, "--model", model, "--format", "json",
+                                   *CPU)
     assert code == 1
     assert "good.jpg" in json.loads(out)
     assert "loop.jpg: " in errors
@@ -494,7 +505,8 @@ def test_a_link_that_loops_is_one_bad_image(model, images, tmp_path, capsys):
 def test_bad_images_are_reported_and_the_others_predicted(odd_folder, model, capsys):
     folder, bad = odd_folder
     count = len(list((folder / "images").iterdir()))
-    code, out, errors = as_command(capsys, inference.main, folder / "images", "--model", model, "--format", "json", *CPU)
+    code, out, errors = as_command(capsys, inference.main, folder / "images", "--model", model, "--format",
+                                   "json", *CPU)
     assert code == 1
     assert len(json.loads(out)) == count - len(bad)
     assert all(errors.count(f"{name}: ") == 1 for name in bad)
@@ -534,11 +546,11 @@ def test_options(model, images, capsys, arguments, message):
 def test_options_that_do_nothing_beside_evaluate_are_refused(model, demo, in_folder, capsys, option):
     code, out, errors = as_command(capsys, inference.main, "--evaluate", demo, "--model", model, *option)
     assert (code, out, errors.count("\n")) == (2, "", 1)
-    assert option[0] in errors
+    assert "--evaluate" in errors
     assert list(in_folder.iterdir()) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
@@ -561,18 +573,26 @@ def test_evaluate_as_json_with_images_elsewhere(model, demo, tmp_path, capsys):
     assert json.loads((tmp_path / "report.json").read_text()) == written
 
 
+def label_counts(report):
+    """{class: (positives, negatives, NA)} of a report."""
+    rows = report["per_class"].items()
+    return {name: (row["positives"], row["negatives"], row["na"]) for name, row in rows}
+
+
 # Q14, Q15
 def test_a_class_that_a_lists_file_does_not_name_is_absent_there(make_data, tmp_path, capsys):
-    data = make_data("ID,parts,defects\na,bolt,Rust\nb,bolt;nut,Rust;odd\nc,bolt,Rust\n", name="image_data.csv")
+    data = make_data("ID,parts,defects\na,bolt,Rust\nb,bolt;nut,Rust;odd\nc,bolt,Rust\n",
+                     name="image_data.csv")
     model = tmp_path / "model.pth"
     inference.save_model(make_classifier(classes=["Rust", "crack", "bolt"]), model)
     report = inference.main(["--evaluate", str(data), "--model", str(model), *CPU])
-    counts = {name: (row["positives"], row["negatives"], row["na"]) for name, row in report["per_class"].items()}
-    assert counts == {"Rust": (3, 0, 0), "crack": (0, 3, 0), "bolt": (3, 0, 0)}
+    expected = {"Rust": (3, 0, 0), "crack": (0, 3, 0), "bolt": (3, 0, 0)}
+    assert label_counts(report) == expected
     groups = tmp_path / "groups.json"
     groups.write_text(json.dumps({"parts": ["bolt", "nut"], "defects": ["Rust", "crack"]}))
-    again = inference.main(["--evaluate", str(data), "--label-groups", str(groups), "--model", str(model), *CPU])
-    assert again["per_class"] == report["per_class"]
+    again = inference.main(["--evaluate", str(data), "--label-groups", str(groups), "--model", str(model),
+                            *CPU])
+    assert label_counts(again) == expected
     assert "odd (1 times)" in capsys.readouterr().out
 
 
@@ -619,7 +639,7 @@ def test_a_model_is_deployed_without_metrics(model, images, demo, monkeypatch, c
     assert "metrics.py" in errors
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Heatmaps
 
 
@@ -668,7 +688,7 @@ def test_a_map_is_highest_in_the_middle_of_its_highest_cell(row, column):
     assert abs(x - (30 * column + 14.5)) <= 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Pictures
 
 
@@ -681,13 +701,15 @@ def test_pictures_are_saved_for_all_images_of_a_folder(model, images, tmp_path, 
         plain, heat = (Image.open(tmp_path / name / f"{image.stem}.png") for name in ("plain", "heat"))
         assert plain.width < heat.width
         assert heat.height > 2 * 360  # seven pictures in rows of four
-    none = inference.save_pictures(inference.load_model(model), images[:1], np.zeros((1, 6)), tmp_path / "none", True)
+    none = inference.save_pictures(inference.load_model(model), images[:1], np.zeros((1, 6)),
+                                   tmp_path / "none", True)
     assert Image.open(none[0]).width == plain.width
 
 
 # Q16
 def test_pictures_of_classes_in_other_scripts(images, tmp_path, capsys):
-    inference.save_model(make_classifier(classes=["Größe", "裂纹", "трещина"]), tmp_path / "model.pth")
+    classes = ["Größe", "裂纹", "трещина"]
+    inference.save_model(make_classifier(classes=classes), tmp_path / "model.pth")
     run(capsys, images[0], "--model", tmp_path / "model.pth", "--threshold", 0, "--save", tmp_path / "drawn")
     assert len(list((tmp_path / "drawn").iterdir())) == 1
 
@@ -699,11 +721,12 @@ def colour_columns(sheet, colour):
 
 
 def test_mistakes_are_shown_most_confident_first():
-    images = [np.full((40, 40, 3), colour, np.uint8) for colour in ((200, 200, 0), (0, 200, 200), (200, 0, 200))]
+    colours = [(200, 200, 0), (0, 200, 200), (200, 0, 200)]
+    images = [np.full((40, 40, 3), colour, np.uint8) for colour in colours]
     targets = np.array([[1, 0], [0, np.nan], [1, 1]], np.float32)
     table = dataset.LabelTable(["a", "b", "c"], images, targets, ["x", "y"])
     sheet = inference.mistakes_sheet(table, np.array([[0.4, 0.1], [0.95, 0.9], [0.9, 0.02]]), [0.5, 0.5])
-    yellow, cyan, violet = (colour_columns(sheet, colour) for colour in ((200, 200, 0), (0, 200, 200), (200, 0, 200)))
+    yellow, cyan, violet = (colour_columns(sheet, colour) for colour in colours)
     assert len(violet) and len(cyan) and len(yellow)
     assert violet.max() < cyan.min() and cyan.max() < yellow.min()  # 0.98, 0.95, 0.6
     red = colour_columns(sheet, (178, 24, 43))  # false alarms
@@ -719,10 +742,10 @@ def test_mistakes_are_shown_most_confident_first():
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 def test_the_sheet_of_mistakes_does_not_hold_full_size_images(tmp_path, monkeypatch, kind):
     paths = []
-    for i in range(5):
+    for i in range(4):
         paths.append(str(tmp_path / f"{i}.{kind}"))
-        Image.new("RGB", (2400, 1600), (40 * i, 90, 120)).save(paths[-1])
-    table = dataset.LabelTable([f"{i}.{kind}" for i in range(5)], paths, np.ones((5, 1), np.float32), ["A"])
+        Image.new("RGB", (2000, 1400), (40 * i, 90, 120)).save(paths[-1])
+    table = dataset.LabelTable([f"{i}.{kind}" for i in range(4)], paths, np.ones((4, 1), np.float32), ["A"])
     load = PIL.ImageFile.ImageFile.load
     large = []
     decoded = []
@@ -734,18 +757,20 @@ def test_the_sheet_of_mistakes_does_not_hold_full_size_images(tmp_path, monkeypa
         return load(image)
 
     monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", counted)
-    sheet = inference.mistakes_sheet(table, np.full((5, 1), 0.1, np.float32), [0.5])
+    sheet = inference.mistakes_sheet(table, np.full((4, 1), 0.1, np.float32), [0.5])
     assert max(large) <= 3
     if kind == "jpg":
         assert max(max(size) for size in decoded) <= 1300
     colours = {sheet.getpixel((x, y)) for x in range(0, sheet.width, 20) for y in range(0, sheet.height, 20)}
-    assert len([colour for colour in colours if abs(colour[1] - 90) < 4 and abs(colour[2] - 120) < 4]) == 5
+    assert len([colour for colour in colours if abs(colour[1] - 90) < 4 and abs(colour[2] - 120) < 4]) == 4
 
 
-@pytest.mark.parametrize("losses, epochs", [([0.5], 1), ([1.0, math.nan, 0.5], 3), (list(range(5000)), 200), ([], 1)])
+@pytest.mark.parametrize("losses, epochs", [([0.5], 1), ([1.0, math.nan, 0.5], 3), (list(range(5000)), 200),
+                                            ([], 1)])
 def test_loss_curves_draw_from_one_point_to_many(losses, epochs):
     history = [{"epoch": i + 1, "train_loss": 1 / (i + 1), "val_loss": math.nan} for i in range(epochs)]
-    image = inference.loss_curves(losses, history, [(1, "best epoch: 1"), (epochs, "layer4 unfrozen")], "A title")
+    marks = [(1, "best epoch: 1"), (epochs, "layer4 unfrozen")]
+    image = inference.loss_curves(losses, history, marks, "A title")
     assert image.size == (900, 840)
     assert not losses or len(image.getcolors(10**6)) > 20
 
@@ -758,19 +783,26 @@ def test_marks_are_of_the_best_epoch_the_unfreezing_and_new_rates(demo, tmp_path
         return Image.new("RGB", (1, 1))
 
     monkeypatch.setattr(inference, "loss_curves", draw)
-    options = [*SMALL, "--data", str(demo), "--out", str(tmp_path), "--epochs", "3", "--train-layers", "head"]
-    report = train.main([*options, "--unfreeze", "layer4", "--unfreeze-epoch", "2", "--schedule", "multistep",
-                         "--milestones", "2", "--lr", "0.001"])
+    options = [*SMALL, "--data", str(demo), "--out", str(tmp_path), "--epochs", "3", "--lr", "0.001",
+               "--train-layers", "head", "--unfreeze", "layer4", "--unfreeze-epoch", "2"]
+    report = train.main([*options, "--schedule", "multistep", "--milestones", "2"])
     assert len(kept) == 3
-    assert kept[-1] == {(report["epoch"], f"best epoch: {report['epoch']}"), (2, "layer4 unfrozen"), (3, "lr 0.0001")}
+    best = (report["epoch"], f"best epoch: {report['epoch']}")
+    assert kept[-1] == {best, (2, "layer4 unfrozen"), (3, "lr 0.0001")}
     assert kept[0] == {(1, "best epoch: 1")}
 
 
-@pytest.mark.parametrize("classes, size", [(1, (300, 324)), (4, (1200, 324)), (6, (1200, 604)), (80, (1200, 1444))])
-def test_curves_of_few_and_of_many_classes(classes, size):
+def test_curves_of_few_and_of_many_classes():
     rng = np.random.default_rng(0)
-    targets = (rng.random((50, classes)) < 0.3).astype(np.float32)
-    targets[rng.random(targets.shape) < 0.1] = np.nan
-    targets[:, 0] = np.nan
-    names = [f"a class with a rather long name, number {c}" for c in range(classes)]
-    assert inference.pr_curves(targets, rng.random((50, classes)), [0.5] * classes, names).size == size
+    sizes = {}
+    for classes in (1, 4, 6, 80):
+        targets = (rng.random((50, classes)) < 0.3).astype(np.float32)
+        targets[rng.random(targets.shape) < 0.1] = np.nan
+        targets[:, 0] = np.nan
+        names = [f"a class with a rather long name, number {c}" for c in range(classes)]
+        sizes[classes] = inference.pr_curves(targets, rng.random((50, classes)), [0.5] * classes, names).size
+    width, height = sizes[1]
+    row = sizes[6][1] - height
+    assert min(width, height, row) > 200
+    assert sizes == {1: (width, height), 4: (4 * width, height), 6: (4 * width, height + row),
+                     80: (4 * width, height + 4 * row)}  # the 20 worst

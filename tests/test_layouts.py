@@ -64,7 +64,7 @@ LAYOUTS["CelebA"] = Layout(
     named={"--negative", "--unknown"},
 )
 
-# nih chest x-rays: labels separated by "|", and many other columns, some with commas in their titles; a comma
+# nih chest x-rays: labels separated by "|"; many other columns, some with commas in their titles; a comma
 # ends each line
 LAYOUTS["ChestX-ray14"] = Layout(
     files={"Data_Entry_2017.csv": (

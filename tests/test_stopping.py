@@ -56,8 +56,8 @@ def history(out):
 
 @contextlib.contextmanager
 def calls_at(actions):
-    """Within the block the n-th step of training is preceded by actions[n](); the block gets a list of all steps:
-    (finished epochs, rate of the head)."""
+    """Within the block the n-th step of training is preceded by actions[n](); the block gets a list of all
+    steps: (finished epochs, rate of the head)."""
     train_step = train.train_step
     steps = []
 
@@ -113,11 +113,11 @@ def options(few_images, tmp_path):
     return [*SMALL, "--data", str(few_images), "--out", str(tmp_path / "out")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Killed
 
-# Starts the runs as forks of one process that has imported everything. The disk is slow, so that many kills come while
-# a file is written.
+# Starts the runs as forks of one process that has imported everything. The disk is slow, so that many kills
+# come while a file is written.
 KILLER = """
 import os, random, signal, sys, time
 sys.path.insert(0, {tests!r})
@@ -179,7 +179,8 @@ def test_a_run_killed_many_times_ends_as_one_that_never_was(demo, tmp_path, work
                  "--workers", str(workers)]
     script = KILLER.format(tests=str(ROOT / "tests"), arguments=arguments, seed=workers, kills=kills)
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=one_thread)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
+                          env=one_thread)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     for name in ("model.pth", "last.pth"):
@@ -191,7 +192,7 @@ def test_a_run_killed_many_times_ends_as_one_that_never_was(demo, tmp_path, work
     assert names[0] == names[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Interrupted
 
 
@@ -252,7 +253,7 @@ def test_the_state_counts_images_and_a_step_is_one_call(options, tmp_path):
     assert len(state["losses"]) == 2 + len(steps)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Resumed with other options
 
 
@@ -265,7 +266,8 @@ def test_resume_says_what_changed_and_refuses_what_must_not(trained, demo, tmp_p
         assert change in errors
     assert [row["epoch"] for row in history(tmp_path / "run")] == ["1", "2", "3"]
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    for more, message in ((["--seed", "1"], "is of other splits"), (["--backbone", "resnet50"], "--backbone resnet18"),
+    for more, message in ((["--seed", "1"], "is of other splits"),
+                          (["--backbone", "resnet50"], "--backbone resnet18"),
                           (["--head", "bn"], "has --head linear")):
         with pytest.raises(InputError, match=message):
             train.main([*options, *more])
@@ -295,9 +297,9 @@ def test_resuming_with_another_schedule_uses_it(options):
     options = [*options, "--lr", "1e-3"]
     train.main([*options, "--epochs", "1", "--schedule", "cosine"])
     with calls_at({}) as steps:
-        train.main([*options, "--epochs", "3", "--schedule", "multistep", "--milestones", "2", "--lr-decay", "0.5",
-                    "--resume"])
-    assert {epoch: rate for epoch, rate in steps} == {1: pytest.approx(1e-3), 2: pytest.approx(5e-4)}
+        train.main([*options, "--epochs", "3", "--schedule", "multistep", "--milestones", "2",
+                    "--lr-decay", "0.5", "--resume"])
+    assert dict(steps) == {1: pytest.approx(1e-3), 2: pytest.approx(5e-4)}
 
 
 # B2
@@ -350,8 +352,9 @@ def test_another_monitor_on_resume_decides_what_is_best(make_data, tmp_path):
         red[row] = not red[row]
     make_data("".join(f"{name} {int(value)}\n" for name, value in zip(names, red)), names)
     out = tmp_path / "out"
-    options = [*SMALL, "--data", str(data), "--out", str(out), "--split-method", "random", "--schedule", "constant",
-               "--lr", "1e-2", "-b", "4", "--pos-weight", "none", "--augment", "none"]
+    options = [*SMALL, "--data", str(data), "--out", str(out), "--split-method", "random",
+               "--schedule", "constant", "--lr", "1e-2", "-b", "4", "--pos-weight", "none",
+               "--augment", "none"]
     assert train.main([*options, "--monitor", "map", "--epochs", "1"])["epoch"] == 1
     report = train.main([*options, "--monitor", "loss", "--epochs", "3", "--resume"])
     losses = [float(row["val_loss"]) for row in history(out)]
@@ -403,7 +406,7 @@ def test_labels_that_were_corrected_since_are_not_passed_over(options, few_image
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # One folder, one run
 
 
@@ -429,7 +432,7 @@ def test_a_run_killed_in_its_first_epoch_is_not_resumed_as_the_run_before_it(opt
 
 
 # Q5, D10
-def test_a_fresh_run_says_that_it_replaces_one_and_leaves_nothing_of_it(options, few_images, tmp_path, capsys):
+def test_a_fresh_run_says_that_it_replaces_one_and_leaves_nothing_of_it(options, tmp_path, capsys):
     loud = [option for option in options if option != "-q"]
     out = tmp_path / "out"
     train.main([*loud, "--epochs", "2", "--thresholds", "global", "--plot-title", "First: a/b"])
@@ -466,7 +469,7 @@ def test_a_second_run_into_the_same_folder_is_an_error_and_does_no_harm(options,
     assert again == report
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Disks that are full, folders that cannot be written
 
 
@@ -519,7 +522,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_at_once(options, tmp_path):
             train.main([*options, "--out", str(tmp_path / out)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Checkpoints of strangers
 
 
@@ -539,7 +542,8 @@ def test_code_in_a_checkpoint_is_not_run(trained, demo, tmp_path):
     calls = {
         "model.pth": lambda: inference.main([image, "--model", str(out / "model.pth"), "--device", "cpu"]),
         "last.pth": lambda: train.main(["--data", str(demo), "--out", str(out), "--resume", *SMALL]),
-        "weights.pth": lambda: train.main(["--data", str(demo), *SMALL, "--weights", str(out / "weights.pth")]),
+        "weights.pth": lambda: train.main([*SMALL, "--data", str(demo),
+                                           "--weights", str(out / "weights.pth")]),
     }
     for name, call in calls.items():
         for zipped in (True, False):
@@ -566,18 +570,26 @@ def damaged(change):
 
 MODELS = {
     "no file": (lambda trained, path: None, "model.pth is not there: train a model first"),
-    "a folder": (lambda trained, path: path.mkdir(), "cannot be read as a PyTorch checkpoint: Is a directory"),
+    "a folder": (lambda trained, path: path.mkdir(),
+                 "cannot be read as a PyTorch checkpoint: Is a directory"),
     "empty": (lambda trained, path: path.touch(), "cannot be read as a PyTorch checkpoint"),
     "text": (lambda trained, path: path.write_text("hello"), "model.pth"),
-    "cut off": (lambda trained, path: path.write_bytes((trained[0] / "model.pth").read_bytes()[:99_999]), "model.pth"),
-    "a state_dict": (lambda trained, path: torch.save({"conv1.weight": torch.ones(1)}, path), "is not a model.pth of"),
+    "cut off": (lambda trained, path: path.write_bytes((trained[0] / "model.pth").read_bytes()[:99_999]),
+                "model.pth"),
+    "a state_dict": (lambda trained, path: torch.save({"conv1.weight": torch.ones(1)}, path),
+                     "is not a model.pth of"),
     "a tensor": (lambda trained, path: torch.save(torch.ones(1), path), "is not a model.pth of train.py"),
-    "last.pth": (lambda trained, path: shutil.copy(trained[0] / "last.pth", path), "is not a model.pth of train.py"),
+    "last.pth": (lambda trained, path: shutil.copy(trained[0] / "last.pth", path),
+                 "is not a model.pth of train.py"),
     "newer": (damaged(lambda content: content.update(format=99)), "has format 99, and this program reads 1"),
-    "fewer classes": (damaged(lambda content: content["classes"].pop()), "is damaged: its tensors are not those of a"),
-    "no thresholds": (damaged(lambda content: content.update(thresholds=[])), "is damaged: it has 0 thresholds"),
-    "unknown network": (damaged(lambda content: content.update(backbone="x")), "is damaged: its tensors are not"),
-    "lost tensor": (damaged(lambda content: content["network"].pop("conv1.weight")), "is damaged: its tensors"),
+    "fewer classes": (damaged(lambda content: content["classes"].pop()),
+                      "is damaged: its tensors are not those of a"),
+    "no thresholds": (damaged(lambda content: content.update(thresholds=[])),
+                      "is damaged: it has 0 thresholds"),
+    "unknown network": (damaged(lambda content: content.update(backbone="x")),
+                        "is damaged: its tensors are not"),
+    "lost tensor": (damaged(lambda content: content["network"].pop("conv1.weight")),
+                    "is damaged: its tensors"),
 }
 
 
@@ -595,7 +607,8 @@ def test_models_that_are_none(trained, demo, tmp_path, capsys, case):
 
 LAST = {
     "empty": (lambda trained, path: path.write_bytes(b""), "cannot be read as a PyTorch checkpoint"),
-    "model.pth": (lambda trained, path: shutil.copy(trained[0] / "model.pth", path), "is not a last.pth of train.py"),
+    "model.pth": (lambda trained, path: shutil.copy(trained[0] / "model.pth", path),
+                  "is not a last.pth of train.py"),
     "a tensor": (lambda trained, path: torch.save(torch.ones(1), path), "is not a last.pth of train.py"),
 }
 
@@ -606,13 +619,14 @@ def test_states_that_are_none(trained, demo, tmp_path, capsys, case):
     shutil.copytree(trained[0], tmp_path / "run")
     write(trained, tmp_path / "run" / "last.pth")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    code, out, errors = as_command(capsys, train.main, "--data", demo, "--out", tmp_path / "run", "--resume", *SMALL)
+    code, out, errors = as_command(capsys, train.main, "--data", demo, "--out", tmp_path / "run", "--resume",
+                                   *SMALL)
     assert (code, out, errors.count("\n")) == (2, "", 1)
     assert message in errors
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Training that goes wrong
 
 
@@ -645,7 +659,8 @@ def test_weights_that_overflow_are_not_saved(demo, tmp_path, rate):
         assert all(tensor.isfinite().all() for tensor in tensors(path).values())
 
 
-@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried ..."), MemoryError()])
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried ..."),
+                                   MemoryError()])
 def test_out_of_memory_gives_a_hint(options, capsys, error):
     def fail():
         raise error
@@ -664,8 +679,10 @@ ODD = {  # labels of 1.jpg, 2.jpg, ... -> more options, and what is wrong with t
     "three small images": ("101", [], "with -b 16 and 1 images to train on"),
     "a batch larger than the data": ("101010101", ["-b", "64"], None),
     "a last batch of one": ("1010101", ["-b", "2", "--head", "bn"], None),
-    "batches of one": ("101010101", ["-b", "1", "--head", "bn"], "BatchNorm needs two: raise -b, or add images"),
-    "batches of one, small images": ("101010101", ["-b", "1"], "BatchNorm needs two: raise -b, or add images"),
+    "batches of one": ("101010101", ["-b", "1", "--head", "bn"],
+                       "BatchNorm needs two: raise -b, or add images"),
+    "batches of one, small images": ("101010101", ["-b", "1"],
+                                     "BatchNorm needs two: raise -b, or add images"),
     "only NA": ("?" * 9, [], "no label of the train split is known: there is nothing to learn from"),
     "one image": ("1", [], "1 images are too few for 3 splits"),
     "two images": ("10", [], "2 images are too few for 3 splits: add images, or change --split"),
