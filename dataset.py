@@ -1575,8 +1575,8 @@ def draw_demo_image(labels, rng):
     grain = _smooth_noise(rng, (side, 12), 7) + _smooth_noise(rng, (6, 6), 14)
     image = _to_image(np.array(_colour(rng)) + grain[..., None])
     pen = ImageDraw.Draw(image)
-    for _ in range(rng.integers(3, 7)):  # clutter that is no label
-        corners = rng.normal(0, rng.uniform(6, 30), (rng.integers(2, 6), 2))
+    for _ in range(rng.integers(2, 6)):  # clutter that is no label
+        corners = rng.normal(0, rng.uniform(4, 18), (rng.integers(2, 6), 2))
         _polygon(pen, *rng.integers(0, side, 2), corners, 0, _colour(rng, 10, 245), outline=None)
     places = rng.permutation([(x, y) for x in (50, 128, 206) for y in (50, 128, 206)]) + rng.integers(-20, 21, (9, 2))
     boxes = {}
@@ -1652,7 +1652,7 @@ def _draw_bracket(pen, x, y, rng):
 def _draw_ring(pen, x, y, rng):
     """A washer: a disc that is open in the middle."""
     radius = rng.uniform(22, 36)
-    width = int(rng.integers(8, 13))
+    width = int(rng.integers(10, 15))
     box = (x - radius, y - radius, x + radius, y + radius)
     pen.ellipse((box[0] + 5, box[1] + 6, box[2] + 5, box[3] + 6), outline=DARK, width=width)
     pen.ellipse(box, outline=_colour(rng, 60, 230), width=width)
@@ -1679,8 +1679,8 @@ def _draw_crack(pen, x, y, rng):
 
 def _draw_hole(pen, x, y, rng):
     """A torn hole: black, with a jagged bright rim."""
-    corners = _star(rng.uniform(20, 28) * rng.uniform(0.8, 1.2, 18) * np.tile([1.35, 0.75], 9))
-    box = _polygon(pen, x, y, 1.25 * corners, 0, (235, 232, 225))
+    corners = _star(rng.uniform(24, 32) * rng.uniform(0.8, 1.2, 18) * np.tile([1.35, 0.75], 9))
+    box = _polygon(pen, x, y, 1.3 * corners, 0, (235, 232, 225))
     _polygon(pen, x, y, corners, 0, (12, 10, 10))
     return box
 

@@ -87,7 +87,7 @@ def few_images(make_data):
 # Loss
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_masked_loss_is_that_of_the_known_elements_one_by_one(data):
     shape = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
@@ -975,10 +975,11 @@ def test_the_configuration_is_printed_before_training(demo, tmp_path, capsys):
     train.main(["--data", str(demo), "--out", str(tmp_path), "--epochs", "1", "-b", "20", "--lr", "0.0007",
                 "--train-layers", "layer4,head", *LOUD])
     before, _, after = capsys.readouterr().out.partition("epoch 1/1")
-    for text in ("80 images", "56 train", "resnet18", "linear head", "32 px", "layer4,head", "1 epochs",
-                 "batch 20", "lr 0.0007", "cosine", "light", "pos_weight sqrt", "patience 10", "pr_curve",
+    count = len(read_rows(tmp_path / "train_metadata.csv"))
+    for text in ("80 images", f"{count} train", "resnet18", "linear head", "32 px", "layer4,head",
+                 "1 epochs", "batch 20", "lr 0.0007", "cosine", "light", "pos_weight sqrt", "patience 10", "pr_curve",
                  "batch_size=20", "device: cpu", "precision: fp32", "weights: none"):
-        assert text in before.replace("57 train", "56 train"), text
+        assert text in before, text
     assert "epochs=1" in before and "seed=" not in before
     assert "f1_macro" in after
     assert f"inference.py {demo}/images/" in after
@@ -1071,10 +1072,3 @@ def test_a_report_of_500_classes_is_short(make_data, tmp_path, capsys):
     assert len(text.splitlines()) < 120
     assert "metrics.json has all" in text
     assert len(report["per_class"]) == len(read_json(tmp_path / "out" / "metrics.json")["per_class"]) == 500
-
-
-def test_the_command_exits_with_2_and_one_line():
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--data", "/nowhere"], capture_output=True,
-                          text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: /nowhere is not a folder: --data names the folder of labels and images\n"
