@@ -193,6 +193,9 @@ def _find_divided(data_dir):
     for word, part in PART_WORDS.items():
         for path in _table_files(data_dir):
             if path.stem.lower() in (word, f"{word}_metadata"):
+                if part in divided:
+                    raise InputError(f"{divided[part]} and {path} are both of {part}: remove one, or name the label "
+                                     "file with --labels")
                 divided[part] = path
         inside = data_dir / word
         if inside.is_dir() and len(_table_files(inside)) == 1:
@@ -1027,6 +1030,9 @@ def _stratified_parts(positives, sizes, ratios, rng):
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # EXIF orientation -> what makes it upright
 PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ETIMEDOUT}  # errors that may not come again
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is an error, and reported as one
@@ -1064,17 +1070,17 @@ def image_name(image):
 
 def _load_image(image, size, within):
     image = _open_image(image)
-    side = size or within
-    if side:
-        image.draft("RGB", (2 * side, 2 * side))  # twice, so that the scale of the decoding does not show
-    if image.getexif().get(0x0112, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    turn = TURNS.get(image.getexif().get(0x0112))
+    drafted = None
+    if side := size or within:  # twice that, so that the scale of the decoding does not show
+        drafted = image.draft("RGB", (2 * side, 2 * side))
     image = _to_rgb(image)
     if size:
-        return image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3.0)
-    if within:
+        box = drafted[1] if drafted else None  # the last row and column may be a part of a pixel
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=3.0)
+    elif within:
         image.thumbnail((within, within), Image.Resampling.BILINEAR, reducing_gap=3.0)
-    return image
+    return image.transpose(turn) if turn else image
 
 
 def _open_image(image):

@@ -851,8 +851,12 @@ def main(argv=None):
     classifier = load_model(options.model, options.device, options.precision)
     if options.threshold is not None:
         classifier.thresholds = [options.threshold] * len(classifier.classes)
+    described = (f"{options.model}: {classifier.backbone}, {len(classifier.classes)} classes, {classifier.size} px, on "
+                 f"{classifier.device}")
     if options.evaluate:
+        print_text(described, file=sys.stderr)
         return evaluate_folder(classifier, options)
+    print_text(f"{described}; {len(paths)} images", file=sys.stderr)
     probabilities, errors = predict_all(classifier, paths, options.batch_size, options.workers)
     good = [row for row in range(len(paths)) if row not in errors]
     if good:

@@ -543,21 +543,25 @@ def read_run(folder):
     Raises ValueError that names the file when metrics.json is missing or one of them is not a JSON
     object.
     """
+    folder = Path(folder)
+    if not (folder / "metrics.json").exists():
+        raise ValueError(f"{folder} is not the folder of a finished run: it has no metrics.json")
     row = {"run": str(folder)}
-    for name in ("config.json", "metrics.json"):
-        path = Path(folder) / name
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            if name == "config.json":
-                continue
-            raise ValueError(f"{folder} is not the folder of a finished run: it has no {name}") from None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} is not what a run writes: it holds no JSON object")
+    for path in (folder / "config.json", folder / "metrics.json"):
+        content = read_json(path) if path.exists() else {}
         row |= {key: value for key, value in content.items() if not isinstance(value, dict)}
     return row
+
+
+def read_json(path):
+    """A JSON object that a run wrote -> dict. Raises ValueError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not what a run writes: it holds no JSON object")
+    return content
 
 
 OPTION_COLUMNS = ("preset", "backbone", "head", "size", "epochs", "batch_size", "lr", "lr_backbone", "train_layers",

@@ -164,13 +164,18 @@ def parse_options(argv=None):
     if options.lr_backbone is None:
         options.lr_backbone = options.lr
     options.dropout = options.dropout or HEADS[options.head]
+    if len(options.dropout) > len(HEADS[options.head]):
+        raise InputError(f"--dropout: the {options.head} head takes {len(HEADS[options.head])} of them")
     options.milestones = options.milestones or [max(1, options.epochs // 2), max(1, options.epochs * 3 // 4)]
     return options
 
 
 def augmentation(text):
     """A type= function for argparse: what --augment takes."""
-    dataset.read_operations(text)
+    try:
+        dataset.read_operations(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(error) from None
     return text
 
 
@@ -739,6 +744,9 @@ def choose_thresholds(options, table, probabilities):
     """The thresholds of --thresholds on a split -> list of C floats, none of them on a
     probability."""
     thresholds = metrics.find_thresholds(table.targets, probabilities, options.thresholds, options.max_threshold)
+    if options.thresholds == "global":  # one for all classes, between the probabilities of all
+        moved = metrics.between_scores(thresholds[:1], probabilities.reshape(-1, 1))
+        return moved.tolist() * len(thresholds)
     if not isinstance(options.thresholds, float):
         thresholds = metrics.between_scores(thresholds, probabilities)
     return thresholds.tolist()
@@ -938,6 +946,10 @@ def remove_old_run(run):
     """Remove what an older run left in --out."""
     old = [run.out / name for name in RUN_FILES if (run.out / name).exists()]
     old += run.out.glob("predictions_*_t-*.json")
+    with contextlib.suppress(ValueError):
+        title = metrics.read_json(run.out / "config.json").get("plot_title")
+        if title and title_path(run.out, title).exists():
+            old.append(title_path(run.out, title))
     for path in old:
         path.unlink()
     if old:
@@ -974,7 +986,12 @@ def write_history(run):
     curves = inference.loss_curves(run.state.losses, run.state.history, epoch_marks(run), title)
     dataset.write_png(run.out / "loss_curve.png", curves)
     if title:
-        dataset.write_png(run.out / f"{title.replace('/', '_')}.png", curves)
+        dataset.write_png(title_path(run.out, title), curves)
+
+
+def title_path(out, title):
+    """Where the curves of --plot-title are."""
+    return out / f"{title.replace('/', '_')}.png"
 
 
 def epoch_marks(run):
