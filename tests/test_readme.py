@@ -4,6 +4,8 @@ import inspect
 import re
 import shutil
 
+import nbclient
+import nbformat
 import pytest
 
 import conftest
@@ -40,9 +42,6 @@ OWN_CELLS = {
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
     """A notebook that was run in a folder with the four files and data -> (folder, {cell: its outputs})."""
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
     folder = tmp_path_factory.mktemp("notebook")
     for name in ("dataset.py", "inference.py", "metrics.py", "train.py"):
         shutil.copy(ROOT / name, folder)
