@@ -854,8 +854,7 @@ def main(argv=None):
     described = (f"{options.model}: {classifier.backbone}, {len(classifier.classes)} classes, {classifier.size} px, on "
                  f"{classifier.device}")
     if options.evaluate:
-        print_text(described, file=sys.stderr)
-        return evaluate_folder(classifier, options)
+        return evaluate_folder(classifier, options, described)
     print_text(f"{described}; {len(paths)} images", file=sys.stderr)
     probabilities, errors = predict_all(classifier, paths, options.batch_size, options.workers)
     good = [row for row in range(len(paths)) if row not in errors]
@@ -875,10 +874,11 @@ def main(argv=None):
     return probabilities
 
 
-def evaluate_folder(classifier, options):
-    """Report the classifier on the labelled folder of --evaluate -> report dict."""
+def evaluate_folder(classifier, options, described):
+    """Report the classifier, described in words, on the labelled folder of --evaluate -> report dict."""
     table = dataset.read_labels(options.evaluate, **dataset.data_options(options))
     report = evaluate(classifier, table, options.batch_size, options.workers, options.bootstrap)
+    print_text(described, file=sys.stderr)
     import metrics
 
     if options.format == "json":

@@ -463,8 +463,8 @@ def test_the_automatic_cache_takes_half_of_the_free_memory_and_a_share_of_it_per
     }
     read_text = Path.read_text
 
-    def read_files(path, *rest):
-        return files.get(str(path)) or read_text(path, *rest)
+    def read_files(path, *rest, **named):
+        return files.get(str(path)) or read_text(path, *rest, **named)
 
     monkeypatch.setattr(Path, "read_text", read_files)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
