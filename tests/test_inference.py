@@ -124,7 +124,7 @@ def test_every_backbone_trains_saves_loads_and_predicts(real_networks, number, b
     loaded = inference.load_model(tmp_path / "model.pth", "cpu", "fp32")
     (tmp_path / "model.pth").unlink()
     few = np.concatenate([inference.predict(loaded, images[:8]), inference.predict(loaded, images[8:])])
-    np.testing.assert_allclose(few[:8], inference.predict(made, images[:8]), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(few[:8], inference.predict(made, images[:8]), rtol=0, atol=1e-4)
     assert few.std(axis=0).max() > 0.01
     many = inference.predict(loaded, images)  # in another way, whose rounding these networks magnify
     np.testing.assert_allclose(many, few, rtol=0, atol=2e-3)
@@ -145,7 +145,7 @@ def test_heads_save_load_and_predict_the_same(head, dropout, tmp_path, images):
                                 {"x": ["a", "b"]}, [0.5, 0.25, 1], 32, 7, {"map": 0.5}, {"lr": 1e-3})
     inference.save_model(made, tmp_path / "model.pth")
     loaded = inference.load_model(tmp_path / "model.pth", "cpu", "fp32")
-    np.testing.assert_allclose(inference.predict(loaded, images), inference.predict(made, images), atol=1e-6)
+    np.testing.assert_allclose(inference.predict(loaded, images), inference.predict(made, images), atol=1e-4)
     for field in dataclasses.fields(made):
         if field.name != "network":
             assert getattr(loaded, field.name) == getattr(made, field.name), field.name
@@ -201,8 +201,8 @@ def test_probabilities_of_one_image_and_of_several(classifier, images):
     probabilities = inference.predict(classifier, images)
     assert (probabilities.shape, probabilities.dtype) == ((5, 6), np.float32)
     assert ((probabilities > 0) & (probabilities < 1)).all()
-    np.testing.assert_allclose(inference.predict(classifier, images[0]), probabilities[:1], atol=1e-6)
-    np.testing.assert_allclose(inference.predict(classifier, str(images[1])), probabilities[1:2], atol=1e-6)
+    np.testing.assert_allclose(inference.predict(classifier, images[0]), probabilities[:1], atol=1e-4)
+    np.testing.assert_allclose(inference.predict(classifier, str(images[1])), probabilities[1:2], atol=1e-4)
     assert inference.predict(classifier, []).shape == (0, 6)
     one = inference.predict(classifier, images, batch_size=1)
     np.testing.assert_allclose(inference.predict(classifier, images, batch_size=4), one, rtol=0, atol=1e-5)

@@ -1,6 +1,5 @@
 """The README's cells run as they stand there, in a notebook; its options and pictures are there."""
 
-import inspect
 import re
 import shutil
 
@@ -8,7 +7,6 @@ import nbclient
 import nbformat
 import pytest
 
-import conftest
 import dataset
 import inference
 import metrics
@@ -18,9 +16,8 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CELLS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
-# What a test cannot have: the download of the ImageNet weights, and the time for a real network.
-SETUP = inspect.getsource(conftest.use_small_networks) + """
-use_small_networks()
+# What a test cannot have: the download of the ImageNet weights.
+SETUP = """
 import os
 from pathlib import Path
 import torch
