@@ -190,8 +190,9 @@ def _find_divided(data_dir):
     """Label files of train, val and test: train.csv, train_metadata.csv, or the only table file of
     a folder train/."""
     divided = {}
+    files = _table_files(data_dir)
     for word, part in PART_WORDS.items():
-        for path in _table_files(data_dir):
+        for path in files:
             if path.stem.lower() in (word, f"{word}_metadata"):
                 if part in divided:
                     raise InputError(f"{divided[part]} and {path} are both of {part}: remove one, or name the label "
@@ -505,6 +506,8 @@ def _check_signs(path, table, columns, values, how):
     every column has -1. Else a note that -1 is NA."""
     if "-1" in (how.negative, how.unknown):
         return
+    if not any(values.number(cell) == -1 for cells in columns for cell in set(cells)):
+        return
     minus = []
     zeros = 0
     for cells in columns:
@@ -514,8 +517,7 @@ def _check_signs(path, table, columns, values, how):
     if sum(minus) > zeros and (zeros == 0 or min(minus)) and len(table) > 1:
         raise InputError(f"{path}: -1 can mean absent or unknown here: say which with --negative -1 (and --unknown 0 "
                          "where 0 means unknown) or with --unknown -1")
-    if any(minus):
-        table.notes.append(f"labels: -1 was read as NA, {sum(minus)} times")
+    table.notes.append(f"labels: -1 was read as NA, {sum(minus)} times")
 
 
 def _warn_left_out(table, titles):
