@@ -355,6 +355,7 @@ def bench_learn(data="data/demo", weights="none", epochs=18):
 
 def bench_infer(model, folder):
     """Whole processes: one image beside the bare imports; a folder beside a plain loop over its images."""
+    describe_machine()
     image = str(next(path for path in sorted(Path(folder).iterdir()) if path.suffix == ".jpg"))
     call = [sys.executable, str(ROOT / "inference.py"), "--model", model]
     run = lambda *command: subprocess.run(command, check=True, capture_output=True)  # noqa: E731
@@ -369,13 +370,14 @@ def bench_infer(model, folder):
 
     paths = sorted(map(str, Path(folder).iterdir()))
     fast, slow = inference.load_model(model), inference.load_model(model, precision="fp32")
+    network = slow.network.to(memory_format=torch.contiguous_format)  # as torchvision builds it
     unknown = np.zeros((len(paths), len(slow.classes)), np.float32)
     change = plain_loop(dataset.LabelTable(paths, paths, unknown, slow.classes), slow.size)[1]
 
     def plain():
         with torch.no_grad():
             for path in paths:
-                torch.sigmoid(slow.network(change(Image.open(path).convert("RGB"))[None]))
+                torch.sigmoid(network(change(Image.open(path).convert("RGB"))[None]))
 
     mine, other, ratio = alternate(lambda: inference.predict(fast, paths), plain, runs=3)
     print(f"{len(paths)} images: predict {mine:.2f} s; plain loop: {other:.2f} s; ratio {ratio:.2f}")
