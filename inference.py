@@ -23,6 +23,7 @@ import pickle
 import re
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,12 +54,10 @@ FORMAT = 1  # of model.pth
 
 
 def build_model(backbone, head, num_classes, dropout=None):
-    """A torchvision network with a new head, randomly initialised -> nn.Module, images (B, 3, H, W)
-    -> logits (B, C).
+    """A torchvision network with a new head, randomly initialised -> nn.Module, images (B, 3, H, W) -> logits (B, C).
 
-    backbone: a name of BACKBONES. head: "linear"; "mlp" (BatchNorm, Dropout, Linear to a quarter,
-    ReLU, Dropout, Linear); or "bn" (Linear, BatchNorm). dropout: one rate, or two for "mlp"; by
-    default those of HEADS.
+    backbone: a name of BACKBONES. head: "linear"; "mlp" (BatchNorm, Dropout, Linear to a quarter, ReLU, Dropout,
+    Linear); or "bn" (Linear, BatchNorm). dropout: one rate, or two for "mlp"; by default those of HEADS.
     """
     network = torchvision_models().get_model(backbone, weights=None)
     parent, _, name = BACKBONES[backbone].rpartition(".")
@@ -68,8 +67,7 @@ def build_model(backbone, head, num_classes, dropout=None):
 
 
 def torchvision_models():
-    """The module torchvision.models, which takes seconds to import, so it waits until a network is
-    needed."""
+    """The module torchvision.models, which takes seconds to import, so it waits until a network is needed."""
     try:
         import torchvision.models
     except (ImportError, RuntimeError, AttributeError) as error:
@@ -94,8 +92,7 @@ def _build_head(head, features, num_classes, dropout):
 
 
 def choose_device(name):
-    """ "auto" or a device name -> torch.device. Raises InputError for a device that is not
-    there."""
+    """ "auto" or a device name -> torch.device. Raises InputError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -110,12 +107,10 @@ FEW = 16  # images, up to which it does not pay to measure what is fastest
 
 
 def choose_precision(name, device, images=math.inf):
-    """ "auto", "fp32", "bf16" or "fp16" -> (the dtype that the network computes in, the reason in
-    words).
+    """ "auto", "fp32", "bf16" or "fp16" -> (the dtype that the network computes in, the reason in words).
 
-    auto: on a CUDA GPU bf16 from compute capability 8.0 on, fp16 from 7.0 on, else fp32. On a CPU
-    that has bf16 instructions bf16 where a convolution is at least 1.3 times as fast in it, for
-    more than FEW images; else fp32.
+    auto: on a CUDA GPU bf16 from compute capability 8.0 on, fp16 from 7.0 on, else fp32. On a CPU that has bf16
+    instructions bf16 where a convolution is at least 1.3 times as fast in it, for more than FEW images; else fp32.
     """
     if name != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name], "as asked for"
@@ -142,8 +137,8 @@ def has_bf16_instructions():
 
 @functools.cache
 def measure_bf16():
-    """How many times as fast this processor computes a convolution, forward and backward, in bf16
-    as in fp32. It takes about a tenth of a second, once in a process."""
+    """How many times as fast this processor computes a convolution, forward and backward, in bf16 as in fp32. It takes
+    about a tenth of a second, once in a process."""
     images = torch.ones(4, 64, 56, 56).contiguous(memory_format=torch.channels_last).requires_grad_()
     weight = torch.ones(64, 64, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
 
@@ -174,8 +169,7 @@ def to_device(network, device):
 
 
 def forward(network, images, precision):
-    """Normalised images (B, 3, H, W), or what a head takes (B, F) -> float32 logits (B, C),
-    computed in `precision`."""
+    """Normalised images (B, 3, H, W), or features (B, F) for a head -> float32 logits (B, C), in `precision`."""
     if images.dim() == 4:
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
@@ -189,12 +183,11 @@ def share_tensors(network):
 
 
 def fold_batchnorm(network):
-    """A copy of a network in eval mode in which each convolution does the work of the BatchNorm
-    right behind it; all other tensors are shared. Logits differ by rounding alone."""
+    """A copy of a network in eval mode in which each convolution does the work of the BatchNorm right behind it; all
+    other tensors are shared. Logits differ by rounding alone."""
     network = share_tensors(network)
     for module in list(network.modules()):
-        children = list(module.named_children())
-        for (name, layer), (next_name, next_layer) in itertools.pairwise(children):
+        for (name, layer), (next_name, next_layer) in itertools.pairwise(list(module.named_children())):
             if isinstance(layer, nn.Conv2d) and isinstance(next_layer, nn.BatchNorm2d):
                 setattr(module, name, fuse_conv_bn_eval(layer, next_layer))
                 setattr(module, next_name, nn.Identity())
@@ -203,8 +196,7 @@ def fold_batchnorm(network):
 
 @torch.inference_mode()
 def compute_logits(network, images, device, precision, batch_size=32, workers=2, rows=None):
-    """Logits of the given rows of an ImageDataset (default: all), in order -> float32 (N, C) on the
-    device."""
+    """Logits of the given rows of an ImageDataset (default: all), in order -> float32 (N, C) on the device."""
     network.eval()
     rows = np.arange(len(images)) if rows is None else rows
     if precision == torch.float32 and len(rows) > FEW:
@@ -251,8 +243,7 @@ def save_model(classifier, path):
 
 
 def write_checkpoint(path, content):
-    """torch.save() that leaves a whole file: the new one, or when that cannot be written the one
-    before."""
+    """torch.save() that leaves a whole file: the new one, or when that cannot be written the one before."""
     try:
         with dataset.atomic_write(path, "wb") as file:
             torch.save(content, file)
@@ -261,8 +252,7 @@ def write_checkpoint(path, content):
 
 
 def check_content(path, content, names, kind):
-    """Raise an InputError unless `content` is a dict of a known format with these names: a `kind`
-    of train.py."""
+    """Raise an InputError unless `content` is a dict of a known format with these names: a `kind` of train.py."""
     if not isinstance(content, dict) or not {"format", *names} <= content.keys():
         raise InputError(f"{path} is not a {kind} of train.py; its weights, perhaps, are for train.py --weights {path}")
     if content["format"] != FORMAT:
@@ -304,17 +294,16 @@ def load_model(path="outputs/model.pth", device="auto", precision="auto"):
         raise InputError(f"{path} is damaged: it has {len(fields['thresholds'])} thresholds for "
                          f"{len(fields['classes'])} classes")
     device = choose_device(device)
-    return Classifier(to_device(network, device).eval(), **fields, device=device,
-                      precision=None if precision == "auto" else choose_precision(precision, device)[0])
+    precision = None if precision == "auto" else choose_precision(precision, device)[0]
+    return Classifier(to_device(network, device).eval(), **fields, device=device, precision=precision)
 
 
 def load_weights(network, weights, backbone, classes=()):
-    """Load every tensor whose name and shape match -> (names taken, {name: why not} of the others,
-    classes taken).
+    """Load every tensor whose name and shape match -> (names taken, {name: why not} of the others, classes taken).
 
-    weights: "imagenet" (torchvision's default weights of the backbone), or the path of a state_dict
-    or a model.pth. Of a model.pth the head's last layers are taken row by row, for the classes that
-    it and `classes` both name. Raises InputError when the weights cannot be had or nothing matches.
+    weights: "imagenet" (torchvision's default weights of the backbone), or the path of a state_dict or a model.pth. Of
+    a model.pth the head's last layers are taken row by row, for the classes that it and `classes` both name. Raises
+    InputError when the weights cannot be had or nothing matches.
     """
     state, known = _read_weights(weights, backbone)
     own = network.state_dict()
@@ -322,7 +311,13 @@ def load_weights(network, weights, backbone, classes=()):
     common = []
     if known and classes:
         common = [name for name in classes if name in known]
-        state = state | _rows_of_classes(network, backbone, state, known, classes)
+        rows = [classes.index(name) for name in common]
+        saved_rows = [known.index(name) for name in common]
+        for name in _class_tensors(network, backbone):
+            if name in state and state[name].shape == (len(known), *own[name].shape[1:]):
+                merged = own[name].clone()
+                merged[rows] = state[name][saved_rows].to(merged.dtype)
+                state[name] = merged
         skipped |= {f"head row of {name}": "new class" for name in classes if name not in known}
         skipped |= {f"head row of {name}": "class that is gone" for name in known if name not in classes}
     taken = {}
@@ -354,32 +349,14 @@ def _read_weights(weights, backbone):
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}, list(known)
 
 
-def _rows_of_classes(network, backbone, state, known, classes):
-    """The head's tensors with a row per class: rows of classes that are known come from `state`,
-    others stay."""
-    own = network.state_dict()
-    result = {}
-    for name in _class_tensors(network, backbone):
-        if name in state and state[name].shape == (len(known), *own[name].shape[1:]):
-            result[name] = own[name].clone()
-            for row, label in enumerate(classes):
-                if label in known:
-                    result[name][row] = state[name][known.index(label)]
-    return result
-
-
 def _class_tensors(network, backbone):
-    """The names of the tensors with a row per class: those of the head behind its last ReLU."""
-    path = BACKBONES[backbone]
-    head = network.get_submodule(path)
-    layers = [(path, head)]
-    if isinstance(head, nn.Sequential):
-        layers = [(f"{path}.{name}", layer) for name, layer in head.named_children()]
+    """The names of the tensors with a row per class: those of the head, or of what is behind its ReLU."""
     names = []
-    for path, layer in reversed(layers):
+    for path, layer in network.get_submodule(BACKBONES[backbone]).named_modules(prefix=BACKBONES[backbone]):
         if isinstance(layer, nn.ReLU):
-            break
-        names += [f"{path}.{name}" for name, tensor in layer.state_dict().items() if tensor.dim()]
+            names = []
+        elif not isinstance(layer, nn.Sequential):
+            names += [f"{path}.{name}" for name, tensor in layer.state_dict().items() if tensor.dim()]
     return names
 
 
@@ -397,11 +374,10 @@ def _download(backbone):
 
 
 def predict(classifier, images, batch_size=32, workers=None):
-    """Probabilities of the labels of images -> float32 (N, C), columns in the order of
-    classifier.classes.
+    """Probabilities of the labels of images -> float32 (N, C), columns in the order of classifier.classes.
 
-    images: an image or a list of them, each a path, a PIL image, the bytes of a file, a file
-    object, or a uint8 array (H, W, 3). Raises ImageError for the first image that cannot be read.
+    images: an image or a list of them, each a path, a PIL image, the bytes of a file, a file object, or a uint8 array
+    (H, W, 3). Raises ImageError for the first image that cannot be read.
     """
     single = isinstance(images, (str, os.PathLike, bytes)) or hasattr(images, "mode") or hasattr(images, "read")
     if single or (isinstance(images, np.ndarray) and images.ndim == 3):
@@ -413,8 +389,7 @@ def predict(classifier, images, batch_size=32, workers=None):
 
 
 def predict_all(classifier, images, batch_size=32, workers=None):
-    """predict() that goes on past bad images -> (probabilities (N, C), NaN for a bad image; {row:
-    message})."""
+    """predict() that goes on past bad images -> (probabilities (N, C), NaN for a bad image; {row: message})."""
     unknown = np.full((len(images), len(classifier.classes)), np.nan, np.float32)
     if not images:
         return unknown, {}
@@ -429,9 +404,9 @@ def predict_all(classifier, images, batch_size=32, workers=None):
 
 
 def evaluate(classifier, table, batch_size=32, workers=None, bootstrap=0):
-    """Report a classifier on a LabelTable -> metrics.report() dict, with 95 % intervals from
-    `bootstrap` resamples when that is not 0. Classes that the model does not know are ignored; one
-    that the data does not name is absent where the data lists what is there, else an InputError."""
+    """Report a classifier on a LabelTable -> metrics.report() dict, with 95 % intervals from `bootstrap` resamples when
+    that is not 0. Classes that the model does not know are ignored; one that the data does not name is absent where the
+    data lists what is there, else an InputError."""
     try:
         import metrics
     except ImportError:
@@ -457,31 +432,26 @@ def evaluate(classifier, table, batch_size=32, workers=None, bootstrap=0):
 
 
 def prediction_rows(ids, probabilities, thresholds, classes, groups):
-    """The rows of predictions.csv, the header first: per image and group the labels present, most
-    confident first, the same with their probabilities (label:0.1234), and the mean of those; ;
-    separates the labels of a cell."""
+    """The rows of predictions.csv, the header first: per image and group the labels present, most confident first, the
+    same with their probabilities (label:0.1234), and the mean of those; ; separates the labels of a cell."""
     groups = groups or {"labels": classes}
-    header = ["ID", *groups, *(f"{group}_confidence" for group in groups)]
+    averages = [f"avg_{group.removesuffix('s')}_confidence" for group in groups] + ["overall_avg_confidence"]
     if list(groups) == ["labels"]:
-        header.append("avg_confidence")
-    else:
-        header += [f"avg_{group.removesuffix('s')}_confidence" for group in groups] + ["overall_avg_confidence"]
-    rows = [header]
+        averages = ["avg_confidence"]
+    rows = [["ID", *groups, *(f"{group}_confidence" for group in groups), *averages]]
     for name, row in zip(ids, probabilities):
         labels = []
         confidences = []
-        means = []
-        everything = []
+        numbers = []
         for members in groups.values():
             columns = [classes.index(member) for member in members]
             found = sorted((c for c in columns if row[c] >= thresholds[c]), key=lambda c: -row[c])
             labels.append(";".join(classes[c] for c in found))
             confidences.append(";".join(f"{classes[c]}:{row[c]:.4f}" for c in found))
-            means.append([float(row[c]) for c in found])
-            everything += means[-1]
-        if header[-1] == "overall_avg_confidence":
-            means.append(everything)
-        rows.append([name, *labels, *confidences, *(f"{np.mean(part):.4f}" if part else "" for part in means)])
+            numbers.append([float(row[c]) for c in found])
+        if len(averages) > 1:
+            numbers.append(list(itertools.chain(*numbers)))
+        rows.append([name, *labels, *confidences, *(f"{np.mean(part):.4f}" if part else "" for part in numbers)])
     return rows
 
 
@@ -497,17 +467,19 @@ def format_table(probabilities, thresholds, classes):
 
 
 def format_predictions(style, ids, probabilities, thresholds, classifier):
-    """Predictions as text. style: "table" (the whole table for one image, a line each for several),
-    "csv" (labels and confidences), "probabilities" (CSV with a column per class) or "json" ({ID:
-    indices of the labels present})."""
+    """Predictions as text. style: "table" (the whole table for one image, a line each for several), "csv" (labels and
+    confidences), "probabilities" (CSV with a column per class) or "json" ({ID: indices of the labels present})."""
     classes = classifier.classes
     if style == "json":
         indices = [np.flatnonzero(row >= thresholds).tolist() for row in probabilities]
         return json.dumps(dict(zip(ids, indices)), ensure_ascii=False)
-    if style == "probabilities":
-        return _csv_text([["ID", *classes], *([name, *map(str, row)] for name, row in zip(ids, probabilities))])
-    if style == "csv":
-        return _csv_text(prediction_rows(ids, probabilities, thresholds, classes, classifier.groups))
+    if style in ("probabilities", "csv"):
+        rows = prediction_rows(ids, probabilities, thresholds, classes, classifier.groups)
+        if style == "probabilities":
+            rows = [["ID", *classes], *([name, *map(str, row)] for name, row in zip(ids, probabilities))]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        return text.getvalue().rstrip("\n")
     if len(ids) == 1:
         return f"{ids[0]}\n{format_table(probabilities[0], thresholds, classes)}"
     width = max(map(len, ids))
@@ -518,16 +490,9 @@ def format_predictions(style, ids, probabilities, thresholds, classifier):
     return "\n".join(lines)
 
 
-def _csv_text(rows):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().rstrip("\n")
-
-
 def find_images(arguments):
-    """Files and folders -> (IDs, paths): of a folder all images below it, sorted, each named by its
-    path from there; of a file its name, or what was given where two have the same. Raises
-    InputError."""
+    """Files and folders -> (IDs, paths): of a folder all images below it, sorted, each named by its path from there; of
+    a file its name, or what was given where two have the same. Raises InputError."""
     ids = []
     paths = []
     for argument in map(Path, arguments):
@@ -545,8 +510,8 @@ def find_images(arguments):
             raise InputError(f"{argument} is not there: name an image or a folder of images")
     if not paths:
         raise InputError("no image is named: python inference.py IMAGE_OR_FOLDER ...")
-    repeated = {name for name in ids if ids.count(name) > 1} if len(set(ids)) < len(ids) else ()
-    return [str(path) if name in repeated else name for name, path in zip(ids, paths)], paths
+    counts = Counter(ids)
+    return [str(path) if counts[name] > 1 else name for name, path in zip(ids, paths)], paths
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -557,13 +522,11 @@ PICTURE_SIDE = 360  # pixels, the longer side of an image that --save draws
 
 
 def heatmaps(classifier, image, labels):
-    """Where in an image the network sees each of the labels -> float32 (len(labels), size, size), 0
-    to 1 each.
+    """Where in an image the network sees each of the labels -> float32 (len(labels), size, size), 0 to 1 each.
 
-    image: as of predict(). labels: column numbers. Grad-CAM: Selvaraju et al. (2017), "Grad-CAM:
-    Visual Explanations from Deep Networks via Gradient-based Localization": the last feature maps,
-    weighted by the mean gradient of the logit; for a linear head that is CAM (Zhou et al. 2016).
-    All 0 where no region was found. Raises ImageError.
+    image: as of predict(). labels: column numbers. Grad-CAM: Selvaraju et al. (2017), "Grad-CAM: Visual Explanations
+    from Deep Networks via Gradient-based Localization": the last feature maps, weighted by the mean gradient of the
+    logit; for a linear head that is CAM (Zhou et al. 2016). All 0 where no region was found. Raises ImageError.
     """
     pixels = torch.from_numpy(np.array(dataset.load_image(image, classifier.size))).permute(2, 0, 1)[None]
     network = share_tensors(classifier.network).eval()  # for the hook, so that threads may share the classifier
@@ -571,18 +534,18 @@ def heatmaps(classifier, image, labels):
     network.get_submodule(LAST_MAPS[classifier.backbone]).register_forward_hook(lambda *call: kept.append(call[2]))
     with torch.enable_grad():
         logits = network(dataset.normalize(pixels.to(classifier.device)).requires_grad_())[0]
-    result = [np.zeros((0, classifier.size, classifier.size), np.float32)]
-    for label in labels:
+    result = np.zeros((len(labels), classifier.size, classifier.size), np.float32)
+    for i, label in enumerate(labels):
         gradient = torch.autograd.grad(logits[label], kept[0], retain_graph=True)[0]
         maps = (gradient.mean((2, 3), keepdim=True) * kept[0].detach()).sum(1, keepdim=True).relu()
         maps = upsample(maps, classifier.size)
-        result.append((maps / maps.max().clamp(min=1e-30)).cpu().numpy())
-    return np.concatenate(result)
+        result[i] = (maps / maps.max().clamp(min=1e-30)).cpu()[0]
+    return result
 
 
 def upsample(maps, size):
-    """Feature maps (1, 1, h, w) -> (1, size, size). With zeros around them a cell at the edge is
-    highest in its middle, not along the edge of the image."""
+    """Feature maps (1, 1, h, w) -> (1, size, size). With zeros around them a cell at the edge is highest in its middle,
+    not along the edge of the image."""
     height, width = maps.shape[2:]
     axis = torch.linspace(-1 + 1 / size, 1 - 1 / size, size, device=maps.device)
     points = torch.meshgrid(axis * width / (width + 2), axis * height / (height + 2), indexing="xy")
@@ -592,8 +555,7 @@ def upsample(maps, size):
 
 
 def draw_heatmap(image, heat):
-    """A PIL image in grey with a heatmap (H, W) over it in yellow to red, and a ring where it is
-    highest."""
+    """A PIL image in grey with a heatmap (H, W) over it in yellow to red, and a ring where it is highest."""
     grey = image.convert("L").convert("RGB")
     heat = Image.fromarray(heat).resize(image.size, Image.Resampling.BILINEAR)
     values = np.asarray(heat).clip(0, 1)
@@ -608,42 +570,41 @@ def draw_heatmap(image, heat):
 
 
 def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
-    """Draw each image with its labels under it, and with `heatmap` where the network sees each
-    label present, into folder/NAME.png -> the paths written. probabilities: (N, C), of
-    predict()."""
+    """Draw each image with its labels under it, and with `heatmap` where the network sees each label present, into
+    folder/NAME.png -> the paths written. probabilities: (N, C), of predict()."""
     written = []
-    thresholds = np.array(classifier.thresholds)
     names = dataset.picture_names(classifier.classes)
     for path, file_name, row in zip(paths, dataset.distinct_names(paths), probabilities):
         image = dataset.load_image(path, within=PICTURE_SIDE)
-        labels = sorted(np.flatnonzero(row >= thresholds), key=lambda c: -row[c])
+        labels = sorted(np.flatnonzero(row >= np.array(classifier.thresholds)), key=lambda c: -row[c])
         words = [(f"{names[c]} {row[c]:.2f}", dataset.GREEN) for c in labels]
         cells = [(image, words or [("none of the labels", dataset.GREY)])]
         if heatmap:
             for heat, (text, _) in zip(heatmaps(classifier, path, labels), words):
                 found = "seen here" if heat.any() else "no region found"
                 cells.append((draw_heatmap(image, heat), [(f"{text}, {found}", dataset.RED)]))
-        target = Path(folder) / f"{Path(file_name).stem}.png"
-        dataset.write_png(target, dataset.draw_sheet(cells, Path(path).name, 4, PICTURE_SIDE))
-        written.append(target)
+        written.append(Path(folder) / f"{Path(file_name).stem}.png")
+        dataset.write_png(written[-1], dataset.draw_sheet(cells, Path(path).name, 4, PICTURE_SIDE))
     return written
 
 
 def mistakes_sheet(table, probabilities, thresholds, count=24):
     """The images with the most confident mistakes first -> PIL image.
 
-    table: a LabelTable of N images; probabilities (N, C); thresholds (C,). A mistake is as
-    confident as the probability of what was predicted: p for a false alarm, 1 - p for a missed
-    label.
+    table: a LabelTable of N images; probabilities (N, C); thresholds (C,). A mistake is as confident as the probability
+    of what was predicted: p for a false alarm, 1 - p for a missed label.
     """
     predicted = probabilities >= np.array(thresholds)
-    wrong = ~np.isnan(table.targets) & (predicted != (table.targets == 1))
+    unknown = np.isnan(table.targets)
+    wrong = ~unknown & (predicted != (table.targets == 1))
     confidence = np.where(wrong, np.where(predicted, probabilities, 1 - probabilities), 0).max(axis=1)
     rows = np.flatnonzero(wrong.any(axis=1))
-    rows = rows[np.argsort(-confidence[rows], kind="stable")][:count]
+    title = f"{len(rows)} of {len(table)} images have a mistake"
+    if len(rows):
+        title += "; the most confident ones first"
     names = dataset.picture_names(table.classes)
     cells = []
-    for row in rows:
+    for row in rows[np.argsort(-confidence[rows], kind="stable")][:count]:
         lines = [(table.ids[row], dataset.BLACK)]
         mistakes = sorted(np.flatnonzero(wrong[row]), key=lambda c: -abs(probabilities[row, c] - thresholds[c]))
         for c in mistakes[:6]:
@@ -655,16 +616,12 @@ def mistakes_sheet(table, probabilities, thresholds, count=24):
             lines.append((f"and {len(mistakes) - 6} mistakes more", dataset.GREY))
         lines.append((f"true: {dataset.list_names(names, table.targets[row] == 1) or 'none'}", dataset.GREY))
         lines.append((f"predicted: {dataset.list_names(names, predicted[row]) or 'none'}", dataset.GREY))
-        unknown = np.isnan(table.targets[row])
-        if unknown.any():
-            lines.append((f"NA: {dataset.list_names(names, unknown)}", dataset.GREY))
+        if unknown[row].any():
+            lines.append((f"NA: {dataset.list_names(names, unknown[row])}", dataset.GREY))
         try:
             cells.append((dataset.load_image(table.paths[row], within=200), lines))
         except ImageError:  # it was there a moment ago
             continue
-    title = f"{int(wrong.any(axis=1).sum())} of {len(table)} images have a mistake"
-    if cells:
-        title += "; the most confident ones first"
     return dataset.draw_sheet(cells, title)
 
 
@@ -672,76 +629,74 @@ def mistakes_sheet(table, probabilities, thresholds, count=24):
 
 
 COLOURS = ["#1f6fb4", "#e07b00", "#b9d3ea"]
-SCALE = 2  # charts are drawn larger and shrunk, so that lines are smooth
+INK = "#333333"
 
 
 def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=()):
-    """A line chart -> PIL image. series: a list of (name, x values, y values, colour); points that
-    are not finite are left out. marks: a list of (x, text) of vertical lines."""
-    points = {}
-    for name, xs, ys, _ in series:
-        points[name] = [(x, y) for x, y in zip(xs, ys) if math.isfinite(x) and math.isfinite(y)]
-    all_points = [point for line in points.values() for point in line] or [(0, 0), (1, 1)]
-    x_ticks, y_ticks = (ticks(min(values), max(values), size[1] // 70) for values in zip(*all_points))
-    width, height = size[0] * SCALE, size[1] * SCALE
-    left, top, right, bottom = 66 * SCALE, 58 * SCALE, width - 24 * SCALE, height - 52 * SCALE
+    """A line chart -> PIL image. series: a list of (name, x values, y values, colour); points that are not finite are
+    left out. marks: a list of (x, text) of vertical lines."""
+    lines = []
+    for _, xs, ys, _ in series:
+        points = np.array([xs, ys], float).T
+        lines.append(points[np.isfinite(points).all(axis=1)])
+    points = np.concatenate(lines)
+    if len(points) == 0:
+        points = np.array([(0, 0), (1, 1)])
+    x_ticks, y_ticks = (ticks(min(values), max(values), size[1] // 70) for values in points.T)
+    width, height = 2 * size[0], 2 * size[1]  # drawn twice as large and shrunk, so that lines are smooth
+    left, top, right, bottom = 132, 116, width - 48, height - 104
 
-    def to_pixel(x, y):
-        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return left + across * (right - left), bottom - up * (bottom - top)
+    def to_x(values):
+        return np.interp(values, (x_ticks[0], x_ticks[-1]), (left, right))
+
+    def to_y(values):
+        return np.interp(values, (y_ticks[0], y_ticks[-1]), (bottom, top))
 
     image = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(image)
 
-    def write(x, y, text, anchor, points=13):
-        pen.text((x, y), text, "#333333", dataset.load_font(points * SCALE, text), anchor, stroke_width=2 * SCALE,
-                 stroke_fill="white")
+    def write(x, y, text, anchor, points=26):
+        pen.text((x, y), text, INK, dataset.load_font(points, text), anchor, stroke_width=4, stroke_fill="white")
 
-    for value in y_ticks:
-        y = to_pixel(x_ticks[0], value)[1]
-        pen.line([(left, y), (right, y)], fill="#e4e4e4", width=SCALE)
-        write(left - 8 * SCALE, y, f"{value:g}", "rm")
-    for value in x_ticks:
-        x = to_pixel(value, y_ticks[0])[0]
-        pen.line([(x, bottom), (x, bottom + 5 * SCALE)], fill="#333333", width=SCALE)
-        write(x, bottom + 9 * SCALE, f"{value:g}", "mt")
-    pen.line([(left, top), (left, bottom), (right, bottom)], fill="#333333", width=SCALE)
-
+    for y, value in zip(to_y(y_ticks), y_ticks):
+        pen.line([(left, y), (right, y)], fill="#e4e4e4", width=2)
+        write(left - 16, y, f"{value:g}", "rm")
+    for x, value in zip(to_x(x_ticks), x_ticks):
+        pen.line([(x, bottom), (x, bottom + 10)], fill=INK, width=2)
+        write(x, bottom + 18, f"{value:g}", "mt")
+    pen.line([(left, top), (left, bottom), (right, bottom)], fill=INK, width=2)
     legend = right
-    for name, _, _, colour in reversed(series):
-        line = [to_pixel(*point) for point in points[name]]
-        if len(line) > 1:
-            pen.line(line, fill=colour, width=2 * SCALE, joint="curve")
+    for (name, _, _, colour), points in reversed(list(zip(series, lines))):
+        line = list(zip(to_x(points[:, 0]), to_y(points[:, 1])))
+        pen.line(line, fill=colour, width=4, joint="curve")
         for x, y in line if len(line) <= 40 else []:
-            pen.ellipse((x - 3 * SCALE, y - 3 * SCALE, x + 3 * SCALE, y + 3 * SCALE), fill=colour)
-        write(legend, top - 14 * SCALE, name, "rm")
-        legend -= pen.textlength(name, font=dataset.load_font(13 * SCALE, name)) + 6 * SCALE
-        pen.line([(legend - 20 * SCALE, top - 14 * SCALE), (legend, top - 14 * SCALE)], fill=colour, width=3 * SCALE)
-        legend -= 34 * SCALE
-    for line_number, (value, text) in enumerate(sorted(marks)):
-        x = to_pixel(value, y_ticks[0])[0]
-        pen.line([(x, top), (x, bottom)], fill="#888888", width=SCALE)
+            pen.ellipse((x - 6, y - 6, x + 6, y + 6), fill=colour)
+        write(legend, top - 28, name, "rm")
+        legend -= pen.textlength(name, font=dataset.load_font(26, name)) + 12
+        pen.line([(legend - 40, top - 28), (legend, top - 28)], fill=colour, width=6)
+        legend -= 68
+    for i, (value, text) in enumerate(sorted(marks)):
+        x = to_x(value)
+        pen.line([(x, top), (x, bottom)], fill="#888888", width=2)
         near_end = x > (left + right) / 2
-        write(x - 6 * SCALE if near_end else x + 6 * SCALE, bottom - (8 + 18 * (line_number % 8)) * SCALE, text,
-              "rb" if near_end else "lb")
-    write(width / 2, 16 * SCALE, title, "mm", 15)
-    write((left + right) / 2, height - 14 * SCALE, x_label, "mm", 15)
-    write(8 * SCALE, top - 14 * SCALE, y_label, "lm")
+        y = bottom - 16 - 36 * (i % 8)
+        write(x - 12 if near_end else x + 12, y, text, "rb" if near_end else "lb")
+    write(width / 2, 32, title, "mm", 30)
+    write((left + right) / 2, height - 28, x_label, "mm", 30)
+    write(16, top - 28, y_label, "lm")
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def ticks(low, high, count):
     """About `count` round numbers, from at or below `low` to at or above `high`."""
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - 0.5, high + 0.5
-    rough = (high - low) / max(2, min(6, count))
+    rough = (high - low) / count
     base = 10 ** math.floor(math.log10(rough))
     step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= rough)
     digits = max(0, -math.floor(math.log10(step)))
-    first = math.floor(low / step + 1e-9)
-    last = math.ceil(high / step - 1e-9)
-    return [round(step * k, digits) for k in range(first, last + 1)]
+    steps = range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)
+    return [round(step * k, digits) for k in steps]
 
 
 def stack_charts(charts, columns, title=""):
@@ -774,28 +729,28 @@ def loss_curves(losses, history, marks=(), title=""):
 
 
 def pr_curves(targets, probabilities, thresholds, classes, most=20):
-    """Precision over recall of each class on val, with a line at its threshold; of many classes the
-    `most` with the lowest average precision -> PIL image. targets (N, C) with 1, 0, NaN;
-    probabilities (N, C); thresholds (C,)."""
+    """Precision over recall of each class on val, with a line at its threshold; of many classes the `most` with the
+    lowest average precision -> PIL image. targets (N, C) with 1, 0, NaN; probabilities (N, C); thresholds (C,)."""
     import metrics
 
     scores = metrics.average_precision(targets, probabilities, None)
     names = dataset.picture_names(classes)
-    worst = np.argsort(scores, kind="stable")[:most] if len(classes) > most else range(len(classes))
-    charts = []
-    for c in worst:
-        precision, recall, cuts = metrics.precision_recall_curve(targets[:, c], probabilities[:, c])
-        positives = int(np.nansum(targets[:, c]))
-        line = (f"AP {scores[c]:.3f}, {positives} positives", recall, precision, COLOURS[0])
-        marks = [(recall[np.searchsorted(cuts, thresholds[c])], f"threshold {thresholds[c]:.2f}")]
-        if not positives:
-            line = ("no known positive", [], [], COLOURS[0])
-            marks = []
-        title = metrics.shorten(names[c], 34)
-        charts.append(draw_chart([line], title, "recall", "precision", (300, 280), marks))
+    shown = range(len(classes))
     title = "Precision and recall on val"
     if len(classes) > most:
+        shown = np.argsort(scores, kind="stable")[:most]
         title += f"; the {most} of {len(classes)} classes with the lowest average precision"
+    charts = []
+    for c in shown:
+        positives = int(np.nansum(targets[:, c]))
+        line = ("no known positive", [], [], COLOURS[0])
+        marks = []
+        if positives:
+            precision, recall, cuts = metrics.precision_recall_curve(targets[:, c], probabilities[:, c])
+            line = (f"AP {scores[c]:.3f}, {positives} positives", recall, precision, COLOURS[0])
+            marks = [(recall[np.searchsorted(cuts, thresholds[c])], f"threshold {thresholds[c]:.2f}")]
+        name = metrics.shorten(names[c], 34)
+        charts.append(draw_chart([line], name, "recall", "precision", (300, 280), marks))
     return stack_charts(charts, 4, title)
 
 
@@ -831,15 +786,12 @@ def parse_options(argv=None):
     options = parser.parse_args(argv)
     if options.heatmap and not options.save:
         raise InputError("--heatmap draws into the folder of --save DIR: give that too")
-    if options.evaluate and (options.paths or options.image or options.save):
-        raise InputError("--evaluate reports on its DATA: leave out images and --save")
-    if options.evaluate and options.format in ("csv", "probabilities"):
-        raise InputError(f"--format {options.format} is of predictions: with --evaluate use table or json")
-    if not options.evaluate:
-        given = [name for name, value in dataset.data_options(options).items() if value]
-        given += ["bootstrap"] if options.bootstrap else []
-        if given:
-            raise InputError(f"--{given[0].replace('_', '-')} goes with --evaluate DATA")
+    of_images = options.paths or options.image or options.save or options.format in ("csv", "probabilities")
+    if options.evaluate and of_images:
+        raise InputError("--evaluate reports on its DATA: leave out images, --save, --format csv and probabilities")
+    for name, value in {**dataset.data_options(options), "bootstrap": options.bootstrap}.items():
+        if value and not options.evaluate:
+            raise InputError(f"--{name.replace('_', '-')} goes with --evaluate DATA")
     return options
 
 
@@ -862,11 +814,11 @@ def main(argv=None):
         text = format_predictions(options.format, [ids[row] for row in good], probabilities[good],
                                   np.array(classifier.thresholds), classifier)
         output(text, options.out)
-    if options.save:
+    if options.save and good:
         chosen = [paths[row] for row in good]
         drawn = save_pictures(classifier, chosen, probabilities[good], options.save, options.heatmap)
         more = f" and {len(drawn) - 1} more" if len(drawn) > 1 else ""
-        print_text(f"drawn: {drawn[0]}{more}" if drawn else "drawn: nothing", file=sys.stderr if options.out else None)
+        print_text(f"drawn: {drawn[0]}{more}", file=sys.stderr if options.out else None)
     for message in errors.values():
         print_text(f"skipped: {message}", file=sys.stderr)
     if errors:
