@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -67,7 +67,7 @@ def build_model(backbone, head, num_classes, dropout=None):
 
 
 def torchvision_models():
-    """The module torchvision.models, which takes seconds to import, so it waits until a network is needed."""
+    """torchvision.models: it takes seconds to import, and so waits until a network is needed."""
     try:
         import torchvision.models
     except (ImportError, RuntimeError, AttributeError) as error:
@@ -92,7 +92,7 @@ def _build_head(head, features, num_classes, dropout):
 
 
 def choose_device(name):
-    """ "auto" or a device name -> torch.device. Raises InputError for a device that is not there."""
+    """ "auto" or a device name -> torch.device. Raises InputError when it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -137,7 +137,7 @@ def has_bf16_instructions():
 
 @functools.cache
 def measure_bf16():
-    """How many times as fast this processor computes a convolution, forward and backward, in bf16 as in fp32. It takes
+    """How many times as fast a convolution, forward and backward, is in bf16 as in fp32. It takes
     about a tenth of a second, once in a process."""
     images = torch.ones(4, 64, 56, 56).contiguous(memory_format=torch.channels_last).requires_grad_()
     weight = torch.ones(64, 64, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -150,12 +150,11 @@ def measure_bf16():
 
     seconds(torch.float32)  # the first calls are slow
     seconds(torch.bfloat16)
-    fp32 = []
-    bf16 = []
-    while len(bf16) < 4 and (not bf16 or bf16[0] < 5 * fp32[0]):  # in turn, and no longer than there is a doubt
-        fp32.append(seconds(torch.float32))
-        bf16.append(seconds(torch.bfloat16))
-    return min(fp32) / min(bf16)
+    pairs = []  # in turn, and no longer than there is a doubt
+    while len(pairs) < 4 and (not pairs or pairs[0][1] < 5 * pairs[0][0]):
+        pairs.append((seconds(torch.float32), seconds(torch.bfloat16)))
+    fp32, bf16 = map(min, zip(*pairs))
+    return fp32 / bf16
 
 
 def default_workers():
@@ -169,7 +168,7 @@ def to_device(network, device):
 
 
 def forward(network, images, precision):
-    """Normalised images (B, 3, H, W), or features (B, F) for a head -> float32 logits (B, C), in `precision`."""
+    """Normalised images (B, 3, H, W), or features (B, F) for a head -> float32 logits (B, C)."""
     if images.dim() == 4:
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
@@ -183,11 +182,12 @@ def share_tensors(network):
 
 
 def fold_batchnorm(network):
-    """A copy of a network in eval mode in which each convolution does the work of the BatchNorm right behind it; all
-    other tensors are shared. Logits differ by rounding alone."""
+    """A copy of a network in eval mode whose convolutions do the work of the BatchNorm right behind
+    them; all other tensors are shared. Logits differ by rounding alone."""
     network = share_tensors(network)
     for module in list(network.modules()):
-        for (name, layer), (next_name, next_layer) in itertools.pairwise(list(module.named_children())):
+        children = list(module.named_children())
+        for (name, layer), (next_name, next_layer) in itertools.pairwise(children):
             if isinstance(layer, nn.Conv2d) and isinstance(next_layer, nn.BatchNorm2d):
                 setattr(module, name, fuse_conv_bn_eval(layer, next_layer))
                 setattr(module, next_name, nn.Identity())
@@ -243,7 +243,7 @@ def save_model(classifier, path):
 
 
 def write_checkpoint(path, content):
-    """torch.save() that leaves a whole file: the new one, or when that cannot be written the one before."""
+    """torch.save() that leaves a whole file: the new one, or when that fails the one before."""
     try:
         with dataset.atomic_write(path, "wb") as file:
             torch.save(content, file)
@@ -252,7 +252,7 @@ def write_checkpoint(path, content):
 
 
 def check_content(path, content, names, kind):
-    """Raise an InputError unless `content` is a dict of a known format with these names: a `kind` of train.py."""
+    """Raise an InputError unless `content` is a dict with these names, a `kind` of train.py."""
     if not isinstance(content, dict) or not {"format", *names} <= content.keys():
         raise InputError(f"{path} is not a {kind} of train.py; its weights, perhaps, are for train.py --weights {path}")
     if content["format"] != FORMAT:
@@ -340,23 +340,24 @@ def _read_weights(weights, backbone):
     if weights == "imagenet":
         return _download(backbone), []
     content = read_checkpoint(weights)
-    known = content.get("classes", []) if isinstance(content, dict) and "network" in content else []
-    for key in ("network", "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
     if not isinstance(content, dict):
         raise InputError(f"{weights} holds no state_dict")
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}, list(known)
+    known = list(content.get("classes", [])) if "network" in content else []
+    for key in ("network", "state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}, known
 
 
 def _class_tensors(network, backbone):
-    """The names of the tensors with a row per class: those of the head, or of what is behind its ReLU."""
+    """The names of the tensors with a row per class: those of the head behind its ReLU, or all of it."""
+    root = BACKBONES[backbone]
     names = []
-    for path, layer in network.get_submodule(BACKBONES[backbone]).named_modules(prefix=BACKBONES[backbone]):
+    for path, layer in network.get_submodule(root).named_modules(prefix=root):
         if isinstance(layer, nn.ReLU):
             names = []
         elif not isinstance(layer, nn.Sequential):
-            names += [f"{path}.{name}" for name, tensor in layer.state_dict().items() if tensor.dim()]
+            names += [f"{path}.{key}" for key, tensor in layer.state_dict().items() if tensor.dim()]
     return names
 
 
@@ -455,38 +456,33 @@ def prediction_rows(ids, probabilities, thresholds, classes, groups):
     return rows
 
 
-def format_table(probabilities, thresholds, classes):
-    """One image's labels as an aligned table, with the list of those present under it."""
-    width = max(9, *map(len, classes))
-    lines = [f"{'attribute':{width}}  probability  threshold  status"]
-    present = probabilities >= thresholds
-    for name, probability, threshold, found in zip(classes, probabilities, thresholds, present):
-        status = "[PRESENT]" if found else "[absent]"
-        lines.append(f"{name:{width}}  {probability:11.4f}  {threshold:9.4f}  {status}")
-    return "\n".join([*lines, "", f"present: {dataset.list_names(classes, present) or 'none'}"])
-
-
 def format_predictions(style, ids, probabilities, thresholds, classifier):
     """Predictions as text. style: "table" (the whole table for one image, a line each for several), "csv" (labels and
     confidences), "probabilities" (CSV with a column per class) or "json" ({ID: indices of the labels present})."""
     classes = classifier.classes
+    present = probabilities >= thresholds
     if style == "json":
-        indices = [np.flatnonzero(row >= thresholds).tolist() for row in probabilities]
+        indices = [np.flatnonzero(row).tolist() for row in present]
         return json.dumps(dict(zip(ids, indices)), ensure_ascii=False)
-    if style in ("probabilities", "csv"):
-        rows = prediction_rows(ids, probabilities, thresholds, classes, classifier.groups)
-        if style == "probabilities":
-            rows = [["ID", *classes], *([name, *map(str, row)] for name, row in zip(ids, probabilities))]
+    if style in ("csv", "probabilities"):
+        rows = [["ID", *classes], *([name, *map(str, row)] for name, row in zip(ids, probabilities))]
+        if style == "csv":
+            rows = prediction_rows(ids, probabilities, thresholds, classes, classifier.groups)
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
         return text.getvalue().rstrip("\n")
     if len(ids) == 1:
-        return f"{ids[0]}\n{format_table(probabilities[0], thresholds, classes)}"
+        width = max(9, *map(len, classes))
+        lines = [ids[0], f"{'attribute':{width}}  probability  threshold  status"]
+        for c, name in enumerate(classes):
+            status = "[PRESENT]" if present[0, c] else "[absent]"
+            lines.append(f"{name:{width}}  {probabilities[0, c]:11.4f}  {thresholds[c]:9.4f}  {status}")
+        return "\n".join([*lines, "", f"present: {dataset.list_names(classes, present[0]) or 'none'}"])
     width = max(map(len, ids))
     lines = []
-    for name, row in zip(ids, probabilities):
-        found = [f"{classes[c]} {row[c]:.2f}" for c in np.flatnonzero(row >= thresholds)]
-        lines.append(f"{name:{width}}  {', '.join(found) or 'none'}")
+    for name, row, found in zip(ids, probabilities, present):
+        labels = [f"{classes[c]} {row[c]:.2f}" for c in np.flatnonzero(found)]
+        lines.append(f"{name:{width}}  {', '.join(labels) or 'none'}")
     return "\n".join(lines)
 
 
@@ -555,12 +551,12 @@ def upsample(maps, size):
 
 
 def draw_heatmap(image, heat):
-    """A PIL image in grey with a heatmap (H, W) over it in yellow to red, and a ring where it is highest."""
+    """A PIL image in grey, a heatmap (H, W) over it in yellow to red, and a ring where it is highest."""
     grey = image.convert("L").convert("RGB")
     heat = Image.fromarray(heat).resize(image.size, Image.Resampling.BILINEAR)
     values = np.asarray(heat).clip(0, 1)
-    glow = np.stack([np.full_like(values, 255), 255 * (1 - values), np.zeros_like(values)], axis=2).astype(np.uint8)
-    grey.paste(Image.fromarray(glow), mask=Image.fromarray((170 * values).astype(np.uint8)))
+    glow = ImageOps.colorize(Image.fromarray((255 * values).astype(np.uint8)), "yellow", "red")
+    grey.paste(glow, mask=Image.fromarray((170 * values).astype(np.uint8)))
     if values.any():
         y, x = np.unravel_index(values.argmax(), values.shape)
         radius = max(image.size) / 30
@@ -576,7 +572,8 @@ def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
     names = dataset.picture_names(classifier.classes)
     for path, file_name, row in zip(paths, dataset.distinct_names(paths), probabilities):
         image = dataset.load_image(path, within=PICTURE_SIDE)
-        labels = sorted(np.flatnonzero(row >= np.array(classifier.thresholds)), key=lambda c: -row[c])
+        present = np.flatnonzero(row >= np.array(classifier.thresholds))
+        labels = sorted(present, key=lambda c: -row[c])
         words = [(f"{names[c]} {row[c]:.2f}", dataset.GREEN) for c in labels]
         cells = [(image, words or [("none of the labels", dataset.GREY)])]
         if heatmap:
@@ -639,9 +636,7 @@ def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=()):
     for _, xs, ys, _ in series:
         points = np.array([xs, ys], float).T
         lines.append(points[np.isfinite(points).all(axis=1)])
-    points = np.concatenate(lines)
-    if len(points) == 0:
-        points = np.array([(0, 0), (1, 1)])
+    points = np.concatenate(lines) if any(map(len, lines)) else np.array([(0, 0), (1, 1)])
     x_ticks, y_ticks = (ticks(min(values), max(values), size[1] // 70) for values in points.T)
     width, height = 2 * size[0], 2 * size[1]  # drawn twice as large and shrunk, so that lines are smooth
     left, top, right, bottom = 132, 116, width - 48, height - 104
@@ -742,11 +737,12 @@ def pr_curves(targets, probabilities, thresholds, classes, most=20):
         title += f"; the {most} of {len(classes)} classes with the lowest average precision"
     charts = []
     for c in shown:
-        positives = int(np.nansum(targets[:, c]))
+        truth = targets[:, c]
+        positives = int(np.nansum(truth))
         line = ("no known positive", [], [], COLOURS[0])
         marks = []
         if positives:
-            precision, recall, cuts = metrics.precision_recall_curve(targets[:, c], probabilities[:, c])
+            precision, recall, cuts = metrics.precision_recall_curve(truth, probabilities[:, c])
             line = (f"AP {scores[c]:.3f}, {positives} positives", recall, precision, COLOURS[0])
             marks = [(recall[np.searchsorted(cuts, thresholds[c])], f"threshold {thresholds[c]:.2f}")]
         name = metrics.shorten(names[c], 34)
@@ -786,9 +782,9 @@ def parse_options(argv=None):
     options = parser.parse_args(argv)
     if options.heatmap and not options.save:
         raise InputError("--heatmap draws into the folder of --save DIR: give that too")
-    of_images = options.paths or options.image or options.save or options.format in ("csv", "probabilities")
-    if options.evaluate and of_images:
-        raise InputError("--evaluate reports on its DATA: leave out images, --save, --format csv and probabilities")
+    of_images = options.paths or options.image or options.save
+    if options.evaluate and (of_images or options.format in ("csv", "probabilities")):
+        raise InputError("--evaluate reports on its DATA: no images, no --save, --format table or json")
     for name, value in {**dataset.data_options(options), "bootstrap": options.bootstrap}.items():
         if value and not options.evaluate:
             raise InputError(f"--{name.replace('_', '-')} goes with --evaluate DATA")

@@ -404,12 +404,11 @@ def _measure(positive, known, scores, thresholds):
     return headlines, columns
 
 
-def _cell(value, width=0):
+def _cell(value):
     """A table cell: a float with three decimals, None and NaN as n/a."""
     if value is None or value != value:
-        return "n/a".rjust(width)
-    text = f"{value:.3f}" if isinstance(value, float) else str(value)
-    return text.rjust(width)
+        return "n/a"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def shorten(text, width):
@@ -420,10 +419,9 @@ def shorten(text, width):
     return text[: width - 1 - tail] + "…" + text[len(text) - tail :]
 
 
-REPORT_COLUMNS = {  # column of the report's table -> its title and width
-    "precision": ("precision", 9), "recall": ("recall", 6), "f1": ("F1", 5), "average_precision": ("AP", 5),
-    "roc_auc": ("AUC", 5), "threshold": ("threshold", 9), "positives": ("positives", 9),
-    "negatives": ("negatives", 9), "na": ("NA", 6),
+REPORT_COLUMNS = {  # column of the report's table -> its title, as wide as the column
+    "precision": "precision", "recall": "recall", "f1": "   F1", "average_precision": "   AP", "roc_auc": "  AUC",
+    "threshold": "threshold", "positives": "positives", "negatives": "negatives", "na": "    NA",
 }
 
 
@@ -448,8 +446,7 @@ def format_report(report, most=30):
 
     per_class = report["per_class"]
     width = max(5, min(28, max(map(len, per_class))))
-    titles = [title.rjust(size) for title, size in REPORT_COLUMNS.values()]
-    lines += ["", " ".join(["class".ljust(width), *titles])]
+    lines += ["", " ".join(["class".ljust(width), *REPORT_COLUMNS.values()])]
     names = list(per_class)
     if len(names) > most:
         names.sort(key=lambda name: per_class[name]["average_precision"])
@@ -458,7 +455,7 @@ def format_report(report, most=30):
         if name is None:
             lines.append(f"... {len(per_class) - most} classes between the worst and the best: metrics.json has all")
             continue
-        cells = [_cell(per_class[name][column], size) for column, (_, size) in REPORT_COLUMNS.items()]
+        cells = [_cell(per_class[name][column]).rjust(len(title)) for column, title in REPORT_COLUMNS.items()]
         lines.append(" ".join([shorten(name, width).ljust(width), *cells]))
     return "\n".join(lines)
 
@@ -577,13 +574,12 @@ class ArgumentParser(argparse.ArgumentParser):
 def main(argv=None):
     """The command line; returns the text of the table it prints."""
     parser = ArgumentParser(prog="metrics.py", description="Print the results of runs as a table; * is the best.")
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a folder that train.py wrote")
-    parser.add_argument("--sort", default="f1_macro", metavar="NAME",
-                        help="a score or an option (default: %(default)s)")
-    parser.add_argument("--ascending", action="store_true", help="lowest first")
-    parser.add_argument("--group-by", default="", metavar="A,B", help="one row for each combination of these options")
-    parser.add_argument("--group-mode", choices=("best", "mean"), default="best",
-                        help="what a group shows (default: %(default)s)")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN_DIR", help="a folder that train.py wrote")
+    add("--sort", default="f1_macro", metavar="NAME", help="a score or an option (default: %(default)s)")
+    add("--ascending", action="store_true", help="lowest first")
+    add("--group-by", default="", metavar="A,B", help="one row for each combination of these options")
+    add("--group-mode", choices=("best", "mean"), default="best", help="what a group shows (default: %(default)s)")
     options = parser.parse_args(argv)
     rows = [read_run(folder) for folder in options.runs]
     group_by = [name for name in options.group_by.split(",") if name]
