@@ -54,8 +54,8 @@ def _refuse(wrong, array, name, what):
         raise ValueError(f"{name}[{', '.join(map(str, place))}] is {array[place]}: it must be {what}")
 
 
-def _check_pair(targets, values, name, ndim=2):
-    """-> (positive, known, values): two boolean arrays, and an array of the same shape."""
+def _check_both(targets, values, name, ndim=2):
+    """-> (positive, known, values): two boolean arrays, and the "scores" or "predictions" in the same shape."""
     targets = _check_array(targets, "targets", ndim)
     positive = targets == 1
     known = positive | (targets == 0)
@@ -64,23 +64,17 @@ def _check_pair(targets, values, name, ndim=2):
     values = _check_array(values, name, ndim)
     if values.shape != targets.shape:
         raise ValueError(f"{name} has shape {values.shape}, but targets has shape {targets.shape}")
+    if name == "scores":
+        _refuse(~np.isfinite(values), values, name, "finite")
+    elif values.dtype != bool:
+        _refuse((values != 0) & (values != 1), values, name, "0 or 1")
     return positive, known, values
-
-
-def _check_scores(targets, scores, ndim=2):
-    """-> (positive, known, scores)."""
-    positive, known, scores = _check_pair(targets, scores, "scores", ndim)
-    _refuse(~np.isfinite(scores), scores, "scores", "finite")
-    return positive, known, scores
 
 
 def _check_predictions(targets, predictions):
     """-> (positive, known, present), boolean (N, C); `present` only where the label is known."""
-    positive, known, predictions = _check_pair(targets, predictions, "predictions")
-    present = predictions == 1
-    if predictions.dtype != bool:
-        _refuse(~present & (predictions != 0), predictions, "predictions", "0 or 1")
-    return positive, known, present & known
+    positive, known, predictions = _check_both(targets, predictions, "predictions")
+    return positive, known, (predictions == 1) & known
 
 
 def _check_average(average, *allowed):
@@ -99,7 +93,7 @@ def _divide(numerator, denominator):
 
 
 def _share(part, whole):
-    """How many times as many are True in `part` as in `whole`."""
+    """How many are True in `part`, over how many are in `whole`; 0 when none is."""
     return float(_divide(np.count_nonzero(part), np.count_nonzero(whole)))
 
 
@@ -214,7 +208,7 @@ def _roc_auc(positives, negatives):
 
 def _ranking_score(function, targets, scores, average):
     _check_average(average, "micro", "macro", "weighted", None)
-    positive, known, scores = _check_scores(targets, scores)
+    positive, known, scores = _check_both(targets, scores, "scores")
     if average == "micro":
         return function(np.sort(scores[positive]), np.sort(scores[known & ~positive]))
     values = np.array([function(*pair) for pair in _sorted_scores(positive, known, scores)])
@@ -255,7 +249,7 @@ def precision_recall_curve(targets, scores):
     >>> recall
     array([1. , 0.5, 0.5, 0. ])
     """
-    positive, known, scores = _check_scores(targets, scores, ndim=1)
+    positive, known, scores = _check_both(targets, scores, "scores", ndim=1)
     thresholds = np.unique(scores[known])
     hits = _at_least(np.sort(scores[positive]), thresholds)
     precision = hits / _at_least(np.sort(scores[known]), thresholds)
@@ -281,7 +275,7 @@ def find_thresholds(targets, scores, method="pr_curve", max_threshold=None):
     >>> find_thresholds([[1, 0], [0, 0], [1, 0]], [[0.9, 0.1], [0.3, 0.2], [0.6, 0.3]])
     array([0.6, 0.5])
     """
-    positive, known, scores = _check_scores(targets, scores)
+    positive, known, scores = _check_both(targets, scores, "scores")
     if isinstance(method, (int, float)) and not isinstance(method, bool):
         return np.full(scores.shape[1], float(method))
     if method not in ("pr_curve", "grid", "global"):
@@ -356,7 +350,7 @@ def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
     >>> report([[1, 0], [0, 1]], [[0.9, 0.2], [0.1, 0.4]], 0.5, ["cat", "dog"])["f1_macro"]
     0.5
     """
-    positive, known, scores = _check_scores(targets, scores)
+    positive, known, scores = _check_both(targets, scores, "scores")
     if len(classes) != positive.shape[1]:
         raise ValueError(f"classes has {len(classes)} names, but targets has {positive.shape[1]} columns")
     if len(set(classes)) < len(classes):
