@@ -316,7 +316,7 @@ def load_weights(network, weights, backbone, classes=()):
         for name in _class_tensors(network, backbone):
             if name in state and state[name].shape == (len(known), *own[name].shape[1:]):
                 merged = own[name].clone()
-                merged[rows] = state[name][saved_rows].to(merged.dtype)
+                merged[rows] = state[name][saved_rows].to(merged)
                 state[name] = merged
         skipped |= {f"head row of {name}": "new class" for name in classes if name not in known}
         skipped |= {f"head row of {name}": "class that is gone" for name in known if name not in classes}
