@@ -2,9 +2,10 @@
 
     python metrics.py outputs/*                      # the results table of several runs
     python metrics.py outputs/* --sort map --group-by backbone
+    python metrics.py RUN_A RUN_B --paired           # what differs between two runs on the same images, and what is noise
 
     import metrics
-    thresholds = metrics.find_thresholds(targets, scores, "pr_curve")
+    thresholds = metrics.find_thresholds(targets, scores, "soft")
     print(metrics.format_report(metrics.report(targets, scores, thresholds, classes)))
 
 `targets` is always (N, C) with 1, 0 and NaN for an unknown label (NA); `scores` is (N, C), finite, and
@@ -19,6 +20,7 @@ Wrong input is a ValueError that names the argument and the first offending plac
 """
 
 import argparse
+import csv
 import json
 import sys
 from pathlib import Path
@@ -27,8 +29,13 @@ import numpy as np
 
 GRID = np.linspace(0, 1, 41)  # what find_thresholds(method="grid") tries
 FALLBACK = 0.5  # the threshold of a class that val says nothing about
+LOGITS = np.linspace(-6, 6, 241)  # what find_thresholds(method="soft") tries
+SOFTNESS = 0.5  # of its counts, in the logit
+PRIOR = 50  # positives that its expectation counts for
+RESAMPLES = 1000  # of a bootstrap interval
 HEADLINES = ("hamming_loss", "subset_accuracy", "f1_micro", "f1_macro", "f1_weighted", "f1_samples", "map",
-             "roc_auc_macro")
+             "roc_auc_macro", "ece", "brier", "log_loss")
+LOWER_IS_BETTER = ("hamming_loss", "ece", "brier", "log_loss", "val_loss")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,7 +62,7 @@ def _refuse(wrong, array, name, what):
 
 
 def _check_both(targets, values, name, ndim=2):
-    """-> (positive, known, values): two boolean arrays, and the "scores" or "predictions" in the same shape."""
+    """-> (positive, known, values): two boolean arrays, and the "scores", "probabilities" or "predictions" in the same shape."""
     targets = _check_array(targets, "targets", ndim)
     positive = targets == 1
     known = positive | (targets == 0)
@@ -66,6 +73,8 @@ def _check_both(targets, values, name, ndim=2):
         raise ValueError(f"{name} has shape {values.shape}, but targets has shape {targets.shape}")
     if name == "scores":
         _refuse(~np.isfinite(values), values, name, "finite")
+    elif name == "probabilities":
+        _refuse(~((values >= 0) & (values <= 1)), values, name, "a number from 0 to 1")
     elif values.dtype != bool:
         _refuse((values != 0) & (values != 1), values, name, "0 or 1")
     return positive, known, values
@@ -258,29 +267,144 @@ def precision_recall_curve(targets, scores):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Calibration: probabilities that mean what they say
+
+
+def logit(probabilities):
+    """log(p / (1 - p)) of probabilities, kept 1e-7 away from 0 and 1 -> float64."""
+    p = np.clip(np.asarray(probabilities, float), 1e-7, 1 - 1e-7)
+    return np.log(p / (1 - p))
+
+
+def sigmoid(logits):
+    """1 / (1 + exp(-z)) -> float64."""
+    return 0.5 + 0.5 * np.tanh(0.5 * np.asarray(logits, float))
+
+
+def calibrate(probabilities, scale, offsets):
+    """Probabilities (N, C) with logits z -> those with the logits scale * z + offsets, float64 (N, C)."""
+    return sigmoid(scale * logit(probabilities) + offsets)
+
+
+def fit_calibration(targets, probabilities):
+    """What makes probabilities honest -> (scale, a float; offsets (C,)) for calibrate().
+
+    targets (N, C) with 0, 1, NaN; probabilities (N, C). The two minimise the log loss, summed over the known
+    labels, plus twice the squares of log(scale) and of the offsets: normal priors with a standard deviation of 0.5, which
+    keep a class with few labels near offset 0. It is temperature scaling (Guo et al. 2017) with a bias per class; the
+    steps are Gauss-Newton.
+
+    >>> scale, offsets = fit_calibration([[1], [0], [0], [0]], [[0.9], [0.9], [0.8], [0.8]])
+    >>> calibrate([[0.9], [0.8]], scale, offsets).round(2).tolist()
+    [[0.73], [0.62]]
+    """
+    positive, known, probabilities = _check_both(targets, probabilities, "probabilities")
+    z = logit(probabilities)
+    theta = np.zeros(z.shape[1] + 1)  # log(scale), offsets
+    for _ in range(100):
+        scaled = np.exp(theta[0]) * z
+        p = sigmoid(scaled + theta[1:])
+        error = np.where(known, p - positive, 0)
+        weight = np.where(known, p * (1 - p), 0)
+        gradient = 4 * theta + np.append((error * scaled).sum(), error.sum(axis=0))
+        curvature = np.diag(4 + np.append((weight * scaled**2).sum(), weight.sum(axis=0)))
+        curvature[0, 1:] = (weight * scaled).sum(axis=0)
+        curvature[1:, 0] = curvature[0, 1:]
+        step = np.linalg.solve(curvature, gradient).clip(-1, 1)
+        theta -= step
+        if np.abs(step).max() < 1e-9:
+            break
+    return float(np.exp(theta[0])), theta[1:]
+
+
+def reliability_curve(targets, probabilities, bins=15):
+    """How often labels were there, by the probability that was predicted -> (mean probability, share of positives,
+    number of labels), each (bins,), for equal steps of probability over all known labels; NaN where there are none.
+
+    targets (N, C) with 0, 1, NaN; probabilities (N, C).
+    """
+    return _reliability(*_check_both(targets, probabilities, "probabilities"), bins)
+
+
+def _reliability(positive, known, scores, bins=15):
+    p = scores[known].astype(float)
+    step = np.minimum((p * bins).astype(int), bins - 1)
+    counts = np.bincount(step, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        return np.bincount(step, p, bins) / counts, np.bincount(step, positive[known], bins) / counts, counts
+
+
+def calibration_error(targets, probabilities):
+    """Expected calibration error (Guo et al. 2017), in [0, 1]: the mean distance between the two of reliability_curve(),
+    weighted by the number of labels; 0 when no label is known. Arguments as there."""
+    return _honesty(*_check_both(targets, probabilities, "probabilities"))["ece"]
+
+
+def brier_score(targets, probabilities):
+    """The mean squared distance of the known labels from their probabilities, in [0, 1]; 0 when no label is known.
+
+    targets (N, C) with 0, 1, NaN; probabilities (N, C).
+
+    >>> brier_score([[1, 0], [1, float("nan")]], [[0.5, 0.5], [1, 1]])
+    0.16666666666666666
+    """
+    return _honesty(*_check_both(targets, probabilities, "probabilities"))["brier"]
+
+
+def log_loss(targets, probabilities):
+    """The mean binary cross-entropy of the known labels; 0 when no label is known. Arguments as of brier_score();
+    probabilities are kept 1e-7 away from 0 and 1."""
+    return _honesty(*_check_both(targets, probabilities, "probabilities"))["log_loss"]
+
+
+def _honesty(positive, known, scores):
+    """The three of them -> dict; NaN for scores that are no probabilities."""
+    if scores.min() < 0 or scores.max() > 1:
+        return dict.fromkeys(("ece", "brier", "log_loss"), float("nan"))
+    if not known.any():
+        return dict.fromkeys(("ece", "brier", "log_loss"), 0.0)
+    mean, share, counts = _reliability(positive, known, scores)
+    p = np.clip(scores[known].astype(float), 1e-7, 1 - 1e-7)
+    label = positive[known]
+    return {
+        "ece": float(np.nansum(counts * np.abs(mean - share)) / counts.sum()),
+        "brier": float(np.mean((scores[known] - label) ** 2.0)),
+        "log_loss": float(-np.mean(np.log(np.where(label, p, 1 - p)))),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Thresholds
 
 
-def find_thresholds(targets, scores, method="pr_curve", max_threshold=None):
+def find_thresholds(targets, scores, method="soft", max_threshold=None):
     """A threshold per class -> (C,) float64; a label is present when its score >= its threshold.
 
     targets (N, C) with 0, 1, NaN; scores (N, C), finite. method:
+      "soft"      what does not lean on single images, for probabilities. Each is counted as present by
+                  sigmoid((z - t) / 0.5), z its logit, and t the best F1 of the class with such counts, on a grid of 241
+                  steps from -6 to 6. With n positives known the logit of the threshold is (n t + 50 e) / (n + 50): e is
+                  that of half the best F1 which the probabilities themselves expect, the best threshold if they are
+                  right (Lipton, Elkan & Naryanaswamy 2014). A class without a positive gets e.
       "pr_curve"  the score with the best F1 of the class; the lowest of equals. F1 is best at the score of a positive.
       "grid"      the same among 41 steps from 0 to 1.
       "global"    one value for all classes, by F1 weighted by positives, among the scores of positives (evenly thinned
                   to 1,000 when there are more).
       a number    that number, for all classes.
-    A class without a known positive gets 0.5, and so does one whose threshold would exceed `max_threshold`.
+    By the others a class without a known positive gets 0.5. A threshold beyond `max_threshold` becomes 0.5.
 
-    >>> find_thresholds([[1, 0], [0, 0], [1, 0]], [[0.9, 0.1], [0.3, 0.2], [0.6, 0.3]])
+    >>> find_thresholds([[1, 0], [0, 0], [1, 0]], [[0.9, 0.1], [0.3, 0.2], [0.6, 0.3]], "pr_curve")
     array([0.6, 0.5])
     """
     positive, known, scores = _check_both(targets, scores, "scores")
     if isinstance(method, (int, float)) and not isinstance(method, bool):
         return np.full(scores.shape[1], float(method))
-    if method not in ("pr_curve", "grid", "global"):
-        raise ValueError(f"method is {method!r}: it must be pr_curve, grid, global or a number")
-    if method == "global":
+    if method not in ("soft", "pr_curve", "grid", "global"):
+        raise ValueError(f"method is {method!r}: it must be soft, pr_curve, grid, global or a number")
+    if method == "soft":
+        _refuse((scores < 0) | (scores > 1), scores, "scores", "a probability, from 0 to 1")
+        thresholds = np.array([_soft_threshold(*pair) for pair in _sorted_scores(positive, known, scores)])
+    elif method == "global":
         thresholds = np.full(scores.shape[1], _best_global(positive, known, scores))
     else:
         grid = GRID if method == "grid" else None
@@ -288,6 +412,29 @@ def find_thresholds(targets, scores, method="pr_curve", max_threshold=None):
     if max_threshold is not None:
         thresholds[thresholds > max_threshold] = FALLBACK
     return thresholds
+
+
+def _soft_threshold(positives, negatives):
+    """The soft threshold of one class, a probability; 0.5 when no label is known."""
+    p = np.sort(np.concatenate([positives, negatives]).astype(float))[::-1]
+    if len(p) == 0:
+        return FALLBACK
+    hits = _soft_counts(positives)
+    f1 = 2 * hits / (hits + _soft_counts(negatives) + len(positives))
+    expected_f1 = 2 * np.cumsum(p) / (np.arange(1, len(p) + 1) + p.sum())  # of taking the highest 1, 2, ...
+    expected = logit(expected_f1.max() / 2)
+    n = len(positives)
+    return sigmoid((n * LOGITS[np.argmax(f1)] + PRIOR * expected) / (n + PRIOR))
+
+
+def _soft_counts(scores):
+    """How many of the scores of one class lie above each of LOGITS, counted softly."""
+    counts = np.zeros(len(LOGITS))
+    steps = np.exp(LOGITS / SOFTNESS)
+    for start in range(0, len(scores), 4096):
+        below = np.exp(-logit(scores[start : start + 4096]) / SOFTNESS)
+        counts += (1 / (1 + below[:, None] * steps)).sum(axis=0)
+    return counts
 
 
 def _f1_at(positives, negatives, thresholds):
@@ -341,11 +488,13 @@ def between_scores(thresholds, scores):
 def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
     """Everything about one split -> dict of plain Python values, ready for JSON but for NaN.
 
-    targets (N, C) with 0, 1, NaN; scores (N, C), finite; thresholds (C,) or one number; classes: C different names.
-    Keys: rows, the names in HEADLINES (floats), and per_class: name -> precision, recall, f1, average_precision,
-    roc_auc, threshold, positives, negatives, na (counts), prevalence (positives among the known). With `bootstrap`
-    resamples, "intervals" holds name -> [low, high] for the headlines but ROC AUC: the 95 % percentile interval
-    (Efron 1979) over resampled rows.
+    targets (N, C) with 0, 1, NaN; scores (N, C), finite; thresholds (C,), one number, or (N, C) where they differ by row
+    (per_class has the median then); classes: C different names.
+    Keys: rows, the names in HEADLINES (floats; ece, brier and log_loss are NaN where scores are no probabilities), and
+    per_class: name -> precision, recall, f1, average_precision, roc_auc, threshold, positives, negatives, na (counts),
+    prevalence (positives among the known). With `bootstrap` resamples ("auto": 1,000 for fewer than 1,000 rows, else
+    none) "intervals" holds name -> [low, high] for the headlines but ROC AUC: the 95 % percentile interval (Efron 1979)
+    over resampled rows.
 
     >>> report([[1, 0], [0, 1]], [[0.9, 0.2], [0.1, 0.4]], 0.5, ["cat", "dog"])["f1_macro"]
     0.5
@@ -355,26 +504,62 @@ def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
         raise ValueError(f"classes has {len(classes)} names, but targets has {positive.shape[1]} columns")
     if len(set(classes)) < len(classes):
         raise ValueError(f"classes has a name twice: {', '.join(map(str, classes))}")
-    thresholds = np.broadcast_to(np.asarray(thresholds, float), (len(classes),))
-    headlines, columns = _measure(positive, known, scores, thresholds)
+    thresholds = np.broadcast_to(np.asarray(thresholds, float), scores.shape)
+    present = scores >= thresholds
+    headlines, columns = _measure(positive, known, scores, present)
+    columns["threshold"] = np.median(thresholds, axis=0)
     result = {"rows": len(known)} | headlines | {"per_class": {}}
     for c, name in enumerate(classes):
         result["per_class"][name] = {key: values[c].item() for key, values in columns.items()}
+    if bootstrap == "auto":
+        bootstrap = RESAMPLES if len(known) < 1000 else 0
     if bootstrap:
-        rng = np.random.default_rng(seed)
-        names = [name for name in HEADLINES if name != "roc_auc_macro"]
-        drawn = []
-        for _ in range(bootstrap):
-            rows = rng.integers(0, len(known), len(known))
-            sample, _ = _measure(positive[rows], known[rows], scores[rows], thresholds)
-            drawn.append([sample[name] for name in names])
-        result["intervals"] = dict(zip(names, np.quantile(drawn, [0.025, 0.975], axis=0).T.tolist()))
+        def measure(rows):
+            return _measure(positive[rows], known[rows], scores[rows], present[rows])[0]
+
+        result["intervals"] = _intervals(measure, headlines, len(known), bootstrap, seed)
     return result
 
 
-def _measure(positive, known, scores, thresholds):
+def _intervals(measure, headlines, count, resamples, seed):
+    """95 % intervals of what measure(rows) says of resampled rows, for the headlines that have a value in every resample
+    -> {name: [low, high]}."""
+    rng = np.random.default_rng(seed)
+    names = [name for name, value in headlines.items() if name != "roc_auc_macro" and value == value]
+    drawn = []
+    for _ in range(resamples):
+        sample = measure(rng.integers(0, count, count))
+        drawn.append([sample[name] for name in names])
+    return dict(zip(names, np.quantile(drawn, [0.025, 0.975], axis=0).T.tolist()))
+
+
+def paired_differences(targets, scores, thresholds, other_scores, other_thresholds, resamples=RESAMPLES, seed=0):
+    """Two models on the same images -> {headline: (value, other value, difference, low, high)}: the 95 % interval of the
+    difference, other - value, over rows that are resampled for both alike. ROC AUC has none.
+
+    targets (N, C) with 0, 1, NaN; both scores (N, C), finite; both thresholds (C,) or one number.
+    """
+    positive, known, scores = _check_both(targets, scores, "scores")
+    other_scores = _check_both(targets, other_scores, "scores")[2]
+    present = scores >= thresholds
+    other_present = other_scores >= other_thresholds
+
+    def difference(rows):
+        one = _measure(positive[rows], known[rows], scores[rows], present[rows])[0]
+        other = _measure(positive[rows], known[rows], other_scores[rows], other_present[rows])[0]
+        return {name: other[name] - one[name] for name in one}
+
+    one = _measure(positive, known, scores, present)[0]
+    differences = difference(np.arange(len(known)))
+    result = {}
+    for name, interval in _intervals(difference, differences, len(known), resamples, seed).items():
+        result[name] = (one[name], one[name] + differences[name], differences[name], *interval)
+    return result
+
+
+def _measure(positive, known, scores, present):
     """-> the headlines of a report, and its columns, (C,) each: two dicts."""
-    present = (scores >= thresholds) & known
+    present = present & known
     precision, recall, f1 = _precision_recall_f1(positive, known, present, None)
     ranking = [(_average_precision(*pair), _roc_auc(*pair)) for pair in _sorted_scores(positive, known, scores)]
     average_precisions, aucs = np.array(ranking).T
@@ -389,10 +574,11 @@ def _measure(positive, known, scores, thresholds):
         "f1_samples": _precision_recall_f1(positive, known, present, "samples")[2],
         "map": float(average_precisions.mean()),
         "roc_auc_macro": float(aucs.mean()),
+        **_honesty(positive, known, scores),
     }
     columns = {
         "precision": precision, "recall": recall, "f1": f1, "average_precision": average_precisions, "roc_auc": aucs,
-        "threshold": thresholds, "positives": positives, "negatives": known_count - positives,
+        "positives": positives, "negatives": known_count - positives,
         "na": len(known) - known_count, "prevalence": _divide(positives, known_count),
     }
     return headlines, columns
@@ -484,6 +670,55 @@ def read_json(path):
     return content
 
 
+def read_predictions(folder):
+    """What a run predicted for the images it reports -> (IDs, classes, targets (N, C), scores (N, C), thresholds (C,)).
+    Raises ValueError."""
+    folder = Path(folder)
+    split = read_run(folder).get("split")
+    ids, classes, scores = _read_numbers(folder / "probabilities.csv")
+    names, _, targets = _read_numbers(folder / f"{'train' if split == 'folds' else split}_metadata.csv")
+    row_of = {name: row for row, name in enumerate(names)}
+    thresholds = read_json(folder / "thresholds.json")
+    try:
+        return ids, classes, targets[[row_of[name] for name in ids]], scores, np.array([thresholds[c] for c in classes])
+    except KeyError as error:
+        raise ValueError(f"{folder}: the files of the run do not fit each other: {error} is not in all of them") from None
+
+
+def _read_numbers(path):
+    """A CSV file of a run with an ID and numbers -> (IDs, titles of the columns, float64 (N, C)), NaN for NA."""
+    try:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            header, *rows = csv.reader(file)
+        values = np.array([[float(cell.replace("NA", "nan")) for cell in row[1:]] for row in rows])
+        return [row[0] for row in rows], header[1:], values.reshape(len(rows), len(header) - 1)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def paired_table(folders):
+    """Two runs on the same images -> their headlines side by side, as text. Raises ValueError."""
+    (ids, classes, targets, scores, thresholds), other = map(read_predictions, folders)
+    if set(ids) != set(other[0]) or classes != other[1]:
+        raise ValueError(f"{folders[0]} and {folders[1]} report other images or classes: give both the same data and "
+                         "--seed, or evaluate both on one labelled folder")
+    row_of = {name: row for row, name in enumerate(other[0])}
+    order = [row_of[name] for name in ids]
+    table = [["", *map(str, folders), "difference", "95 % interval"]]
+    differences = paired_differences(targets, scores, thresholds, other[3][order], other[4])
+    for name, (one, two, difference, low, high) in differences.items():
+        noise = "" if low > 0 or high < 0 else "  noise"
+        table.append([name, _cell(one), _cell(two), f"{difference:+.3f}", f"[{low:+.3f}, {high:+.3f}]{noise}"])
+    return _aligned(table)
+
+
+def _aligned(table):
+    """Lines of cells as text, in columns."""
+    table = list(table)
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table)
+
+
 OPTION_COLUMNS = ("preset", "backbone", "head", "size", "epochs", "batch_size", "lr", "lr_backbone", "train_layers",
                   "unfreeze", "augment", "pos_weight", "thresholds", "seed")  # shown where runs differ
 SCORE_COLUMNS = ("split", "val_loss", "val_f1_weighted", *HEADLINES)
@@ -512,10 +747,8 @@ def results_table(rows, sort="f1_macro", ascending=False, group_by=(), group_mod
     for name in dict.fromkeys(["run", *group_by, *differing, *SCORE_COLUMNS, sort]):
         values = [row.get(name) for row in rows]
         if any(value is not None for value in values):
-            cells = [name, *_result_cells(name, values)]
-            width = max(map(len, cells))
-            table.append([cell.ljust(width) for cell in cells])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*table))
+            table.append([name, *_result_cells(name, values)])
+    return _aligned(zip(*table))
 
 
 def _in_order(rows, name, ascending):
@@ -550,7 +783,7 @@ def _result_cells(name, values):
     numbers = _numbers(values)
     best = None
     if len(numbers) > 1:
-        best = min(numbers) if "loss" in name else max(numbers)
+        best = min(numbers) if name in LOWER_IS_BETTER else max(numbers)
     return [_cell(value) + ("*" if value is not None and value == best else "") for value in values]
 
 
@@ -574,7 +807,14 @@ def main(argv=None):
     add("--ascending", action="store_true", help="lowest first")
     add("--group-by", default="", metavar="A,B", help="one row for each combination of these options")
     add("--group-mode", choices=("best", "mean"), default="best", help="what a group shows (default: %(default)s)")
+    parser.add_argument("--paired", action="store_true", help="compare two runs that report the same images")
     options = parser.parse_args(argv)
+    if options.paired and len(options.runs) != 2:
+        raise ValueError("--paired compares two runs: name two")
+    if options.paired:
+        text = paired_table(options.runs)
+        print(text)
+        return text
     rows = [read_run(folder) for folder in options.runs]
     group_by = [name for name in options.group_by.split(",") if name]
     text = results_table(rows, options.sort, options.ascending, group_by, options.group_mode)

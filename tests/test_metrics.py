@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import math
 import subprocess
 import sys
 import warnings
@@ -194,8 +195,8 @@ def test_fixed_threshold_and_float32_scores_select_themselves():
     assert all(threshold in column for threshold, column in zip(thresholds, scores.T))
 
 
-PER_CLASS = ["precision", "recall", "f1", "average_precision", "roc_auc", "threshold", "positives",
-             "negatives", "na", "prevalence"]
+PER_CLASS = ["precision", "recall", "f1", "average_precision", "roc_auc", "positives",
+             "negatives", "na", "prevalence", "threshold"]
 
 
 def some_scores(rows=40, classes=3, unknown=0.2):
@@ -467,3 +468,211 @@ def test_results_table_needs_no_torch_and_fails_in_one_line(runs):
     )
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == "error: /nowhere is not the folder of a finished run: it has no metrics.json\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Soft thresholds, calibration, paired comparison
+
+
+def example(rows=60, classes=4, seed=0):
+    """Targets with NA and a class without a positive, and overconfident probabilities that know something of them."""
+    rng = np.random.default_rng(seed)
+    targets = (rng.random((rows, classes)) < [0.5, 0.2, 0.1, 0.0][:classes]).astype(float)
+    probabilities = 1 / (1 + np.exp(-(3 * targets + rng.normal(0, 2, targets.shape))))
+    targets[rng.random(targets.shape) < 0.1] = np.nan
+    return targets, probabilities
+
+
+def soft_threshold_by_loops(targets, probabilities):
+    """The definition in find_thresholds() for one class, written out."""
+    known = [(t, math.log(p / (1 - p))) for t, p in zip(targets, probabilities) if t == t]
+    positives = sum(t for t, _ in known)
+    best = (-1, None)
+    for k in range(241):
+        cut = -6 + 12 * k / 240
+        counted = [(t, 1 / (1 + math.exp(-(z - cut) / 0.5))) for t, z in known]
+        f1 = 2 * sum(t * s for t, s in counted) / (sum(s for _, s in counted) + positives)
+        best = max(best, (f1, -k))
+    ranked = sorted((1 / (1 + math.exp(-z)) for _, z in known), reverse=True)
+    half = max(sum(ranked[:k]) / (k + sum(ranked)) for k in range(1, len(ranked) + 1))
+    logit = (positives * (-6 - 12 * best[1] / 240) + 50 * math.log(half / (1 - half))) / (positives + 50)
+    return 1 / (1 + math.exp(-logit))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_soft_thresholds_are_those_of_their_definition(seed):
+    targets, probabilities = example(seed=seed)
+    found = metrics.find_thresholds(targets, probabilities, "soft")
+    wanted = [soft_threshold_by_loops(*pair) for pair in zip(targets.T, probabilities.T)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-9)
+
+
+def test_one_image_moves_a_soft_threshold_little():
+    targets, probabilities = example(rows=40, classes=3)
+    moves = {"soft": [], "pr_curve": []}
+    for method, found in moves.items():
+        before = metrics.find_thresholds(targets, probabilities, method)
+        for row in range(len(targets)):
+            rest = np.arange(len(targets)) != row
+            found.append(np.abs(metrics.find_thresholds(targets[rest], probabilities[rest], method) - before).max())
+    assert np.mean(moves["soft"]) < 0.5 * np.mean(moves["pr_curve"])
+
+
+def test_a_soft_threshold_is_there_for_one_image_and_for_none_known():
+    thresholds = metrics.find_thresholds([[1, np.nan]], [[1.0, 0.3]], "soft")
+    assert 0 < thresholds[0] < 1 and thresholds[1] == 0.5
+
+
+def test_soft_thresholds_take_probabilities_alone():
+    with pytest.raises(ValueError, match=r"scores\[0, 1\] is 1.5: it must be a probability"):
+        metrics.find_thresholds([[0, 1]], [[0.5, 1.5]], "soft")
+
+
+def test_a_calibration_has_the_lowest_penalised_log_loss():
+    targets, probabilities = example(rows=200)
+    scale, offsets = metrics.fit_calibration(targets, probabilities)
+    logits = np.log(probabilities / (1 - probabilities))
+
+    def penalised(theta):
+        total = 2 * np.sum(theta**2)
+        for c in range(targets.shape[1]):
+            for t, z in zip(targets[:, c], logits[:, c]):
+                if t == t:
+                    score = math.exp(theta[0]) * z + theta[1 + c]
+                    total += math.log1p(math.exp(-score if t else score))
+        return total
+
+    theta = np.append(math.log(scale), offsets)
+    lowest = penalised(theta)
+    for k in range(len(theta)):
+        for step in (-1e-3, 1e-3):
+            moved = theta.copy()
+            moved[k] += step
+            assert penalised(moved) > lowest
+    assert scale < 0.9  # they were overconfident
+    assert metrics.log_loss(targets, metrics.calibrate(probabilities, scale, offsets)) < metrics.log_loss(
+        targets, probabilities)
+
+
+def test_a_calibration_ignores_unknown_labels_and_survives_certain_ones():
+    targets, probabilities = example()
+    unknown = np.isnan(targets)
+    other = np.where(unknown, 0.999, probabilities)
+    assert metrics.fit_calibration(targets, other)[0] == pytest.approx(metrics.fit_calibration(targets, probabilities)[0])
+    scale, offsets = metrics.fit_calibration([[1.0, 0.0], [0.0, np.nan]], [[1.0, 0.0], [1.0, 1.0]])
+    assert np.isfinite([scale, *offsets]).all()
+    scale, offsets = metrics.fit_calibration(np.full((3, 2), np.nan), np.full((3, 2), 0.7))
+    assert scale == 1 and (offsets == 0).all()
+
+
+@CASES
+@given(problems(unknown=True))
+def test_honesty_agrees_with_scikit_learn_on_the_known_labels(problem):
+    targets, scores = problem
+    probabilities = np.clip(scores, 0, 1)
+    known = ~np.isnan(targets)
+    if not known.any():
+        assert metrics.brier_score(targets, probabilities) == metrics.log_loss(targets, probabilities) == 0
+        assert metrics.calibration_error(targets, probabilities) == 0
+        return
+    truth, p = targets[known], probabilities[known]
+    assert metrics.brier_score(targets, probabilities) == pytest.approx(np.mean((truth - p) ** 2))
+    kept = np.clip(p, 1e-7, 1 - 1e-7)
+    assert metrics.log_loss(targets, probabilities) == pytest.approx(sk.log_loss(truth, kept, labels=[0, 1]))
+    total = 0
+    for k in range(15):
+        inside = (np.minimum((p * 15).astype(int), 14)) == k
+        if inside.any():
+            total += inside.sum() * abs(p[inside].mean() - truth[inside].mean())
+    assert metrics.calibration_error(targets, probabilities) == pytest.approx(total / len(p), abs=1e-12)
+
+
+def test_a_reliability_curve_counts_every_known_label_once():
+    targets, probabilities = example()
+    mean, share, counts = metrics.reliability_curve(targets, probabilities, bins=10)
+    assert counts.sum() == (~np.isnan(targets)).sum()
+    there = counts > 0
+    assert ((mean >= np.arange(10) / 10) & (mean <= np.arange(1, 11) / 10))[there].all()
+    assert (share * counts)[there].sum() == pytest.approx(np.nansum(targets))
+
+
+def test_scores_that_are_no_probabilities_have_no_honesty():
+    report = metrics.report([[1], [0]], [[2.0], [-1.0]], 0.5, ["a"], bootstrap=10)
+    assert math.isnan(report["ece"]) and math.isnan(report["brier"]) and math.isnan(report["log_loss"])
+    assert "brier" not in report["intervals"]
+
+
+def test_intervals_come_by_themselves_for_few_rows(monkeypatch):
+    monkeypatch.setattr(metrics, "RESAMPLES", 10)
+    targets, probabilities = example(rows=999)
+    assert "intervals" in metrics.report(targets, probabilities, 0.5, list("abcd"), bootstrap="auto")
+    targets, probabilities = example(rows=1000)
+    assert "intervals" not in metrics.report(targets, probabilities, 0.5, list("abcd"), bootstrap="auto")
+
+
+def test_thresholds_may_differ_by_row():
+    targets, probabilities = example()
+    thresholds = np.random.default_rng(0).uniform(0.2, 0.8, targets.shape)
+    report = metrics.report(targets, probabilities, thresholds, list("abcd"))
+    assert report["f1_macro"] == metrics.f1_score(targets, probabilities >= thresholds, "macro")
+    assert report["per_class"]["a"]["threshold"] == np.median(thresholds[:, 0])
+
+
+def test_paired_differences_are_those_of_two_reports():
+    targets, one = example(rows=120)
+    two = np.clip(one + np.random.default_rng(1).normal(0, 0.2, one.shape), 0, 1)
+    result = metrics.paired_differences(targets, one, 0.5, two, 0.4, resamples=50, seed=3)
+    first = metrics.report(targets, one, 0.5, list("abcd"))
+    second = metrics.report(targets, two, 0.4, list("abcd"))
+    rng = np.random.default_rng(3)
+    drawn = []
+    for _ in range(50):
+        rows = rng.integers(0, 120, 120)
+        values = [metrics.report(targets[rows], p[rows], t, list("abcd"))["map"] for p, t in ((one, 0.5), (two, 0.4))]
+        drawn.append(values[1] - values[0])
+    assert set(result) == set(metrics.HEADLINES) - {"roc_auc_macro"}
+    for name, (value, other, difference, low, high) in result.items():
+        assert (value, other) == pytest.approx((first[name], second[name]))
+        assert difference == pytest.approx(other - value) and low <= high
+    assert result["map"][3:] == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
+    same = metrics.paired_differences(targets, one, 0.5, one, 0.5, resamples=10)
+    assert all(value[2:] == (0, 0, 0) for value in same.values())
+
+
+def write_run(folder, ids, probabilities, thresholds, split="test"):
+    targets, _ = example(rows=len(ids))
+    folder.mkdir()
+    words = {1.0: "1", 0.0: "0"}
+    labels = ["ID,a,b,c,d"]
+    scores = ["ID,a,b,c,d"]
+    for name, label_row, score_row in zip(sorted(ids), targets, probabilities):
+        labels.append(",".join([name, *(words.get(value, "NA") for value in label_row)]))
+        scores.append(",".join([name, *map(str, score_row)]))
+    scores[1:] = sorted(scores[1:], key=lambda line: ids.index(line.split(",")[0]))
+    (folder / f"{'train' if split == 'folds' else split}_metadata.csv").write_text("\n".join(labels))
+    (folder / "probabilities.csv").write_text("\n".join(scores))
+    (folder / "thresholds.json").write_text(json.dumps(dict(zip("abcd", thresholds))))
+    (folder / "metrics.json").write_text(json.dumps({"split": split}))
+    return folder
+
+
+def test_two_runs_are_compared_on_the_same_images(tmp_path, capsys):
+    targets, one = example(rows=50)
+    names = [f"{i:02}.jpg" for i in range(50)]
+    a = write_run(tmp_path / "a", names, one, [0.5] * 4)
+    b = write_run(tmp_path / "b", names[::-1], one, [0.5] * 4, split="folds")
+    c = write_run(tmp_path / "c", names, np.where(targets == 1, 0.9, 0.1), [0.5] * 4)
+    text = metrics.main([str(a), str(b), "--paired"])
+    assert all("+0.000" in line and "noise" in line for line in text.splitlines()[1:])
+    text = metrics.main([str(a), str(c), "--paired"])
+    line = next(line for line in text.splitlines() if line.startswith("f1_macro"))
+    assert "noise" not in line and "difference" in text.splitlines()[0]
+    assert capsys.readouterr().out.endswith(text + "\n")
+    other = write_run(tmp_path / "d", [f"other_{name}" for name in names], one, [0.5] * 4)
+    with pytest.raises(ValueError, match="other images"):
+        metrics.main([str(a), str(other), "--paired"])
+    with pytest.raises(ValueError, match="name two"):
+        metrics.main([str(a), "--paired"])
+    (c / "probabilities.csv").unlink()
+    with pytest.raises(ValueError, match=r"probabilities\.csv cannot be read"):
+        metrics.main([str(a), str(c), "--paired"])
