@@ -138,7 +138,7 @@ def option_parser():
     add("--plot-title", default="", metavar="TEXT", help="over loss_curve.png, and a copy's name")
     add("--export-splits", metavar="DIR", help="copy the images into DIR/images/train, val, test")
     add("--registry", metavar="DIR", help="keep the best run (by F1 on val) of each configuration")
-    add("--tensorboard", action="store_true", help="write scalars too (package tensorboard)")
+    add("--tensorboard", action="store_true", help="write scalars (package tensorboard)")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
     add = parser.add_argument_group("system").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -241,8 +241,8 @@ def select_parameters(network, backbone, layers):
 
 
 def train_mode(network, backbone):
-    """network.train(), but frozen layers stay in eval mode: BatchNorm, whose statistics would drift,
-    and dropout, which is frozen with the layer before it, or as part of the head."""
+    """network.train(), but frozen layers stay in eval mode: BatchNorm, whose statistics would
+    drift, and dropout, which is frozen with the layer before it, or as part of the head."""
     network.train()
     head = network.get_submodule(BACKBONES[backbone])
     trained = None
@@ -273,7 +273,9 @@ def start_processes(options):
 
 def rank_and_ranks():
     """The number of this process, and of all."""
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    if distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
 
 def is_leader():
@@ -299,7 +301,7 @@ def sum_over_ranks(tensor):
 
 
 def read_data(options):
-    """Read the labels and divide them -> {"train", "val" and "test": LabelTable}. Raises InputError."""
+    """Read and divide the labels -> {"train", "val" and "test": LabelTable}. Raises InputError."""
     if options.demo and is_leader() and not (Path(options.data) / "labels.txt").exists():
         print_once(options, f"drawing the demo data into {options.data}")
         dataset.write_demo(options.data)
@@ -415,12 +417,12 @@ def build(options, tables):
     budget = cache_budget(options.cache) / sum(len(part) for part in tables.values())
     images = {name: dataset.ImageDataset(part, options.size, budget * len(part)) for name, part in tables.items()}
     head = list(network.get_submodule(BACKBONES[options.backbone]).parameters())
-    backbone = [parameter for parameter in network.parameters() if all(parameter is not other for other in head)]
+    backbone = [weight for weight in network.parameters() if all(weight is not other for other in head)]
     optimizer = torch.optim.AdamW([{"params": backbone}, {"params": head}], weight_decay=options.wd,
                                   fused=device.type != "mps")  # torch 2.4 has no fused one there
     scaler = torch.amp.GradScaler(device.type, enabled=classifier.precision == torch.float16)
-    run = Run(options, classifier, tables, images, torch.from_numpy(pos_weight).to(device), optimizer, scaler,
-              board=open_board(options))
+    pos_weight = torch.from_numpy(pos_weight).to(device)
+    run = Run(options, classifier, tables, images, pos_weight, optimizer, scaler, board=open_board(options))
     if last:
         load_state(run, last)
     return run
@@ -442,16 +444,14 @@ def load_weights(network, options, classes):
 
 
 def choose_precision(options, device, last):
-    """The dtype of --precision: for auto that of `last`, a last.pth, else what the leader finds faster."""
-    if last and options.precision == "auto":
-        precision, reason = inference.choose_precision(last["precision"], device)
-        reason = "as in the run that is resumed"
-    else:
-        precision, reason = inference.choose_precision(options.precision, device)
-    values = [precision, reason]
+    """The dtype of --precision: for auto that of last.pth, else what the leader finds faster."""
+    name = last["precision"] if last and options.precision == "auto" else options.precision
+    chosen = list(inference.choose_precision(name, device))
+    if name != options.precision:
+        chosen[1] = "as in the run that is resumed"
     if distributed.is_initialized():
-        distributed.broadcast_object_list(values)
-    precision, reason = values
+        distributed.broadcast_object_list(chosen)
+    precision, reason = chosen
     print_once(options, f"device: {device}, precision: {precision_name(precision)} ({reason})")
     return precision
 
@@ -511,7 +511,7 @@ def train_step(run, images, targets):
     logits = inference.forward(run.model, images, run.classifier.precision)
     total, known = masked_bce(logits, targets, run.pos_weight)
     all_total, all_known = sum_over_ranks(torch.stack([total.detach(), known]))
-    loss = total * rank_and_ranks()[1] / all_known.clamp(min=1)  # DDP averages what should be summed
+    loss = total * rank_and_ranks()[1] / all_known.clamp(min=1)  # DDP averages, it should sum
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.step(run.optimizer)
@@ -855,18 +855,17 @@ def remove_old_run(run):
 
 
 def write_inputs(run):
-    """Write what is known before training; of a resumed run the history too, which may be missing."""
+    """Write what is known before training; of a resumed run the history, which may be missing."""
     if run.state.history:
         write_history(run)
     dataset.write_json(run.out / "config.json", run.classifier.options)
     dataset.write_json(run.out / "classes.json", run.classifier.classes)
     if run.classifier.groups:
         dataset.write_json(run.out / "label_groups.json", run.classifier.groups)
-    words = {1.0: "1", 0.0: "0"}
     for split, table in run.tables.items():
         rows = [["ID", *table.classes]]
         for name, labels in zip(table.ids, table.targets.tolist()):
-            rows.append([name, *(words.get(value, "NA") for value in labels)])
+            rows.append([name, *("NA" if math.isnan(label) else int(label) for label in labels)])
         dataset.write_csv(run.out / f"{split}_metadata.csv", rows)
 
 
@@ -901,7 +900,7 @@ def title_path(out, title):
 
 
 def finish(run):
-    """Choose the best model's thresholds on val, and report it on test, if there is one -> report dict."""
+    """Choose the best model's thresholds on val, and report it on test if there is one -> dict."""
     wait_for_leader()
     best = inference.load_model(run.out / "model.pth", run.classifier.device)
     best.precision = run.classifier.precision
@@ -918,8 +917,12 @@ def finish(run):
     report |= scores
     if is_leader():
         write_report(run, report, table, probabilities)
-    print_once(run.options, f"\n{split} split, {len(table)} images, epoch {best.epoch}")
-    print_once(run.options, metrics.format_report(report))
+    model = [] if run.options.out == "outputs" else ["--model", str(run.out / "model.pth")]
+    command = ["python", "inference.py", str(run.tables[split].paths[0]), *model, "--save", "drawn", "--heatmap"]
+    print_once(run.options, f"\n{split} split, {len(table)} images, epoch {best.epoch}\n"
+               f"{metrics.format_report(report)}\n\n"
+               f"written to {run.out}/: model.pth, metrics.json, predictions.csv, history.csv\n"
+               f"and pictures (predictions.png shows the worst mistakes)\nnext: {shlex.join(command)}")
     return report
 
 
@@ -977,7 +980,7 @@ def register(run, report):
 
 
 def export_splits(tables, folder):
-    """Copy the images into folder/images/train, val and test. Raises InputError when it has images."""
+    """Copy the images into folder/images/train, val, test. Raises InputError when it has images."""
     images = Path(folder) / "images"
     if images.is_dir() and any(images.iterdir()):
         raise InputError(f"--export-splits {folder}: {images} is not empty: name a new folder")
@@ -1062,14 +1065,13 @@ class ProgressLine:
         """Show the last epoch of the history."""
         options, history = self.run.options, self.run.state.history
         row = history[-1]
-        width = len(str(options.epochs))
-        parts = [f"epoch {row['epoch']:{width}}/{options.epochs}", f"loss {row['train_loss']:.4f}"]
+        line = "epoch {epoch:{width}}/{epochs}  loss {train_loss:.4f}"
         if "val_loss" in row:
-            parts.append("val loss {val_loss:.4f}  f1 macro {val_f1_macro:.3f}  map {val_map:.3f}".format_map(row))
-        parts.append(f"{row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s")
+            line += "  val loss {val_loss:.4f}  f1 macro {val_f1_macro:.3f}  map {val_map:.3f}"
+        line += "  {images_per_second:.0f} images/s  {seconds:.1f} s"
         if best_epoch(history, options.monitor, options.min_delta)[0] == row["epoch"]:
-            parts.append("best")
-        line = "  ".join(parts)
+            line += "  best"
+        line = line.format(width=len(str(options.epochs)), epochs=options.epochs, **row)
         print_once(options, f"\r{line:<90}" if self.live else line)
 
 
@@ -1080,15 +1082,6 @@ def is_interactive():
     with contextlib.suppress(AttributeError, ValueError):  # there is none, or it is closed
         return sys.stdout.isatty()
     return False
-
-
-def print_next(run):
-    """Print what the run left, and what to look at next."""
-    image = str((run.tables["test"].paths or run.tables["val"].paths)[0])
-    model = [] if run.options.out == "outputs" else ["--model", str(run.out / "model.pth")]
-    command = shlex.join(["python", "inference.py", image, *model, "--save", "drawn", "--heatmap"])
-    print_once(run.options, f"\nwritten to {run.out}/: model.pth, metrics.json, predictions.csv, history.csv\n"
-               f"and pictures (predictions.png shows the worst mistakes)\nnext: {command}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1113,9 +1106,7 @@ def main(argv=None):
             except OSError as error:
                 raise InputError(f"--out {options.out}: {error}") from None
         fit(run)
-        report = finish(run)
-    print_next(run)
-    return report
+        return finish(run)
 
 
 if __name__ == "__main__":
