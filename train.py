@@ -241,17 +241,15 @@ def select_parameters(network, backbone, layers):
 
 
 def train_mode(network, backbone):
-    """network.train(), but frozen layers stay in eval mode: BatchNorm, whose statistics would
-    drift, and dropout, which is frozen with the layer before it, or as part of the head."""
-    network.train()
+    """Train mode, but eval mode for layers that are frozen: BatchNorm, whose statistics would drift,
+    and dropout, which is frozen with the layer before it, or as part of the head."""
     head = network.get_submodule(BACKBONES[backbone])
-    trained = None
+    trained = True
     for module in network.modules():
         own = list(module.parameters(recurse=False))
         if own:
             trained = any(parameter.requires_grad for parameter in own)
-        if trained is not None:
-            module.training = trained
+        module.training = trained
     head.train(any(parameter.requires_grad for parameter in head.parameters()))
 
 
@@ -483,13 +481,11 @@ def train_epoch(run, progress):
     """One pass over (what is left of) the train split; a signal ends it after the step in hand."""
     options, state = run.options, run.state
     count = len(run.tables["train"])
-    rank, ranks = rank_and_ranks()
     order = draw_batches(run)
-    shares = [np.array_split(rows, ranks)[rank] for rows, _ in order]
     train_mode(run.classifier.network, options.backbone)
     started = time.perf_counter() - state.seconds
     losses = []
-    for (_, used), batch in zip(order, load_batches(run, shares)):
+    for (_, used), batch in zip(order, load_batches(run, order)):
         rates = learning_rates(options, state.epoch + used / count)
         for group, rate in zip(run.optimizer.param_groups, rates):
             group.update(lr=rate, weight_decay=options.wd)
@@ -520,29 +516,31 @@ def train_step(run, images, targets):
 
 
 def draw_batches(run):
-    """The batches left of the epoch -> [(rows, images used of the epoch after it), ...]. The order
-    depends on the seed and the epoch alone; a batch of which no label is known is left out."""
+    """The batches left of the epoch -> [(this process's rows, images used after it by all), ...]. The
+    order depends on the seed and the epoch alone; a batch of which no label is known is left out."""
     options, state = run.options, run.state
     targets = run.tables["train"].targets
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + state.epoch + 1)
     rest = torch.randperm(len(targets), generator=generator).numpy()[state.images :]
+    rank, ranks = rank_and_ranks()
     order = []
     used = state.images
     for rows in np.array_split(rest, steps_per_epoch(options, len(rest))):
         used += len(rows)
         if not np.isnan(targets[rows]).all():
-            order.append((rows, used))
+            order.append((np.array_split(rows, ranks)[rank], used))
     return order
 
 
 def load_batches(run, order):
-    """Yield (images, targets) on the device for each array of rows, augmented and normalised."""
+    """Yield (images, targets) on the device for each batch, augmented and normalised."""
     options = run.options
     device = run.classifier.device
     images = run.images["train"]
+    shares = [rows for rows, _ in order]
     operations = dataset.read_operations(options.augment)
     noise = dataset.draw_noise(len(images), options.seed, run.state.epoch + 1)
-    for batch, targets, rows in dataset.batches(images, order, options.workers, pin=device.type == "cuda"):
+    for batch, targets, rows in dataset.batches(images, shares, options.workers, pin=device.type == "cuda"):
         batch = batch.to(device, non_blocking=True)
         batch = dataset.augment(batch, operations, noise[rows].to(device, non_blocking=True))
         yield dataset.normalize(batch), targets.to(device, non_blocking=True)
@@ -789,11 +787,8 @@ def read_state(options, tables):
     content = inference.read_checkpoint(path)
     names = ("state", "optimizer", "scaler", "network", "random", "precision")
     inference.check_content(path, content, names, "last.pth")
-    same = {"classes": content["classes"] == tables["train"].classes,
-            "splits or labels": content["splits"] == splits_digest(tables)}
-    for name in same:
-        if not same[name]:
-            raise InputError(f"--resume: {path} is of other {name}: give the same data and seed, or another --out")
+    if content["classes"] != tables["train"].classes or content["splits"] != splits_digest(tables):
+        raise InputError(f"--resume: {path} is of other splits or labels: give the same data and seed, or a new --out")
     before = content["options"]
     changed = []
     for name, value in vars(options).items():
