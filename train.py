@@ -119,7 +119,7 @@ def option_parser():
     add("--unfreeze", metavar="LAYERS", help="layers to train too from --unfreeze-epoch on")
     add("--unfreeze-epoch", type=count, default=3, metavar="N", help="counted from 1")
     add("--unfreeze-lr", type=real, metavar="LR", help="learning rate of all layers from then on")
-    add("--augment", default="light", metavar="A", help=f"none, light, rich, or of {','.join(dataset.OPERATIONS)}")
+    add("--augment", default="light", metavar="A", help=f"none, light, rich, or some of {','.join(dataset.OPERATIONS)}")
     add = parser.add_argument_group("imbalance").add_argument
     add("--pos-weight", choices=("none", "linear", "sqrt"), default="sqrt", help="of positives in the loss")
     add("--pos-weight-clip", type=real, nargs=2, default=[1, 20], metavar=("LO", "HI"), help="its bounds")
@@ -128,7 +128,7 @@ def option_parser():
     add("--patience", type=whole, default=10, help="validations without improvement to stop after; 0: never")
     add("--min-delta", type=real, default=0.0, help="what counts as an improvement")
     add("--val-every", type=count, default=1, metavar="N", help="epochs between validations")
-    add("--train-metrics-every", type=whole, default=0, metavar="N", help="scores on train too; 0: never")
+    add("--train-metrics-every", type=whole, default=0, metavar="N", help="epochs between scores on train; 0: never")
     add = parser.add_argument_group("thresholds").add_argument
     add("--thresholds", type=threshold_method, default="pr_curve", metavar="METHOD",
         help="pr_curve, grid, global, or a number")
