@@ -15,6 +15,7 @@ threshold per class on val and reports on test. All its files are in --out.
 import argparse
 import atexit
 import contextlib
+import datetime
 import hashlib
 import itertools
 import math
@@ -87,78 +88,74 @@ def option_parser():
     """The options of the command line, with their defaults."""
     parser = dataset.ArgumentParser(prog="train.py", usage="%(prog)s [--data DIR | --demo] [--preset NAME] [options]",
                                     description="Fine-tune an image network on labels that may be unknown.")
+    real = number(float)
+    whole = number(int)
+    count = number(int, 1)
     group = parser.add_argument_group("data")
     add = group.add_argument
     add("--data", default="data", metavar="DIR", help="folder of labels and images")
     dataset.add_data_options(group)
     add("--split", type=float, nargs=3, default=[0.7, 0.15, 0.15], metavar=("TRAIN", "VAL", "TEST"), help="ratios")
     add("--split-method", choices=("stratified", "random"), default="stratified", help="how rows are divided")
-    add("--demo", action="store_true", help="write drawn data (data/demo) when not there, and train on it from scratch")
-    add("--seed", type=number(int), default=0, help="of the split, the initial head, the order and the augmentation")
+    add("--demo", action="store_true", help="draw data (data/demo) when not there, and train on it")
+    add("--seed", type=whole, default=0, help="of the split, the head, the order and the augmentation")
     add = parser.add_argument_group("model").add_argument
     add("--backbone", choices=BACKBONES, default="resnet18", help="torchvision network")
     add("--head", choices=HEADS, default="linear", help="what replaces its last layer")
-    add("--dropout", type=number(float, below=1), nargs="+", metavar="P",
-        help="in the head; mlp takes two (mlp: 0.5 0.3, else 0)")
-    add("--weights", default="imagenet", metavar="W", help="imagenet, none, or a .pth file, loaded where it fits")
+    add("--dropout", type=number(float, below=1), nargs="+", metavar="P", help="in the head (mlp: 0.5 0.3, else 0)")
+    add("--weights", default="imagenet", metavar="W", help="imagenet, none, or a .pth file")
     add("--size", type=number(int, 32), default=224, help="images are resized to SIZE x SIZE")
     add = parser.add_argument_group("recipe").add_argument
-    add("--preset", choices=PRESETS, default="default", help="a published recipe: defaults for the other options")
-    add("--epochs", type=number(int, 1), default=20, help="at most")
-    add("-b", "--batch-size", type=number(int, 1), default=16, help="images per step")
-    add("--lr", type=number(float), default=3e-4, help="learning rate of the head")
-    add("--lr-backbone", type=number(float), help="learning rate of the backbone (default: that of the head)")
-    add("--wd", type=number(float), default=1e-2, help="weight decay of AdamW; 0 makes it Adam")
+    add("--preset", choices=PRESETS, default="default", help="a published recipe: other defaults")
+    add("--epochs", type=count, default=20, help="at most")
+    add("-b", "--batch-size", type=count, default=16, help="images per step")
+    add("--lr", type=real, default=3e-4, help="learning rate of the head")
+    add("--lr-backbone", type=real, help="that of the backbone (default: that of the head)")
+    add("--wd", type=real, default=1e-2, help="weight decay of AdamW; 0 makes it Adam")
     add("--schedule", choices=("constant", "cosine", "multistep"), default="cosine", help="of the learning rates")
-    add("--milestones", type=number(int, 1), nargs="+", metavar="EPOCH",
-        help="of multistep: after these epochs (default: half and 3/4 of the epochs)")
-    add("--lr-decay", type=number(float), default=0.1, help="factor at each milestone")
-    add("--train-layers", default="all", metavar="LAYERS", help="all, head, or names such as layer3,layer4,head")
+    add("--milestones", type=count, nargs="+", metavar="EPOCH", help="of multistep (default: half, 3/4 of the epochs)")
+    add("--lr-decay", type=real, default=0.1, help="factor at each milestone")
+    add("--train-layers", default="all", metavar="LAYERS", help="all, head, or names: layer3,layer4,head")
     add("--unfreeze", metavar="LAYERS", help="layers to train too from --unfreeze-epoch on")
-    add("--unfreeze-epoch", type=number(int, 1), default=3, metavar="N", help="counted from 1")
-    add("--unfreeze-lr", type=number(float), metavar="LR", help="learning rate of all layers from then on")
-    add("--augment", type=augmentation, default="light", metavar="A",
-        help=f"none, light, rich, or a list: {','.join(dataset.OPERATIONS)}")
+    add("--unfreeze-epoch", type=count, default=3, metavar="N", help="counted from 1")
+    add("--unfreeze-lr", type=real, metavar="LR", help="learning rate of all layers from then on")
+    add("--augment", default="light", metavar="A", help=f"none, light, rich, or some of {','.join(dataset.OPERATIONS)}")
     add = parser.add_argument_group("imbalance").add_argument
-    add("--pos-weight", choices=("none", "linear", "sqrt"), default="sqrt", help="weight of positives in the loss")
-    add("--pos-weight-clip", type=number(float), nargs=2, default=[1, 20], metavar=("LO", "HI"), help="its bounds")
+    add("--pos-weight", choices=("none", "linear", "sqrt"), default="sqrt", help="of positives in the loss")
+    add("--pos-weight-clip", type=real, nargs=2, default=[1, 20], metavar=("LO", "HI"), help="its bounds")
     add = parser.add_argument_group("stopping").add_argument
     add("--monitor", choices=MONITORED, default="map", help="what is best on val (f1: weighted)")
-    add("--patience", type=number(int), default=10, help="validations without improvement before stopping; 0 never "
-        "stops")
-    add("--min-delta", type=number(float), default=0.0, help="what counts as an improvement")
-    add("--val-every", type=number(int, 1), default=1, metavar="N", help="epochs from one validation to the next")
-    add("--train-metrics-every", type=number(int), default=0, metavar="N", help="epochs between metrics on train; 0 "
-        "never")
+    add("--patience", type=whole, default=10, help="validations without improvement to stop after; 0: never")
+    add("--min-delta", type=real, default=0.0, help="what counts as an improvement")
+    add("--val-every", type=count, default=1, metavar="N", help="epochs between validations")
+    add("--train-metrics-every", type=whole, default=0, metavar="N", help="epochs between scores on train; 0: never")
     add = parser.add_argument_group("thresholds").add_argument
     add("--thresholds", type=threshold_method, default="pr_curve", metavar="METHOD",
         help="pr_curve, grid, global, or a number")
-    add("--max-threshold", type=number(float), default=0.8, metavar="T", help="a threshold above it becomes 0.5")
+    add("--max-threshold", type=real, default=0.8, metavar="T", help="a threshold above it becomes 0.5")
     add = parser.add_argument_group("output").add_argument
     add("--out", default="outputs", metavar="DIR", help="folder for everything the run writes")
-    add("--plot-title", default="", metavar="TEXT", help="over loss_curve.png, which is saved as TEXT.png too")
-    add("--export-splits", metavar="DIR", help="copy the images into DIR/images/train, val and test")
-    add("--registry", metavar="DIR", help="keep the best run of each backbone and configuration there, by weighted F1 "
-        "on val")
-    add("--tensorboard", action="store_true", help="write scalars for TensorBoard too (package tensorboard)")
+    add("--plot-title", default="", metavar="TEXT", help="over loss_curve.png, and a copy's name")
+    add("--export-splits", metavar="DIR", help="copy the images into DIR/images/train, val, test")
+    add("--registry", metavar="DIR", help="keep the best run (by F1 on val) of each configuration")
+    add("--tensorboard", action="store_true", help="write scalars (package tensorboard)")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
     add = parser.add_argument_group("system").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("-j", "--workers", type=number(int), default=inference.default_workers(), help="threads that decode images")
+    add("-j", "--workers", type=whole, default=inference.default_workers(), help="threads that decode images")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: what is measured faster")
-    add("--cache", type=cache_size, default="auto", metavar="GB",
-        help="decoded images kept in memory: auto, off, or gigabytes")
+    add("--cache", type=cache_size, default="auto", metavar="GB", help="of decoded images: auto, off, or GB")
     add("--resume", action="store_true", help="go on from OUT/last.pth")
     return parser
 
 
 def parse_options(argv=None):
-    """The command line -> argparse.Namespace. An explicit option wins over --preset, that over
-    --demo."""
+    """The command line -> Namespace. An explicit option wins over --preset, that over --demo."""
     parser = option_parser()
     first = parser.parse_known_args(argv)[0]
     parser.set_defaults(**(DEMO if first.demo else {}) | PRESETS[first.preset])
     options = parser.parse_args(argv)
+    dataset.read_operations(options.augment)  # raises InputError
     if options.pos_weight_clip and options.pos_weight_clip[0] > options.pos_weight_clip[1]:
         raise InputError("--pos-weight-clip takes the lower bound first")
     if options.lr_backbone is None:
@@ -168,15 +165,6 @@ def parse_options(argv=None):
         raise InputError(f"--dropout: the {options.head} head takes {len(HEADS[options.head])} of them")
     options.milestones = options.milestones or [max(1, options.epochs // 2), max(1, options.epochs * 3 // 4)]
     return options
-
-
-def augmentation(text):
-    """A type= function for argparse: what --augment takes."""
-    try:
-        dataset.read_operations(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(error) from None
-    return text
 
 
 def threshold_method(text):
@@ -191,12 +179,10 @@ def threshold_method(text):
 
 def cache_size(text):
     """A type= function for argparse: what --cache takes."""
-    if text not in ("auto", "off"):
-        try:
-            number(float)(text)
-        except (ValueError, argparse.ArgumentTypeError):
-            raise argparse.ArgumentTypeError(f"{text}: use auto, off, or a number of gigabytes") from None
-    return text
+    with contextlib.suppress(ValueError):
+        if text in ("auto", "off") or 0 <= float(text) < math.inf:
+            return text
+    raise argparse.ArgumentTypeError(f"{text}: use auto, off, or a number of gigabytes")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,8 +206,7 @@ def compute_pos_weight(targets, mode="sqrt", clip=(1, 20)):
     """The weight of a class's positives in the loss: negatives / positives -> float32 (C,).
 
     targets (N, C) with 1, 0, NaN. mode: "none" (all 1), "linear", or "sqrt" (the square root), then
-    clipped to `clip`, unless that is None. A class without a known positive or without a known
-    negative gets 1.
+    clipped to `clip`, if given. A class without a known positive or negative gets 1.
     """
     positives = np.count_nonzero(targets == 1, axis=0)
     negatives = np.count_nonzero(targets == 0, axis=0)
@@ -240,50 +225,36 @@ def compute_pos_weight(targets, mode="sqrt", clip=(1, 20)):
 # Layers
 
 
-def layer_names(network, backbone):
-    """The names that --train-layers and --unfreeze take for a network."""
-    layers = dict(network.named_children())
-    layers |= {f"features.{name}": layer for name, layer in layers.get("features", nn.Module()).named_children()}
-    names = [name for name, layer in layers.items() if any(True for _ in layer.parameters())]
-    return ["all", "head", *(name for name in names if name != BACKBONES[backbone])]
-
-
 def select_parameters(network, backbone, layers):
-    """The names of the parameters in `layers`, a comma-separated list of layer_names(). Raises
-    InputError."""
-    valid = layer_names(network, backbone)
-    wrong = [name for name in layers.split(",") if name not in valid]
-    if wrong:
-        raise InputError(f"{backbone} has no layer {', '.join(wrong)}; it has {', '.join(valid)}")
+    """The names of the parameters in `layers`, names separated by commas. Raises InputError."""
+    parts = dict(network.named_children())
+    parts |= {f"features.{name}": layer for name, layer in parts.get("features", nn.Module()).named_children()}
     prefixes = {"all": "", "head": BACKBONES[backbone] + "."}
-    prefixes = tuple(prefixes.get(name, name + ".") for name in layers.split(","))
-    return {name for name, _ in network.named_parameters() if name.startswith(prefixes)}
-
-
-def freeze(network, trained):
-    """Leave only the parameters named in `trained` to the optimiser."""
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name in trained)
+    for name, layer in parts.items():
+        if name != BACKBONES[backbone] and any(True for _ in layer.parameters()):
+            prefixes[name] = name + "."
+    wrong = [name for name in layers.split(",") if name not in prefixes]
+    if wrong:
+        raise InputError(f"{backbone} has no layer {', '.join(wrong)}; it has {', '.join(prefixes)}")
+    chosen = tuple(prefixes[name] for name in layers.split(","))
+    return {name for name, _ in network.named_parameters() if name.startswith(chosen)}
 
 
 def train_mode(network, backbone):
-    """network.train(), but layers that are frozen stay in eval mode: BatchNorm, whose statistics
-    would drift, and dropout, which is frozen with the layer before it, or as part of the head."""
-    network.train()
+    """Train mode, but eval mode for layers that are frozen: BatchNorm, whose statistics would drift,
+    and dropout, which is frozen with the layer before it, or as part of the head."""
     head = network.get_submodule(BACKBONES[backbone])
-    trained = None
+    trained = True
     for module in network.modules():
         own = list(module.parameters(recurse=False))
         if own:
             trained = any(parameter.requires_grad for parameter in own)
-        if trained is not None:
-            module.training = trained
+        module.training = trained
     head.train(any(parameter.requires_grad for parameter in head.parameters()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several processes, as torchrun starts them: each takes its share of every batch, and all hold the
-# same network
+# Several processes, as torchrun starts them: each takes its share of every batch
 
 
 def start_processes(options):
@@ -300,7 +271,9 @@ def start_processes(options):
 
 def rank_and_ranks():
     """The number of this process, and of all."""
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    if distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
 
 def is_leader():
@@ -321,36 +294,12 @@ def sum_over_ranks(tensor):
     return tensor
 
 
-def value_of_leader(value):
-    """What the leader has, a plain value."""
-    values = [value]
-    if distributed.is_initialized():
-        distributed.broadcast_object_list(values)
-    return values[0]
-
-
-def share_buffers(network):
-    """Give all processes the leader's BatchNorm statistics, which are those that are saved."""
-    if distributed.is_initialized():
-        for buffer in network.buffers():
-            distributed.broadcast(buffer, 0)
-
-
-def share_errors(images):
-    """Tell all processes of the images that one of them could not read."""
-    if distributed.is_initialized():
-        errors = [None] * distributed.get_world_size()
-        distributed.all_gather_object(errors, images.errors)
-        for found in errors:
-            images.errors.update(found)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
 
 def read_data(options):
-    """Read the labels and divide them -> {"train", "val" and "test": LabelTable}."""
+    """Read and divide the labels -> {"train", "val" and "test": LabelTable}. Raises InputError."""
     if options.demo and is_leader() and not (Path(options.data) / "labels.txt").exists():
         print_once(options, f"drawing the demo data into {options.data}")
         dataset.write_demo(options.data)
@@ -366,57 +315,41 @@ def read_data(options):
         raise InputError(f"{options.data}: no label of the train split is known: there is nothing to learn from")
     for warning in dataset.one_sided(tables["train"]):
         print_warning(f"train split: {warning}: such a class cannot be learned")
-    check_batches(options, tables)
-    return tables
-
-
-def steps_per_epoch(options, count):
-    """The number of batches of `count` images: as equal as can be, so that no batch of one image
-    meets a BatchNorm."""
-    steps = -(-count // options.batch_size)
-    if options.batch_size > 1:
-        steps = min(steps, count // 2)
-    return max(1, steps)
-
-
-def check_batches(options, tables):
-    """Raise an InputError when the processes would have too few images, each in a step or in a
-    split."""
-    ranks = rank_and_ranks()[1]
-    smallest = min(len(table) for table in tables.values() if len(table))
     count = len(tables["train"])
+    smallest = min(len(part) for part in tables.values() if len(part))
+    ranks = rank_and_ranks()[1]
     share = count // steps_per_epoch(options, count) // ranks
     if ranks > smallest or share == 0:
         raise InputError(f"{ranks} processes are too many for batches of {options.batch_size} and splits of {smallest}")
     if share == 1 and (options.head != "linear" or options.size <= 32):
         raise InputError(f"with -b {options.batch_size} and {count} images to train on a process gets a single "
                          "image in a step, and BatchNorm needs two: raise -b, or add images")
+    return tables
+
+
+def steps_per_epoch(options, count):
+    """The number of batches of `count` images, equal ones: no single image meets a BatchNorm."""
+    steps = -(-count // options.batch_size)
+    if options.batch_size > 1:
+        steps = min(steps, count // 2)
+    return max(1, steps)
 
 
 def cache_budget(cache):
-    """--cache -> bytes. auto is half of the memory that is free now, divided by the processes on
-    this machine."""
-    if cache == "off":
-        return 0
-    if cache == "auto":
-        return free_memory() / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return float(cache) * 2**30
-
-
-def free_memory():
-    """Bytes of memory that are free now, for this container when it is limited; 4 GiB where nothing
-    tells."""
+    """--cache -> bytes: auto is half of the free memory, shared by the processes."""
+    if cache != "auto":
+        return 0 if cache == "off" else float(cache) * 2**30
+    free = 4 * 2**30  # where nothing tells
     meminfo = Path("/proc/meminfo")
     group = Path("/sys/fs/cgroup")
-    if not meminfo.exists():
-        return 4 * 2**30
-    free = int(meminfo.read_text().partition("MemAvailable:")[2].split()[0]) * 1024
+    if meminfo.exists():
+        free = int(meminfo.read_text().partition("MemAvailable:")[2].split()[0]) * 1024
     with contextlib.suppress(OSError, ValueError, IndexError):  # no limit, or another kind of container
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
         file_cache = int((group / "memory.stat").read_text().partition("inactive_file")[2].split()[0])
         free = min(free, limit - used + file_cache)
-    return max(0, free)
+    return max(0, free) / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -435,6 +368,9 @@ class State:
     seconds: float = 0.0  # that these took
     losses: list = field(default_factory=list)  # of every iteration
     history: list = field(default_factory=list)  # a dict per epoch
+
+    def __str__(self):
+        return f"{self.images} images of epoch {self.epoch + 1}" if self.images else f"epoch {self.epoch}"
 
 
 @dataclass
@@ -461,33 +397,33 @@ class Run:
 
 
 def build(options, tables):
-    """Build the network and all that trains it -> Run."""
+    """Build the network and all that trains it, or with --resume take it from last.pth -> Run."""
+    last = read_state(options, tables) if options.resume else None
     torch.manual_seed(options.seed)
     table = tables["train"]
     device = inference.choose_device(options.device)
     network = inference.build_model(options.backbone, options.head, len(table.classes), options.dropout)
-    for layers in (options.train_layers, options.unfreeze):
-        if layers:
-            select_parameters(network, options.backbone, layers)  # a wrong name is an error now, not in epoch N
+    for layers in (options.train_layers, options.unfreeze or "all"):
+        select_parameters(network, options.backbone, layers)  # a wrong name is an error now, not in epoch N
     print_once(options, load_weights(network, options, table.classes))
     network = inference.to_device(network, device)
     classifier = inference.Classifier(
         network, options.backbone, options.head, options.dropout, table.classes, table.groups,
         [0.5] * len(table.classes), options.size, options=dict(vars(options)), device=device,
-        precision=choose_precision(options, device))
+        precision=choose_precision(options, device, last))
     pos_weight = compute_pos_weight(table.targets, options.pos_weight, options.pos_weight_clip)
-    total = sum(len(part) for part in tables.values())
-    budget = cache_budget(options.cache)
-    images = {}
-    for name, part in tables.items():
-        images[name] = dataset.ImageDataset(part, options.size, budget * len(part) / total)
+    budget = cache_budget(options.cache) / sum(len(part) for part in tables.values())
+    images = {name: dataset.ImageDataset(part, options.size, budget * len(part)) for name, part in tables.items()}
     head = list(network.get_submodule(BACKBONES[options.backbone]).parameters())
-    backbone = [parameter for parameter in network.parameters() if all(parameter is not other for other in head)]
+    backbone = [weight for weight in network.parameters() if all(weight is not other for other in head)]
     optimizer = torch.optim.AdamW([{"params": backbone}, {"params": head}], weight_decay=options.wd,
                                   fused=device.type != "mps")  # torch 2.4 has no fused one there
     scaler = torch.amp.GradScaler(device.type, enabled=classifier.precision == torch.float16)
-    return Run(options, classifier, tables, images, torch.from_numpy(pos_weight).to(device), optimizer, scaler,
-               board=open_board(options))
+    pos_weight = torch.from_numpy(pos_weight).to(device)
+    run = Run(options, classifier, tables, images, pos_weight, optimizer, scaler, board=open_board(options))
+    if last:
+        load_state(run, last)
+    return run
 
 
 def load_weights(network, options, classes):
@@ -505,18 +441,15 @@ def load_weights(network, options, classes):
     return "\n".join(lines)
 
 
-def choose_precision(options, device):
-    """The dtype of --precision: for auto that of the run that is resumed, else what the leader
-    finds faster."""
-    path = Path(options.out) / "last.pth"
-    name = options.precision
-    reason = None
-    if options.resume and name == "auto" and path.exists():
-        content = inference.read_checkpoint(path)
-        name = content.get("precision", "auto") if isinstance(content, dict) else "auto"
-        reason = "as in the run that is resumed"
-    precision, measured = inference.choose_precision(name, device)
-    precision, reason = value_of_leader((precision, reason if name != "auto" and reason else measured))
+def choose_precision(options, device, last):
+    """The dtype of --precision: for auto that of last.pth, else what the leader finds faster."""
+    name = last["precision"] if last and options.precision == "auto" else options.precision
+    chosen = list(inference.choose_precision(name, device))
+    if name != options.precision:
+        chosen[1] = "as in the run that is resumed"
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(chosen)
+    precision, reason = chosen
     print_once(options, f"device: {device}, precision: {precision_name(precision)} ({reason})")
     return precision
 
@@ -528,12 +461,16 @@ def precision_name(precision):
 
 def fit(run):
     """Train until the last epoch, or until patience or a signal says so."""
+    options, state = run.options, run.state
     progress = ProgressLine(run)
     with signals_noted(run):
-        while run.state.epoch < run.options.epochs and not out_of_patience(run):
+        while state.epoch < options.epochs:
+            waited = best_epoch(state.history, options.monitor, options.min_delta)[1]
+            if 0 < options.patience <= waited:
+                break
             choose_layers(run)
             train_epoch(run, progress)
-            if run.state.images == len(run.tables["train"]):
+            if state.images == len(run.tables["train"]):
                 end_epoch(run)
                 progress.end_epoch()
             if should_stop(run):
@@ -541,29 +478,28 @@ def fit(run):
 
 
 def train_epoch(run, progress):
-    """One pass over the train split, or what is left of it; a signal ends it after the step in
-    hand."""
-    state = run.state
-    rank, ranks = rank_and_ranks()
+    """One pass over (what is left of) the train split; a signal ends it after the step in hand."""
+    options, state = run.options, run.state
+    count = len(run.tables["train"])
     order = draw_batches(run)
-    shares = [np.array_split(rows, ranks)[rank] for rows, _ in order]
-    train_mode(run.classifier.network, run.options.backbone)
+    train_mode(run.classifier.network, options.backbone)
     started = time.perf_counter() - state.seconds
     losses = []
-    for (rows, used), batch in zip(order, load_batches(run, shares)):
-        set_rates(run, state.epoch + used / len(run.tables["train"]))
+    for (_, used), batch in zip(order, load_batches(run, order)):
+        rates = learning_rates(options, state.epoch + used / count)
+        for group, rate in zip(run.optimizer.param_groups, rates):
+            group.update(lr=rate, weight_decay=options.wd)
         losses.append(train_step(run, *batch))
         state.images = used
         state.seconds = time.perf_counter() - started
-        progress.step(losses[-1], len(rows))
+        progress.step(losses[-1])
         if len(losses) % 100 == 0:
             gather_losses(run, losses)
         if should_stop(run, len(losses)):
             break
     else:
-        state.images = len(run.tables["train"])  # also what no label is known of
+        state.images = count  # also what no label is known of
     gather_losses(run, losses)
-    share_errors(run.images["train"])
 
 
 def train_step(run, images, targets):
@@ -571,7 +507,7 @@ def train_step(run, images, targets):
     logits = inference.forward(run.model, images, run.classifier.precision)
     total, known = masked_bce(logits, targets, run.pos_weight)
     all_total, all_known = sum_over_ranks(torch.stack([total.detach(), known]))
-    loss = total * rank_and_ranks()[1] / all_known.clamp(min=1)  # DDP averages what should be summed
+    loss = total * rank_and_ranks()[1] / all_known.clamp(min=1)  # DDP averages, it should sum
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.step(run.optimizer)
@@ -580,39 +516,38 @@ def train_step(run, images, targets):
 
 
 def draw_batches(run):
-    """The batches that are left of the epoch -> [(rows, images used of the epoch after it), ...].
-    The order depends on the seed and the epoch alone; a batch of which no label is known is left
-    out."""
+    """The batches left of the epoch -> [(this process's rows, images used after it by all), ...]. The
+    order depends on the seed and the epoch alone; a batch of which no label is known is left out."""
     options, state = run.options, run.state
     targets = run.tables["train"].targets
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + state.epoch + 1)
     rest = torch.randperm(len(targets), generator=generator).numpy()[state.images :]
+    rank, ranks = rank_and_ranks()
     order = []
     used = state.images
     for rows in np.array_split(rest, steps_per_epoch(options, len(rest))):
         used += len(rows)
         if not np.isnan(targets[rows]).all():
-            order.append((rows, used))
+            order.append((np.array_split(rows, ranks)[rank], used))
     return order
 
 
 def load_batches(run, order):
-    """Yield (images, targets) on the device for each array of rows in `order`, augmented and
-    normalised."""
+    """Yield (images, targets) on the device for each batch, augmented and normalised."""
     options = run.options
     device = run.classifier.device
     images = run.images["train"]
+    shares = [rows for rows, _ in order]
     operations = dataset.read_operations(options.augment)
     noise = dataset.draw_noise(len(images), options.seed, run.state.epoch + 1)
-    for batch, targets, rows in dataset.batches(images, order, options.workers, pin=device.type == "cuda"):
+    for batch, targets, rows in dataset.batches(images, shares, options.workers, pin=device.type == "cuda"):
         batch = batch.to(device, non_blocking=True)
         batch = dataset.augment(batch, operations, noise[rows].to(device, non_blocking=True))
         yield dataset.normalize(batch), targets.to(device, non_blocking=True)
 
 
 def rate_factor(options, progress):
-    """The factor on both learning rates after `progress` epochs, a fraction, where the step in hand
-    ends."""
+    """The factor on both rates after `progress` epochs, a fraction: where the step in hand ends."""
     if options.schedule == "cosine":
         warmup = min(1.0, options.epochs / 10)
         return min(progress / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress / options.epochs)))
@@ -623,18 +558,10 @@ def rate_factor(options, progress):
 
 def learning_rates(options, progress):
     """(Rate of the backbone, rate of the head) after `progress` epochs."""
-    rates = options.lr_backbone, options.lr
-    if options.unfreeze and options.unfreeze_lr is not None and progress > options.unfreeze_epoch - 1:
-        rates = options.unfreeze_lr, options.unfreeze_lr
     factor = rate_factor(options, progress)
-    return rates[0] * factor, rates[1] * factor
-
-
-def set_rates(run, progress):
-    """Give the optimiser the rates of the options, and their weight decay."""
-    for group, rate in zip(run.optimizer.param_groups, learning_rates(run.options, progress)):
-        group["lr"] = rate
-        group["weight_decay"] = run.options.wd
+    if options.unfreeze and options.unfreeze_lr is not None and progress > options.unfreeze_epoch - 1:
+        return options.unfreeze_lr * factor, options.unfreeze_lr * factor
+    return options.lr_backbone * factor, options.lr * factor
 
 
 def choose_layers(run):
@@ -647,67 +574,64 @@ def choose_layers(run):
     trained = select_parameters(network, options.backbone, layers)
     before = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     if run.model is None or trained != before:
-        freeze(network, trained)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in trained)
         run.model = nn.parallel.DistributedDataParallel(network) if distributed.is_initialized() else network
 
 
 def gather_losses(run, losses):
     """Move losses (tensors) to run.state.losses, which waits for the device. Raises RuntimeError
     when one of them or a weight is not finite: such a state is never saved."""
+    epoch = run.state.epoch
     values = torch.stack(losses).tolist() if losses else []
     losses.clear()
-    check_finite(run, values)
-    run.state.losses += values
-
-
-def check_finite(run, losses):
-    """Raise a RuntimeError when one of the losses, the next of the run, or a weight is not
-    finite."""
-    bad = None
-    for iteration, loss in enumerate(losses, len(run.state.losses) + 1):
+    bad = []
+    for iteration, loss in enumerate(values, len(run.state.losses) + 1):
         if not math.isfinite(loss):
-            bad = f"loss is {loss} at iteration {iteration}"
-            break
-    if bad is None and not all(bool(weight.isfinite().all()) for weight in run.classifier.network.parameters()):
-        bad = "weights are no longer finite"
+            bad.append(f"loss is {loss} at iteration {iteration}")
+    if not all(bool(weight.isfinite().all()) for weight in run.classifier.network.parameters()):
+        bad.append("weights are no longer finite")
     if bad:
-        epoch = run.state.epoch
         saved = f"{run.out / 'last.pth'} is that after epoch {epoch}" if epoch else "nothing is saved yet"
-        raise RuntimeError(f"the {bad}, in epoch {epoch + 1}: try a lower --lr, or --precision fp32; {saved}")
+        raise RuntimeError(f"the {bad[0]}, in epoch {epoch + 1}: try a lower --lr, or --precision fp32; {saved}")
+    run.state.losses += values
 
 
 def end_epoch(run):
     """Validate the epoch that was trained, keep it if it is the best, and save the state."""
     options, state = run.options, run.state
-    check_readable(run, "train")
+    report_bad_images(run, "train")
     epoch = state.epoch + 1
     losses = state.losses[sum(row["steps"] for row in state.history) :]
     rates = learning_rates(options, state.epoch + 0.5)
     row = {"epoch": epoch, "steps": len(losses), "train_loss": float(np.mean(losses)) if losses else math.nan}
-    validates = epoch % options.val_every == 0 or epoch == options.epochs
-    if validates:
-        scores = validate(run)
+    if epoch % options.val_every == 0 or epoch == options.epochs:
+        report = evaluate_split(run, "val")[2]
+        scores = {name: report[name] for name in ("loss", *metrics.HEADLINES)}
         row |= {f"val_{name}": value for name, value in scores.items()}
     every = options.train_metrics_every
     if every and (epoch % every == 0 or epoch == options.epochs):
-        row |= {f"train_{name}": value for name, value in train_scores(run).items()}
+        report = evaluate_split(run, "train")[2]
+        row |= {f"train_{name}": report[name] for name in ("f1_macro", "f1_weighted", "map")}
     row |= {"lr": rates[1], "lr_backbone": rates[0], "seconds": state.seconds,
             "images_per_second": state.images / state.seconds if state.seconds else 0.0}
     state.history.append(row)
     state.epoch = epoch
     state.images = 0
     state.seconds = 0.0
-    is_best = best_epoch(state.history, options.monitor, options.min_delta)[0] == epoch
-    report_bad_images(run)
     if is_leader():
-        if is_best:
+        if best_epoch(state.history, options.monitor, options.min_delta)[0] == epoch:
             run.classifier.epoch = epoch
             run.classifier.scores = scores
             inference.save_model(run.classifier, run.out / "model.pth")
         save_state(run)
         write_history(run)
     if run.board:
-        write_scalars(run, row, losses)
+        for name, value in row.items():
+            run.board.add_scalar(f"epoch/{name}", value, epoch)
+        for step, loss in enumerate(losses, len(state.losses) - len(losses) + 1):
+            run.board.add_scalar("iteration/train_loss", loss, step)
+        run.board.flush()
 
 
 def best_epoch(history, monitor, min_delta=0.0):
@@ -726,23 +650,38 @@ def best_epoch(history, monitor, min_delta=0.0):
     return epoch, waited
 
 
-def out_of_patience(run):
-    """Whether --patience validations in a row brought nothing."""
-    waited = best_epoch(run.state.history, run.options.monitor, run.options.min_delta)[1]
-    return 0 < run.options.patience <= waited
-
-
-def validate(run):
-    """Choose the thresholds on val -> the scores of val with them."""
-    table, probabilities, loss = predict_split(run, "val")
-    run.classifier.thresholds = choose_thresholds(run.options, table, probabilities)
-    report = metrics.report(table.targets, probabilities, run.classifier.thresholds, table.classes)
-    return {"loss": loss} | {name: report[name] for name in metrics.HEADLINES}
+def evaluate_split(run, split):
+    """-> (LabelTable, probabilities, report) of a split's readable images, of which each process
+    takes a share. The thresholds are chosen on val, before its report."""
+    images = run.images[split]
+    classifier = run.classifier
+    rank, ranks = rank_and_ranks()
+    if ranks > 1:  # all take the leader's BatchNorm statistics, which are those that are saved
+        for buffer in classifier.network.buffers():
+            distributed.broadcast(buffer, 0)
+    share = np.array_split(np.arange(len(images)), ranks)[rank]
+    part = inference.compute_logits(classifier.network, images, classifier.device, classifier.precision,
+                                    2 * run.options.batch_size, run.options.workers, share)
+    logits = part.new_zeros(len(images), part.shape[1])
+    logits[share] = part
+    logits = sum_over_ranks(logits).cpu()
+    report_bad_images(run, split)
+    good = np.array([row for row in range(len(images)) if row not in images.errors], int)
+    table = run.tables[split].subset(good)
+    logits = logits[good]
+    if not logits.isfinite().all():
+        raise RuntimeError(f"the outputs on {split} are not all finite: try a lower --lr, or --precision fp32")
+    probabilities = torch.sigmoid(logits).numpy()
+    if split == "val":
+        classifier.thresholds = choose_thresholds(run.options, table, probabilities)
+    report = metrics.report(table.targets, probabilities, classifier.thresholds, table.classes)
+    total, known = masked_bce(logits, torch.from_numpy(table.targets), run.pos_weight.cpu())
+    report["loss"] = (total / known).item()
+    return table, probabilities, report
 
 
 def choose_thresholds(options, table, probabilities):
-    """The thresholds of --thresholds on a split -> list of C floats, none of them on a
-    probability."""
+    """The thresholds of --thresholds on a split -> list of C floats, none on a probability."""
     thresholds = metrics.find_thresholds(table.targets, probabilities, options.thresholds, options.max_threshold)
     if options.thresholds == "global":  # one for all classes, between the probabilities of all
         moved = metrics.between_scores(thresholds[:1], probabilities.reshape(-1, 1))
@@ -752,64 +691,27 @@ def choose_thresholds(options, table, probabilities):
     return thresholds.tolist()
 
 
-def train_scores(run):
-    """The scores of the train split, with the thresholds chosen on val."""
-    table, probabilities, _ = predict_split(run, "train")
-    report = metrics.report(table.targets, probabilities, run.classifier.thresholds, table.classes)
-    return {name: report[name] for name in ("f1_macro", "f1_weighted", "map")}
-
-
-def predict_split(run, split):
-    """-> (LabelTable, probabilities, loss) of the images of a split that can be read; each process
-    computes a share."""
-    images = run.images[split]
-    classifier = run.classifier
-    share_buffers(classifier.network)
-    rank, ranks = rank_and_ranks()
-    share = np.array_split(np.arange(len(images)), ranks)[rank]
-    part = inference.compute_logits(classifier.network, images, classifier.device, classifier.precision,
-                                    2 * run.options.batch_size, run.options.workers, share)
-    logits = part.new_zeros(len(images), part.shape[1])
-    logits[share] = part
-    logits = sum_over_ranks(logits).cpu()
-    share_errors(images)
-    check_readable(run, split)
-    good = np.array([row for row in range(len(images)) if row not in images.errors], int)
-    table = run.tables[split].subset(good)
-    logits = logits[good]
-    if not logits.isfinite().all():
-        raise RuntimeError(f"the outputs on {split} are not all finite: try a lower --lr, or --precision fp32")
-    total, known = masked_bce(logits, torch.from_numpy(table.targets), run.pos_weight.cpu())
-    return table, torch.sigmoid(logits).numpy(), (total / known).item()
-
-
-def check_readable(run, split):
-    """Raise an InputError when most images of a split cannot be read."""
+def report_bad_images(run, split):
+    """Tell all processes which images cannot be read, and warn once about each. Raises InputError
+    when most of the split cannot."""
     errors = run.images[split].errors
     count = len(run.images[split])
+    if distributed.is_initialized():
+        found = [None] * distributed.get_world_size()
+        distributed.all_gather_object(found, errors)
+        for of_one in found:
+            errors.update(of_one)
     if 2 * len(errors) > count:
         raise InputError(f"{len(errors)} of {count} images of the {split} split cannot be read, as "
                          f"{next(iter(errors.values()))}: python dataset.py DATA --check lists them all")
-
-
-def report_bad_images(run):
-    """Warn once about each image that could not be read."""
-    for images in run.images.values():
-        for message in sorted(set(images.errors.values()) - run.reported):
-            print_warning(f"skipped {message}")
-            run.reported.add(message)
-
-
-# Stopping
+    for message in sorted(set(errors.values()) - run.reported):
+        print_warning(f"skipped {message}")
+        run.reported.add(message)
 
 
 @contextlib.contextmanager
 def signals_noted(run):
-    """Within the block the first Ctrl-C or SIGTERM only sets run.signal; the second one acts at
-    once."""
-    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread
-        yield
-        return
+    """Within the block the first Ctrl-C or SIGTERM only sets run.signal; the second acts at once."""
 
     def note(signal_number, _):
         run.signal = signal_number
@@ -817,7 +719,9 @@ def signals_noted(run):
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step, to save\n")  # print() may be at work on a line of its own
 
-    before = {name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # which signals go to
+        before = {name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -826,8 +730,7 @@ def signals_noted(run):
 
 
 def should_stop(run, step=0):
-    """Whether a signal asks this process to stop, or any of several, which agree on it at every
-    tenth step."""
+    """Whether a signal asks to stop; several processes agree on it at every tenth step."""
     if distributed.is_initialized() and step % 10 == 0:
         agreed = torch.tensor(run.signal, device=run.classifier.device)
         distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
@@ -841,13 +744,8 @@ def save_and_stop(run):
     if is_leader():
         save_state(run)
     wait_for_leader()
-    print_warning(f"stopped after {position_text(run.state)}: the same command with --resume goes on from here")
+    print_warning(f"stopped after {run.state}: the same command with --resume goes on from here")
     raise KeyboardInterrupt if run.signal == signal.SIGINT else SystemExit(128 + run.signal)
-
-
-def position_text(state):
-    """How far a run is, in words."""
-    return f"{state.images} images of epoch {state.epoch + 1}" if state.images else f"epoch {state.epoch}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -859,10 +757,10 @@ RUN_FILES = ("model.pth", "last.pth", "classes.json", "label_groups.json", "thre
              "predictions.png", "history.csv", "metrics.json", "config.json")
 
 
-def splits_digest(run):
+def splits_digest(tables):
     """A fingerprint of which image is in which split, and of its labels."""
     digest = hashlib.sha256()
-    for table in run.tables.values():
+    for table in tables.values():
         digest.update(repr(table.ids).encode("utf-8", "surrogateescape"))
         digest.update(table.targets.tobytes())
     return digest.hexdigest()
@@ -872,7 +770,7 @@ def save_state(run):
     """Write last.pth: all that --resume needs to go on as if nothing had happened."""
     content = {
         "format": inference.FORMAT, "options": run.classifier.options, "classes": run.classifier.classes,
-        "splits": splits_digest(run), "precision": precision_name(run.classifier.precision),
+        "splits": splits_digest(run.tables), "precision": precision_name(run.classifier.precision),
         "state": dict(vars(run.state)), "network": run.classifier.network.state_dict(),
         "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "random": torch.get_rng_state(),
     }
@@ -881,29 +779,30 @@ def save_state(run):
     inference.write_checkpoint(run.out / "last.pth", content)
 
 
-def load_state(run):
-    """Take up the run of last.pth. Raises InputError when it is of other data or another
-    network."""
-    path = run.out / "last.pth"
-    options = run.classifier.options
+def read_state(options, tables):
+    """The content of last.pth. Raises InputError when it is of other data or another network."""
+    path = Path(options.out) / "last.pth"
     if not path.exists():
         raise InputError(f"{path} is not there: without --resume a run starts from the beginning")
     content = inference.read_checkpoint(path)
-    inference.check_content(path, content, ("state", "optimizer", "scaler", "network", "random"), "last.pth")
-    for name, now in (("classes", run.classifier.classes), ("splits", splits_digest(run))):
-        if content[name] != now:
-            what = "splits or labels" if name == "splits" else name
-            raise InputError(f"--resume: {path} is of other {what}: give the same data and seed, or another --out")
+    names = ("state", "optimizer", "scaler", "network", "random", "precision")
+    inference.check_content(path, content, names, "last.pth")
+    if content["classes"] != tables["train"].classes or content["splits"] != splits_digest(tables):
+        raise InputError(f"--resume: {path} is of other splits or labels: give the same data and seed, or a new --out")
     before = content["options"]
-    for name in ("backbone", "head"):
-        if before[name] != options[name]:
-            raise InputError(f"--resume: {path} has --{name} {before[name]}, not {options[name]}")
     changed = []
-    for name, value in options.items():
+    for name, value in vars(options).items():
+        if before.get(name) != value and name in ("backbone", "head"):
+            raise InputError(f"--resume: {path} has --{name} {before[name]}, not {value}")
         if before.get(name) != value and name not in ("resume", "quiet"):
             changed.append(f"{name} {before.get(name)} -> {value}")
     if changed:
         print_warning(f"resumed with other options than before: {', '.join(changed)}")
+    return content
+
+
+def load_state(run, content):
+    """Put a run to where last.pth was written."""
     run.state = State(**content["state"])
     run.classifier.network.load_state_dict(content["network"])
     run.optimizer.load_state_dict(content["optimizer"])
@@ -912,44 +811,38 @@ def load_state(run):
     torch.set_rng_state(content["random"])
     if "random_cuda" in content and run.classifier.device.type == "cuda":
         torch.cuda.set_rng_state(content["random_cuda"], run.classifier.device)
-    print_once(run.options, f"resumed after {position_text(run.state)}, from {path}")
+    print_once(run.options, f"resumed after {run.state}, from {run.out / 'last.pth'}")
 
 
 @contextlib.contextmanager
 def folder_locked(run):
-    """Hold --out within the block, so that no second run writes into it. Raises InputError when one
-    does."""
+    """Hold --out within the block. Raises InputError when another run does."""
     try:
         run.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {run.out}: it cannot be written: {error.strerror}") from None
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+            folder = os.open(run.out, os.O_RDONLY)  # the system unlocks it when the process ends, however it ends
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--out {run.out}: another run writes there: wait, or name another folder") from None
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            pass
         yield
-        return
-    folder = os.open(run.out, os.O_RDONLY)  # the system unlocks it when the process ends, however it ends
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise InputError(f"--out {run.out}: another run writes there: wait for it, or name another folder") from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(folder)
 
 
 def remove_old_run(run):
     """Remove what an older run left in --out."""
-    old = [run.out / name for name in RUN_FILES if (run.out / name).exists()]
+    old = [run.out / name for name in RUN_FILES]
     old += run.out.glob("predictions_*_t-*.json")
     with contextlib.suppress(ValueError):
         title = metrics.read_json(run.out / "config.json").get("plot_title")
-        if title and title_path(run.out, title).exists():
+        if title:
             old.append(title_path(run.out, title))
+    old = [path for path in old if path.exists()]
     for path in old:
         path.unlink()
     if old:
@@ -957,20 +850,17 @@ def remove_old_run(run):
 
 
 def write_inputs(run):
-    """Write what is known before training: config.json, classes.json, label_groups.json and the
-    three metadata files; of a run that is resumed the history too, which may have been stopped
-    before it was written."""
+    """Write what is known before training; of a resumed run the history, which may be missing."""
     if run.state.history:
         write_history(run)
     dataset.write_json(run.out / "config.json", run.classifier.options)
     dataset.write_json(run.out / "classes.json", run.classifier.classes)
     if run.classifier.groups:
         dataset.write_json(run.out / "label_groups.json", run.classifier.groups)
-    words = {1.0: "1", 0.0: "0"}
     for split, table in run.tables.items():
         rows = [["ID", *table.classes]]
         for name, labels in zip(table.ids, table.targets.tolist()):
-            rows.append([name, *(words.get(value, "NA") for value in labels)])
+            rows.append([name, *("NA" if math.isnan(label) else int(label) for label in labels)])
         dataset.write_csv(run.out / f"{split}_metadata.csv", rows)
 
 
@@ -980,13 +870,23 @@ HISTORY = ["epoch", "steps", "train_loss", "val_loss", *(f"val_{name}" for name 
 
 def write_history(run):
     """Write history.csv and loss_curve.png, which has the name of --plot-title too."""
-    rows = [[row.get(name, "") for name in HISTORY] for row in run.state.history]
+    options, history = run.options, run.state.history
+    rows = [[row.get(name, "") for name in HISTORY] for row in history]
     dataset.write_csv(run.out / "history.csv", [HISTORY, *rows])
-    title = run.options.plot_title
-    curves = inference.loss_curves(run.state.losses, run.state.history, epoch_marks(run), title)
+    marks = []
+    best = best_epoch(history, options.monitor, options.min_delta)[0]
+    if best:
+        marks.append((best, f"best epoch: {best}"))
+    if options.unfreeze and run.state.epoch >= options.unfreeze_epoch:
+        marks.append((options.unfreeze_epoch, f"{options.unfreeze} unfrozen"))
+    if options.schedule != "cosine":  # which changes the rate all the time
+        for before, row in itertools.pairwise(history):
+            if row["lr"] != before["lr"]:
+                marks.append((row["epoch"], f"lr {row['lr']:g}"))
+    curves = inference.loss_curves(run.state.losses, history, marks, options.plot_title)
     dataset.write_png(run.out / "loss_curve.png", curves)
-    if title:
-        dataset.write_png(title_path(run.out, title), curves)
+    if options.plot_title:
+        dataset.write_png(title_path(run.out, options.plot_title), curves)
 
 
 def title_path(out, title):
@@ -994,73 +894,50 @@ def title_path(out, title):
     return out / f"{title.replace('/', '_')}.png"
 
 
-def epoch_marks(run):
-    """What loss_curves() marks: the best epoch, that of the unfreezing, and those of a new learning
-    rate."""
-    options, history = run.options, run.state.history
-    marks = []
-    best = best_epoch(history, options.monitor, options.min_delta)[0]
-    if best:
-        marks.append((best, f"best epoch: {best}"))
-    if options.unfreeze and run.state.epoch >= options.unfreeze_epoch:
-        marks.append((options.unfreeze_epoch, f"{options.unfreeze} unfrozen"))
-    if options.schedule != "cosine":  # which changes it all the time
-        for before, row in itertools.pairwise(history):
-            if row["lr"] != before["lr"]:
-                marks.append((row["epoch"], f"lr {row['lr']:g}"))
-    return marks
-
-
 def finish(run):
-    """Choose the thresholds of the best model on val, report it on test, or on val when there is no
-    test split, and write it -> report dict."""
+    """Choose the best model's thresholds on val, and report it on test if there is one -> dict."""
     wait_for_leader()
     best = inference.load_model(run.out / "model.pth", run.classifier.device)
     best.precision = run.classifier.precision
     run.classifier = best
-    val_table, val_probabilities, val_loss = predict_split(run, "val")
-    best.thresholds = choose_thresholds(run.options, val_table, val_probabilities)
+    table, probabilities, scores = evaluate_split(run, "val")
+    if is_leader():
+        curves = inference.pr_curves(table.targets, probabilities, best.thresholds, best.classes)
+        dataset.write_png(run.out / "pr_curves.png", curves)
     split = "test" if len(run.tables["test"]) else "val"
-    table, probabilities, loss = val_table, val_probabilities, val_loss
     if split == "test":
-        table, probabilities, loss = predict_split(run, "test")
-    report_bad_images(run)
-    scores = metrics.report(table.targets, probabilities, best.thresholds, best.classes)
-    report = {"split": split, "images": scores.pop("rows"), "loss": loss, "epoch": best.epoch}
+        table, probabilities, scores = evaluate_split(run, "test")
+    report = {"split": split, "images": scores.pop("rows"), "loss": scores.pop("loss"), "epoch": best.epoch}
     report |= {f"val_{name}": value for name, value in best.scores.items()}
     report |= scores
     if is_leader():
-        best.options = dict(vars(run.options))
-        inference.save_model(best, run.out / "model.pth")
         write_report(run, report, table, probabilities)
-        curves = inference.pr_curves(val_table.targets, val_probabilities, best.thresholds, best.classes)
-        dataset.write_png(run.out / "pr_curves.png", curves)
-        sheet = inference.mistakes_sheet(table, probabilities, best.thresholds)
-        dataset.write_png(run.out / "predictions.png", sheet)
-    print_once(run.options, f"\n{split} split, {len(table)} images, epoch {best.epoch}")
-    print_once(run.options, metrics.format_report(report))
+    model = [] if run.options.out == "outputs" else ["--model", str(run.out / "model.pth")]
+    command = ["python", "inference.py", str(run.tables[split].paths[0]), *model, "--save", "drawn", "--heatmap"]
+    print_once(run.options, f"\n{split} split, {len(table)} images, epoch {best.epoch}\n"
+               f"{metrics.format_report(report)}\n\n"
+               f"written to {run.out}/: model.pth, metrics.json, predictions.csv, history.csv\n"
+               f"and pictures (predictions.png shows the worst mistakes)\nnext: {shlex.join(command)}")
     return report
 
 
 def write_report(run, report, table, probabilities):
-    """Write metrics.json, thresholds.json and predictions.csv, and what else was asked for."""
-    best = run.classifier
+    """Write the model and its report, and what else was asked for."""
+    best, options = run.classifier, run.options
+    best.options = dict(vars(options))
+    inference.save_model(best, run.out / "model.pth")
     rows = inference.prediction_rows(table.ids, probabilities, best.thresholds, best.classes, best.groups)
     dataset.write_csv(run.out / "predictions.csv", rows)
+    dataset.write_png(run.out / "predictions.png", inference.mistakes_sheet(table, probabilities, best.thresholds))
     dataset.write_json(run.out / "thresholds.json", dict(zip(best.classes, best.thresholds)))
     dataset.write_json(run.out / "metrics.json", report)
-    if run.options.thresholds == "global":
+    if options.thresholds == "global":
+        name = (f"predictions_{options.backbone}_f1-{report['val_f1_weighted']:.4f}_epoch-{best.epoch}"
+                f"_b-{options.batch_size}_lr-{options.lr:g}_t-{best.thresholds[0]:.4f}.json")
         text = inference.format_predictions("json", table.ids, probabilities, np.array(best.thresholds), best)
-        dataset.write_text(run.out / predictions_name(run, report), [text])
-    if run.options.registry:
+        dataset.write_text(run.out / name, [text])
+    if options.registry:
         register(run, report)
-
-
-def predictions_name(run, report):
-    """The name of the JSON predictions, which tells how they were made; its F1 is that on val."""
-    options = run.options
-    return (f"predictions_{options.backbone}_f1-{report['val_f1_weighted']:.4f}_epoch-{run.classifier.epoch}"
-            f"_b-{options.batch_size}_lr-{options.lr:g}_t-{run.classifier.thresholds[0]:.4f}.json")
 
 
 NO_CONFIGURATION = ("out", "registry", "seed", "quiet", "device", "workers", "cache", "resume", "tensorboard",
@@ -1068,8 +945,7 @@ NO_CONFIGURATION = ("out", "registry", "seed", "quiet", "device", "workers", "ca
 
 
 def registry_name(options):
-    """The name of a configuration: backbone, head, batch size, rates and layers, and a fingerprint
-    of all options."""
+    """The name of a configuration: its main options, and a fingerprint of all."""
     known = sorted((name, value) for name, value in options.items() if name not in NO_CONFIGURATION)
     tokens = [f"{options['backbone']}-{options['head']}", f"b-{options['batch_size']}", f"lr-{options['lr']:g}"]
     if options["lr_backbone"] != options["lr"]:
@@ -1081,8 +957,7 @@ def registry_name(options):
 
 
 def register(run, report):
-    """Copy model.pth, config.json and metrics.json into the registry's folder of this
-    configuration, unless a run with a better weighted F1 on val is there."""
+    """Copy the run into its folder of the registry, unless one with a better F1 on val is there."""
     folder = Path(run.options.registry) / registry_name(run.classifier.options)
     if (folder / "metrics.json").exists():
         best = None
@@ -1100,9 +975,7 @@ def register(run, report):
 
 
 def export_splits(tables, folder):
-    """Copy the images into folder/images/train, val and test. Of two with one name the second gets
-    its folder's too. Raises InputError when images are there already: they may be of another
-    split."""
+    """Copy the images into folder/images/train, val, test. Raises InputError when it has images."""
     images = Path(folder) / "images"
     if images.is_dir() and any(images.iterdir()):
         raise InputError(f"--export-splits {folder}: {images} is not empty: name a new folder")
@@ -1114,8 +987,7 @@ def export_splits(tables, folder):
 
 
 def open_board(options):
-    """TensorBoard's writer into OUT/tensorboard, or None. Raises InputError when the package is not
-    there."""
+    """TensorBoard's writer into OUT/tensorboard, or None. Raises InputError without the package."""
     if not options.tensorboard or not is_leader():
         return None
     try:
@@ -1123,15 +995,6 @@ def open_board(options):
     except ImportError:
         raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
     return SummaryWriter(Path(options.out) / "tensorboard")
-
-
-def write_scalars(run, row, losses):
-    """Send an epoch (a row of the history) and the losses of its iterations to TensorBoard."""
-    for name, value in row.items():
-        run.board.add_scalar(f"epoch/{name}", value, row["epoch"])
-    for step, loss in enumerate(losses, len(run.state.losses) - len(losses) + 1):
-        run.board.add_scalar("iteration/train_loss", loss, step)
-    run.board.flush()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1162,9 +1025,8 @@ def print_configuration(options):
     if options.unfreeze:
         lines[0] += f", from epoch {options.unfreeze_epoch} {options.unfreeze} too"
     defaults = vars(option_parser().parse_args([]))
-    derived = {"milestones", "dropout", "lr_backbone", "quiet"}
     given = [f"{name}={value}" for name, value in vars(options).items()
-             if value != defaults[name] and name not in derived]
+             if value != defaults[name] and name not in ("milestones", "dropout", "lr_backbone", "quiet")]
     lines.append(f"not the defaults: {', '.join(given) or 'nothing'}")
     print_once(options, "\n".join(lines))
     if options.unfreeze and options.unfreeze_epoch > options.epochs:
@@ -1173,88 +1035,60 @@ def print_configuration(options):
 
 
 class ProgressLine:
-    """One line that updates in place on a terminal and in a notebook; elsewhere, and at its end, a
-    line per epoch."""
+    """A line that updates in place on a terminal or in a notebook, and a line per epoch."""
 
     def __init__(self, run):
         self.run = run
         self.live = is_leader() and not run.options.quiet and is_interactive()
-        self.started = time.perf_counter()
-        self.images = 0  # since then
         self.shown = 0.0  # when the line was shown
 
-    def step(self, loss, images):
-        """Count a finished step of so many images, and show it if the last one shown is old
-        enough."""
+    def step(self, loss):
+        """Show a finished step, if the line is old enough."""
         options, state = self.run.options, self.run.state
         count = len(self.run.tables["train"])
         now = time.perf_counter()
-        self.images += images
         if not self.live or (now - self.shown < 0.2 and state.images < count):
             return
         self.shown = now
-        rate = self.images / (now - self.started)
-        left = (options.epochs - state.epoch) * count - state.images
+        rate = state.images / state.seconds
+        left = datetime.timedelta(seconds=int(((options.epochs - state.epoch) * count - state.images) / rate))
         line = (f"epoch {state.epoch + 1}/{options.epochs}  image {state.images}/{count}  loss {loss.item():.4f}  "
-                f"{rate:.0f} images/s  {clock(left / rate)} left")
+                f"{rate:.0f} images/s  {left} left")
         print_text(f"\r{line:<90}", end="")
 
     def end_epoch(self):
         """Show the last epoch of the history."""
         options, history = self.run.options, self.run.state.history
         row = history[-1]
-        width = len(str(options.epochs))
-        parts = [f"epoch {row['epoch']:{width}}/{options.epochs}", f"loss {row['train_loss']:.4f}"]
+        line = "epoch {epoch:{width}}/{epochs}  loss {train_loss:.4f}"
         if "val_loss" in row:
-            parts.append(f"val loss {row['val_loss']:.4f}  f1 macro {row['val_f1_macro']:.3f}")
-            parts.append(f"map {row['val_map']:.3f}")
-        parts.append(f"{row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s")
+            line += "  val loss {val_loss:.4f}  f1 macro {val_f1_macro:.3f}  map {val_map:.3f}"
+        line += "  {images_per_second:.0f} images/s  {seconds:.1f} s"
         if best_epoch(history, options.monitor, options.min_delta)[0] == row["epoch"]:
-            parts.append("best")
-        line = "  ".join(parts)
+            line += "  best"
+        line = line.format(width=len(str(options.epochs)), epochs=options.epochs, **row)
         print_once(options, f"\r{line:<90}" if self.live else line)
 
 
 def is_interactive():
-    """Whether the output is a terminal or a notebook, where a carriage return goes back to the
-    start of the line."""
+    """Whether the output is a terminal or a notebook, which can show a line again."""
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
         return True
-    try:
+    with contextlib.suppress(AttributeError, ValueError):  # there is none, or it is closed
         return sys.stdout.isatty()
-    except (AttributeError, ValueError):  # it is closed
-        return False
-
-
-def clock(seconds):
-    """Seconds as 1:02:03 or 2:03."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
-
-def print_next(run):
-    """Print what the run left, and what to look at next."""
-    image = str((run.tables["test"].paths or run.tables["val"].paths)[0])
-    model = [] if run.options.out == "outputs" else ["--model", str(run.out / "model.pth")]
-    command = shlex.join(["python", "inference.py", image, *model, "--save", "drawn", "--heatmap"])
-    print_once(run.options, f"\nwritten to {run.out}/: model.pth, the report (metrics.json, predictions.csv, "
-               "history.csv)\n  and pictures (loss_curve.png, pr_curves.png; predictions.png shows the worst "
-               f"mistakes)\nnext: {command}")
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
-    """Train as the command line says -> the final report, as metrics.json has it. Raises
-    InputError."""
+    """Train as the command line says -> the report, as metrics.json has it. Raises InputError."""
     options = parse_options(argv)
     start_processes(options)
     tables = read_data(options)
     print_configuration(options)
     run = build(options, tables)
-    if options.resume:
-        load_state(run)
     wait_for_leader()
     with folder_locked(run) if is_leader() else contextlib.nullcontext():
         if is_leader():
@@ -1267,9 +1101,7 @@ def main(argv=None):
             except OSError as error:
                 raise InputError(f"--out {options.out}: {error}") from None
         fit(run)
-        report = finish(run)
-    print_next(run)
-    return report
+        return finish(run)
 
 
 if __name__ == "__main__":
