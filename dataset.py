@@ -44,8 +44,7 @@ PARTS = ("train", "val", "test")
 
 @dataclass
 class LabelTable:
-    """Images and what is known of them: row i is the image `paths[i]`, named `ids[i]`, with labels
-    `targets[i]`."""
+    """Images and their labels: row i is the image `paths[i]`, named `ids[i]`."""
 
     ids: list  # N names, as the label file writes them
     paths: list  # N files (or PIL images, bytes, arrays)
@@ -342,9 +341,7 @@ def _split_header(path, rows, delimiter, folder, values, notes):
         cells = ["", *cells]  # the image column has no title
     elif labels == len(cells) - 1:
         notes.append(f"line {number} is taken as a header, as {name} is no image: write a suffix if it is one")
-    repeated = first_repeated(cells)
-    if repeated is not None:
-        raise InputError(f"{path}:{number}: the column {repeated!r} is there twice: rename one")
+    _refuse_repeated(f"{path}:{number}", [f"the column {title!r}" for title in cells])
     return cells, rows[1:]
 
 
@@ -400,9 +397,14 @@ def _read_parts(path, table, columns, how):
     table.notes.append(f"split: from the column {title}")
 
 
-def first_repeated(names):
-    """The first name that is there more than once, or None."""
+def _first_repeated(names):
     return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def _refuse_repeated(place, names):
+    repeated = _first_repeated(names)
+    if repeated is not None:
+        raise InputError(f"{place}: {repeated} is there twice: rename one")
 
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -518,8 +520,7 @@ def _holds_labels(path, table, column, values):
 
 
 def _check_signs(path, table, columns, values, how):
-    """An InputError where -1 may mean absent as well as unknown: there is no 0, or it is rarer and
-    every column has -1. Else a note that -1 is NA."""
+    """Refuse -1 where it may mean absent: without a 0, or a rarer one and -1 in every column."""
     if "-1" in (how.negative, how.unknown) or not any(-1 in column.numbers for column in columns):
         return
     minus = []
@@ -542,7 +543,7 @@ def _read_lists(path, table, columns, groups, values, how):
     cells = set().union(*(column.distinct for column in chosen))
     names, dropped = _split_cells(cells, separator, titles)
     own = {column.title: sorted(set(chain(*map(names.get, column.distinct)))) for column in chosen}
-    repeated = first_repeated(chain(*own.values()))
+    repeated = _first_repeated(chain(*own.values()))
     if repeated is not None and not groups:
         places = " and ".join(title for title in titles if repeated in own[title])
         raise InputError(f"{path}: {repeated} is in the columns {places}: rename it in one of them, or give "
@@ -676,12 +677,6 @@ def _is_list_of_names(value):
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _refuse_repeated(path, names):
-    repeated = first_repeated(names)
-    if repeated is not None:
-        raise InputError(f"{path}: {repeated} is there twice: rename one")
-
-
 def _read_groups(path):
     """A JSON file {group: [class, ...]} -> dict."""
     groups = _read_json(path)
@@ -812,16 +807,6 @@ def _part_of_folder(path, root):
     return next((PART_WORDS[word] for word in words if word in PART_WORDS), "")
 
 
-def _crosses(table, row, other):
-    """Whether two rows are in two parts of the data's own split."""
-    return bool(table.parts) and table.parts[row] != table.parts[other]
-
-
-def _conflicts(table, row, other):
-    """The classes (numbers) for which two rows have contradictory labels."""
-    return np.flatnonzero(table.targets[row] + table.targets[other] == 1)
-
-
 def _unite_rows(table):
     """Unite the rows of one image; an InputError when they contradict each other, or cross parts."""
     first = {}
@@ -829,10 +814,10 @@ def _unite_rows(table):
         other = first.setdefault(path, row)
         if other == row:
             continue
-        if _crosses(table, row, other):
+        if table.parts and table.parts[row] != table.parts[other]:
             raise InputError(f"{table.origins[row]}: {table.ids[row]} is in {table.parts[row]}, and in "
                              f"{table.parts[other]} at {table.origins[other]}: remove it from one of them")
-        conflicts = _conflicts(table, row, other)
+        conflicts = np.flatnonzero(table.targets[row] + table.targets[other] == 1)
         if len(conflicts) and table.absent != 0:
             place = table.origins[other].rpartition(":")[2]
             raise InputError(f"{table.origins[row]}: {table.ids[row]} has another label for "
@@ -864,9 +849,9 @@ def _find_copies(table):
     contradictory = []
     for row, other in copied.items():
         names = table.ids if table.ids[other] != table.ids[row] else table.paths
-        if _crosses(table, row, other):
+        if table.parts and table.parts[row] != table.parts[other]:
             crossing.append(f"{names[other]} and {names[row]}")
-        if len(_conflicts(table, row, other)):
+        if (table.targets[row] + table.targets[other] == 1).any():
             contradictory.append(f"{names[other]} and {names[row]}")
     if crossing:
         raise InputError(f"{len(crossing)} images are in two parts of the split under two names, as "
@@ -912,8 +897,7 @@ def split(table, ratios=(0.7, 0.15, 0.15), method="stratified", seed=0):
 
 
 def divide(table, ratios, method="stratified", seed=0):
-    """Divide a table into any number of parts -> the number of each row's part (N,). Arguments as
-    of split()."""
+    """Divide a table as split() does, into any number of parts -> the part of each row (N,)."""
     ratios = np.asarray(ratios, float) / np.sum(ratios)
     units = _units(table)
     sizes = np.bincount(units)
@@ -923,7 +907,10 @@ def divide(table, ratios, method="stratified", seed=0):
         raise InputError(f"{len(sizes)} {what} are too few for {len(wanted)} splits: add images, or change --split")
     rng = np.random.default_rng(seed)
     if method == "random":
-        part = _random_parts(sizes, ratios, rng)
+        order = rng.permutation(len(sizes))
+        done = (np.cumsum(sizes[order]) - sizes[order] / 2) / sizes.sum()
+        part = np.empty(len(sizes), int)
+        part[order] = np.searchsorted(np.cumsum(ratios)[:-1], done, side="right")
     else:
         positives = np.zeros((len(sizes), table.targets.shape[1]))
         np.add.at(positives, units, np.nan_to_num(table.targets))
@@ -934,8 +921,7 @@ def divide(table, ratios, method="stratified", seed=0):
 
 
 def _units(table):
-    """What must not be divided -> its number for each row (N,): an object, or images with the same
-    bytes."""
+    """What must not be divided (an object, identical images) -> its number for each row (N,)."""
     keys = [table.objects or table.ids]
     if table.copies:
         keys.append(table.copies)
@@ -951,18 +937,8 @@ def _units(table):
             return np.unique(units, return_inverse=True)[1]
 
 
-def _random_parts(sizes, ratios, rng):
-    order = rng.permutation(len(sizes))
-    done = (np.cumsum(sizes[order]) - sizes[order] / 2) / sizes.sum()
-    part = np.empty(len(sizes), int)
-    part[order] = np.searchsorted(np.cumsum(ratios)[:-1], done, side="right")
-    return part
-
-
 def _stratified_parts(positives, sizes, ratios, rng):
-    """Iterative stratification of units with (U, C) counts of positives: the label with the fewest
-    units left goes first, and each of its units goes to the split that still wants most of that
-    label."""
+    """The label with the fewest units left goes first, to the splits that still want most of it."""
     part = np.full(len(sizes), -1)
     wanted = ratios[:, None] * positives.sum(axis=0)  # (K, C) positives that each split still wants
     room = ratios * sizes.sum()  # (K,) images that each split still wants
@@ -1078,12 +1054,10 @@ CACHE_OVERHEAD = 4096  # bytes of memory that a cached image takes beside its pi
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """The images of a LabelTable: dataset[i] is (image uint8 (3, size, size), targets float32 (C,),
-    id).
+    """The images of a LabelTable: [i] is (uint8 (3, size, size), targets float32 (C,), id).
 
     Decoded images are kept in memory, up to cache_bytes of them. An image that cannot be read is
-    grey, all its labels become unknown, so that it is ignored, and `errors` says why: row number ->
-    message.
+    grey, with unknown labels, so that it is ignored, and `errors` says why: {row: message}.
     """
 
     def __init__(self, table, size, cache_bytes=0):
@@ -1116,13 +1090,11 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def batches(dataset, order, workers=2, pin=False):
-    """Yield (images uint8 (B, 3, S, S) in channels_last, targets float32 (B, C), rows) for each
-    rows in `order`.
+    """Yield (images uint8 (B, 3, S, S), channels_last, targets (B, C), rows) for each of `order`.
 
-    `workers` threads decode ahead, a batch each: Pillow decodes and resizes without holding the
-    interpreter, and threads share the dataset's cache, need no shared memory and start at once on
-    every platform. 0 decodes when asked. pin: the images are put into page-locked memory, from
-    which a GPU copies in the background.
+    `workers` threads decode ahead, a batch each, which works as Pillow decodes and resizes without
+    holding the interpreter; 0 decodes when asked. pin: the images are put into page-locked memory,
+    from which a GPU copies in the background.
     """
 
     def load(rows):
@@ -1148,15 +1120,13 @@ def batches(dataset, order, workers=2, pin=False):
 
 
 def normalize(images):
-    """Images (B, 3, H, W), uint8 or float in 0..255 -> float32, normalised as ImageNet networks
-    expect."""
+    """Images (B, 3, H, W) in 0..255 -> float32, normalised as ImageNet networks expect."""
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=images.device).view(2, 3, 1, 1) * 255
     return (images.float() - mean) / std
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Augmentation, on a whole batch where the network is: every turn, shift and stretch is one matrix
-# and one sampling
+# Augmentation, on a whole batch: every turn, shift and stretch is one matrix and one sampling
 
 
 LEVELS = {
@@ -1170,8 +1140,7 @@ NOISE = ("flip", "vflip", "angle", "shift_x", "shift_y", "area", "ratio", "tilt_
 
 
 def read_operations(text):
-    """A level, or operations separated by commas -> tuple of names of OPERATIONS. Raises
-    InputError."""
+    """A level, or operations separated by commas -> names of OPERATIONS. Raises InputError."""
     names = LEVELS.get(text, tuple(text.split(",")))
     wrong = [name for name in names if name not in OPERATIONS]
     if wrong:
@@ -1180,21 +1149,14 @@ def read_operations(text):
 
 
 def draw_noise(count, seed, epoch):
-    """The random numbers behind the augmentation of `count` images -> (count, len(NOISE)) in [0,
-    1).
-
-    They depend on the seed, the epoch and the row alone, so that loading order and threads do not
-    matter.
-    """
+    """Random numbers for the augmentation of `count` images -> (count, len(NOISE)) in [0, 1), which
+    depend on the seed, the epoch and the row alone, not on loading order and threads."""
     return torch.rand(count, len(NOISE), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def augment(images, operations, noise):
-    """Change each image of a batch in its own random way -> float32 (B, 3, H, W) in 0..255.
-
-    images: (B, 3, H, W), uint8 or float in 0..255. operations: names of OPERATIONS. noise: (B,
-    len(NOISE)) of draw_noise().
-    """
+    """Images (B, 3, H, W) in 0..255, each changed in its own random way -> float32, the same range.
+    operations: names of OPERATIONS. noise: (B, len(NOISE)) of draw_noise()."""
     images = images.float()
     noise = dict(zip(NOISE, noise.unbind(1)))
     if {"rotation", "crop", "resized_crop", "perspective"} & set(operations):
@@ -1306,8 +1268,7 @@ def has_letters(font, text):
 
 
 def picture_names(classes):
-    """The names of classes as pictures show them: "class 3" where no font here has the letters, and
-    a warning."""
+    """Names of classes as pictures show them: "class 3", and a warning, where no font has letters."""
     names = [name if has_letters(load_font(13, name), name) else f"class {c}" for c, name in enumerate(classes)]
     lacking = [name for name, shown in zip(classes, names) if name != shown]
     if lacking:
@@ -1317,29 +1278,27 @@ def picture_names(classes):
 
 
 def draw_sheet(cells, title, columns=6, width=200):
-    """Pictures in rows with words under them -> PIL image. cells: a list of (PIL image, [(text,
-    colour), ...])."""
+    """Pictures in rows with words under them -> PIL image. cells: (PIL image, [(text, colour)])."""
     columns = max(1, min(columns, len(cells)))
     gap = 14
     total = columns * (width + gap) + gap
-    sheets = [_draw_words([(title, BLACK)], total - 2 * gap, 17)]
+    heading = _draw_words([(title, BLACK)], total - 2 * gap, 17)
+    pasted = [(heading, gap, 10)]  # (image, left, top)
+    bottom = heading.height + 16
     for start in range(0, len(cells), columns):
         row = cells[start : start + columns]
         pictures = [ImageOps.contain(picture, (width, width)) for picture, _ in row]
         words = [_draw_words(lines, width, 13) for _, lines in row]
-        top = max(picture.height for picture in pictures)
-        sheet = Image.new("RGB", (total, top + max(part.height for part in words) + gap + 6), "white")
+        middle = bottom + max(picture.height for picture in pictures)
         for column, (picture, part) in enumerate(zip(pictures, words)):
-            left = column * (width + gap)
-            sheet.paste(picture, (left + (width - picture.width) // 2, top - picture.height))
-            sheet.paste(part, (left, top + 5))
-        sheets.append(sheet)
-    whole = Image.new("RGB", (total, 10 + sum(sheet.height + 6 for sheet in sheets)), "white")
-    y = 10
-    for sheet in sheets:
-        whole.paste(sheet, (gap, y))
-        y += sheet.height + 6
-    return whole
+            left = gap + column * (width + gap)
+            pasted.append((picture, left + (width - picture.width) // 2, middle - picture.height))
+            pasted.append((part, left, middle + 5))
+        bottom = middle + max(part.height for part in words) + gap + 12
+    sheet = Image.new("RGB", (total, bottom), "white")
+    for image, left, top in pasted:
+        sheet.paste(image, (left, top))
+    return sheet
 
 
 def _draw_words(lines, width, size):
@@ -1380,8 +1339,8 @@ def label_sheet(table, count=24, seed=0):
 
 
 def distinct_names(paths):
-    """A file name for each path, without folders: its own, or where another has the same (with any
-    suffix) with the folder's name before it, or a number behind it."""
+    """A file name for each path, without folders: its own, or where another has the same stem, with
+    the folder's name before it, or a number behind it."""
     taken = set()
     names = []
     for path in map(Path, paths):
@@ -1396,14 +1355,13 @@ def distinct_names(paths):
 
 
 def summary(table, title="data", most=30):
-    """A LabelTable as text: how its files were understood, rows, images, missing files, and per
-    class positives, negatives, NA and prevalence, with a bar of 20 characters: # positives, -
-    negatives, blank NA. Of more than `most` classes those with the fewest and those with the most
-    positives."""
+    """A LabelTable as text: how its files were understood, and per class positives, negatives, NA and
+    prevalence, with a bar: # positives, - negatives, blank NA. Of more than `most` classes those
+    with the fewest and those with the most positives."""
     positives = np.count_nonzero(table.targets == 1, axis=0)
     negatives = np.count_nonzero(table.targets == 0, axis=0)
-    rows = len(table) + len(table.missing)
-    lines = [f"{title}: {rows} rows, {len(table)} images, {len(table.missing)} missing, {len(table.classes)} classes"]
+    lines = [f"{title}: {len(table) + len(table.missing)} rows, {len(table)} images, {len(table.missing)} missing, "
+             f"{len(table.classes)} classes"]
     lines += [f"  {note}" for note in table.notes]
     if table.parts:
         counts = Counter(part or "to be divided" for part in table.parts)
@@ -1414,25 +1372,22 @@ def summary(table, title="data", most=30):
 
     group_of = {name: group for group, names in table.groups.items() for name in names}
     width = max(5, *map(len, table.classes))
-    lines.append(f"{'class':{width}} {'positives':>9} {'negatives':>9} {'NA':>7} {'prevalence':>10}")
-    if group_of:
-        lines[-1] += f"  {'':20}  group"
-    order = list(range(len(table.classes)))
-    if len(order) > most:
-        by_count = np.argsort(positives, kind="stable").tolist()
-        order = [*by_count[: most // 2], None, *by_count[len(by_count) - most // 2 :]]
-    for c in order:
-        if c is None:
-            lines.append(f"... {len(table.classes) - most // 2 * 2} classes between the rarest and the most frequent")
-            continue
-        known = positives[c] + negatives[c]
-        share = f"{positives[c] / known:10.1%}" if known else f"{'n/a':>10}"
-        full = math.ceil(20 * positives[c] / len(table))
+    header = f"{'class':{width}} {'positives':>9} {'negatives':>9} {'NA':>7} {'prevalence':>10}"
+    lines.append(f"{header}  {'':20}  group" if group_of else header)
+    rows = []
+    for name, positive, negative in zip(table.classes, positives, negatives):
+        known = positive + negative
+        share = f"{positive / known:10.1%}" if known else f"{'n/a':>10}"
+        full = math.ceil(20 * positive / len(table))
         bar = "#" * full + "-" * (math.ceil(20 * known / len(table)) - full)
-        name = table.classes[c]
-        lines.append(f"{name:{width}} {positives[c]:9} {negatives[c]:9} {len(table) - known:7} {share}  {bar:20}  "
-                     f"{group_of.get(name, '')}".rstrip())
-    return "\n".join(lines)
+        rows.append(f"{name:{width}} {positive:9} {negative:9} {len(table) - known:7} {share}  {bar:20}  "
+                    f"{group_of.get(name, '')}".rstrip())
+    if len(rows) > most:
+        order = np.argsort(positives, kind="stable")
+        half = most // 2
+        between = f"... {len(rows) - 2 * half} classes between the rarest and the most frequent"
+        rows = [*(rows[c] for c in order[:half]), between, *(rows[c] for c in order[-half:])]
+    return "\n".join(lines + rows)
 
 
 def one_sided(table):
@@ -1464,8 +1419,7 @@ def pairs_summary(table, most=10):
 
 
 def images_summary(table, most=1000):
-    """The sizes, modes and formats of a table's images, or of `most` of them, by their headers, as
-    text."""
+    """Sizes, modes and formats of a table's images, or of `most` of them, by their headers."""
     sizes = []
     kinds = Counter()
     for path in table.paths[:: -(-len(table) // most)]:
@@ -1474,10 +1428,9 @@ def images_summary(table, most=1000):
             kinds[f"{image.mode} {image.format}"] += 1
     if not sizes:
         return "no image can be opened"
-    widths, heights = (sorted(values) for values in zip(*sizes))
-    middle = len(sizes) // 2
-    return (f"{len(sizes)} of {len(table)} images opened: width {widths[0]} to {widths[-1]}, median {widths[middle]}; "
-            f"height {heights[0]} to {heights[-1]}, median {heights[middle]}\n"
+    low, middle, high = np.sort(sizes, axis=0)[[0, len(sizes) // 2, -1]]
+    return (f"{len(sizes)} of {len(table)} images opened: width {low[0]} to {high[0]}, median {middle[0]}; "
+            f"height {low[1]} to {high[1]}, median {middle[1]}\n"
             + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
 
 
@@ -1504,11 +1457,8 @@ DARK = (25, 25, 25)
 
 
 def write_demo(folder, seed=0, count=1000):
-    """Write `count` drawn photographs and their labels, of which 8 % are NA, into `folder`: the
-    same for a seed.
-
-    Raises InputError when the folder holds something else.
-    """
+    """Write `count` drawn photographs and their labels, of which 8 % are NA: the same for a seed.
+    Raises InputError when the folder holds something else."""
     folder = Path(folder)
     marker = folder / "label_groups.json"
     used = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
@@ -1536,8 +1486,7 @@ def draw_demo_labels(rng):
 
 
 def draw_demo_image(labels, rng):
-    """Draw a photograph with the given labels -> (PIL image, {label: its box (left, top, right,
-    bottom)})."""
+    """Draw a photograph with these labels -> (PIL image, {label: (left, top, right, bottom)})."""
     side = 2 * DEMO_SIZE
     grain = _smooth_noise(rng, (side, 12), 7) + _smooth_noise(rng, (6, 6), 14)
     image = _to_image(np.array(_colour(rng)) + grain[..., None])
@@ -1657,13 +1606,11 @@ DEMO_DRAWERS = {"bolt": _draw_bolt, "bracket": _draw_bracket, "ring": _draw_ring
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What all scripts share: errors, a command line that fails in one line, files that are written
-# whole or not at all
+# What all scripts share: errors, a command line that fails in one line, writing files
 
 
 class InputError(ValueError):
-    """The user's input is wrong. The message names the file, the line or the option, and what to
-    do."""
+    """The input is wrong. The message names the file, the line or the option, and what to do."""
 
     def _render_traceback_(self):  # what IPython shows instead of a traceback
         return [f"error: {self}"]
@@ -1674,8 +1621,7 @@ class ImageError(ValueError):
 
 
 def run_command(main):
-    """Run main() as a command and exit: 0 done, 1 the run failed, 2 the input is wrong, 130
-    Ctrl-C."""
+    """Run main(); exit with 1 when it fails, 2 when the input is wrong, 130 on Ctrl-C."""
     try:
         main()
     except InputError as error:
@@ -1695,14 +1641,12 @@ def fail(message, code):
 
 
 def print_text(text="", file=None, end="\n"):
-    """print() that goes on when nobody reads: a closed pipe silences it. Letters that a terminal
-    lacks are escaped."""
+    """print() that a closed pipe silences; letters that a terminal lacks are escaped."""
     file = file or sys.stdout
     try:
-        try:
-            print(text, file=file, end=end, flush=True)
-        except UnicodeEncodeError:
-            print(text.encode("ascii", "backslashreplace").decode(), file=file, end=end, flush=True)
+        print(text, file=file, end=end, flush=True)
+    except UnicodeEncodeError:
+        print_text(text.encode("ascii", "backslashreplace").decode(), file, end)
     except (BrokenPipeError, ValueError):  # ValueError: the stream was closed
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what follows goes nowhere, at the exit too
@@ -1745,9 +1689,8 @@ def number(kind, low=0, below=math.inf):
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """Open a temporary file that takes the place of `path` when the block ends well, and is removed
-    otherwise. A process that is killed leaves it, and the next one that writes `path` uses it up. A
-    link stays, and its target is replaced; what is no regular file (a pipe, /dev/stdout) is written
-    straight. Raises OSError."""
+    otherwise. A link stays, and its target is replaced; what is no regular file (a pipe,
+    /dev/stdout) is written straight. Raises OSError."""
     settings = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
     straight = str(path).startswith("/dev/") or (os.path.exists(path) and not os.path.isfile(path))
     target = Path(path if straight else os.path.realpath(path))
@@ -1783,15 +1726,8 @@ def write_text(path, lines):
 
 def to_json(value):
     """A value as JSON text; what is not finite becomes null, since JSON has no NaN."""
-
-    def clean(value):
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [clean(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(clean(value), indent=2, ensure_ascii=False)
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=2, ensure_ascii=False)
 
 
 def write_json(path, value):
