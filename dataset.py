@@ -51,14 +51,14 @@ class LabelTable:
     targets: np.ndarray  # float32 (N, C): 1, 0, NaN where the label is unknown
     classes: list  # C names
     groups: dict = field(default_factory=dict)  # group name -> its class names; may be empty
-    objects: list = field(default_factory=list)  # N names of the physical object shown, kept in one split; may be empty
-    parts: list = field(default_factory=list)  # N of "train", "val", "test" or "": the data's own split; may be empty
-    copies: list = field(default_factory=list)  # N ids of the first image with the same bytes; empty when all differ
-    origins: list = field(default_factory=list)  # N places "FILE:LINE", for messages
-    missing: list = field(default_factory=list)  # ids of the rows that were dropped: their image is not there
+    objects: list = field(default_factory=list)  # N objects that are shown: each stays in one split
+    parts: list = field(default_factory=list)  # N of "train", "val", "test" or "": the data's own split
+    copies: list = field(default_factory=list)  # N ids of the first image with the same bytes
+    origins: list = field(default_factory=list)  # N places "FILE:LINE"; these four may be empty
+    missing: list = field(default_factory=list)  # ids of rows that were dropped for lack of an image
     notes: list = field(default_factory=list)  # how the label file was understood, one line each
     warnings: list = field(default_factory=list)  # what was odd in the label file, one line each
-    absent: float = math.nan  # the label of a class that is not named: 0 where a file lists what is there
+    absent: float = math.nan  # what a class is that is not named: 0 in lists of what is there
 
     def __len__(self):
         return len(self.ids)
@@ -158,8 +158,7 @@ def data_options(options):
 
 
 def find_labels(data_dir):
-    """The label files of a folder, found by looking -> {part: Path}: the part is "" for one file
-    (or the folder of .cls files), else one of PARTS. Raises InputError."""
+    """Look for label files -> {part: Path}; a single one, or one of .cls files, has part "". Raises InputError."""
     for name in ("labels.txt", "labels.csv", "labels.tsv", "image_data.csv"):
         if (data_dir / name).is_file():
             return {"": data_dir / name}
@@ -186,13 +185,12 @@ PART_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val
 
 
 def _find_divided(data_dir):
-    """train.csv, train_metadata.csv, or the only table file of a folder train/; val and test too."""
+    """train.csv, train_metadata.csv, or the only table file of train/; val and test likewise."""
     divided = {}
     for path in _table_files(data_dir):
         part = PART_WORDS.get(path.stem.lower().removesuffix("_metadata"))
         if part in divided:
-            raise InputError(f"{divided[part]} and {path} are both of {part}: remove one, or name the label file "
-                             "with --labels")
+            raise InputError(f"{divided[part]} and {path} are both of {part}: remove one, or give --labels")
         if part:
             divided[part] = path
     for word, part in PART_WORDS.items():
@@ -239,8 +237,7 @@ def _read_names(path):
 
 
 def read_rows(path):
-    """The cells of a table -> ([(line number, cells), ...] without blank lines, delimiter: " " for
-    any white space). Raises InputError."""
+    """A table -> ([(line number, cells), ...] of lines not blank, delimiter). Raises InputError."""
     lines = read_lines(path)
     delimiter = _find_delimiter(path, next((line for line in lines if line.strip()), ""))
     if delimiter == " ":
@@ -265,8 +262,7 @@ def _find_delimiter(path, line):
     if path.suffix.lower() != ".csv" and (blanks > line.count(delimiter) or delimiter not in line):
         return " "
     if line and delimiter not in line:
-        raise InputError(f"{path}:1: no label column: separate the cells by a comma, a semicolon or a tab, "
-                         "or by white space in a .txt file")
+        raise InputError(f"{path}:1: no label column: separate cells by comma, semicolon or tab")
     return delimiter
 
 
@@ -333,8 +329,7 @@ def _split_header(path, rows, delimiter, folder, values, notes):
         notes.append(f"no header: the image comes first, and the classes are called Attr1 to Attr{width}")
         return ["image", *(f"Attr{i + 1}" for i in range(width))], rows
     if labels == len(cells):
-        raise InputError(f"{path}:{number}: a row of labels without an image: name the file of image names with "
-                         "--image-list FILE")
+        raise InputError(f"{path}:{number}: a row of labels without an image: name the images with --image-list")
     if len(rows) == 1:
         raise InputError(f"{path} has a header and no rows: it needs a line per image")
     if delimiter == " " and len(rows[1][1]) == len(cells) + 1 and values[rows[1][1][1]] is not None:
@@ -414,7 +409,7 @@ LABEL_WORDS |= dict.fromkeys(["", "na", "n/a", "nan", "none", "null", "?"], math
 
 
 class LabelValues(dict):
-    """cell -> 1.0, 0.0, math.nan, or None when the cell is no label; filled as cells are asked for."""
+    """cell -> 1.0, 0.0, math.nan, or None for no label; filled as cells are asked for."""
 
     def __init__(self, how, decimal_comma=False):
         self.how = how
@@ -471,8 +466,7 @@ class Column:
 
 
 def _looks_like_lists(columns, groups):
-    """Whether columns hold lists of names: one has words and a title that says so, and at most one
-    is of labels; or there are words, and neither labels nor numbers between 0 and 1."""
+    """Whether there are words below a title of lists and at most one column of labels, or words and no labels."""
     words = [column for column in columns if column.words]
     others = [column for column in columns if not column.words and not column.is_other]
     if any(column.title in groups for column in words):
@@ -493,9 +487,8 @@ def _read_table(path, table, columns, values, how):
             chosen.append(column)
     table.classes = [column.title for column in chosen]
     if not chosen:
-        raise InputError(f"{path}: no column holds labels (0, 1 or NA): it has "
-                         f"{', '.join(column.title for column in columns)}; for lists of names say with "
-                         "--image-column which column names the images")
+        titles = ", ".join(column.title for column in columns)
+        raise InputError(f"{path}: no labels (0, 1 or NA) in {titles}; for lists of names give --image-column")
     _check_signs(path, table, chosen, values, how)
     table.targets = np.empty((len(table), len(chosen)), np.float32)
     for c, column in enumerate(chosen):
@@ -509,8 +502,7 @@ def _holds_labels(path, table, column, values):
     if None not in column.values:
         return True
     if all(number is not None and 0 < number < 1 for number in column.odd_numbers):
-        raise InputError(f"{path}: the column {column.title} holds numbers between 0 and 1: give --label-threshold T "
-                         f"to make them labels, or --ignore {column.title}")
+        raise InputError(f"{path}: {column.title} holds numbers from 0 to 1: give --label-threshold T, or --ignore it")
     found = [values[cell] for cell in column.cells]
     if found.count(0) + found.count(1) < found.count(None):
         return False
@@ -545,9 +537,8 @@ def _read_lists(path, table, columns, groups, values, how):
     own = {column.title: sorted(set(chain(*map(names.get, column.distinct)))) for column in chosen}
     repeated = _first_repeated(chain(*own.values()))
     if repeated is not None and not groups:
-        places = " and ".join(title for title in titles if repeated in own[title])
-        raise InputError(f"{path}: {repeated} is in the columns {places}: rename it in one of them, or give "
-                         "--label-groups")
+        both = " and ".join(title for title in titles if repeated in own[title])
+        raise InputError(f"{path}: {repeated} is in the columns {both}: rename it in one of them, or --label-groups")
     if not any(own.values()):
         raise InputError(f"{path} names no labels in {', '.join(titles)}")
     table.classes = list(dict.fromkeys(chain(*own.values(), *groups.values())))  # some may never be seen
@@ -568,8 +559,7 @@ def _read_lists(path, table, columns, groups, values, how):
     index = {name: c for c, name in enumerate(table.classes)}
     for row, value in enumerate(stated):
         if value is None:
-            raise InputError(f"{table.origins[row]}: the confidence {confidence[row]} is not 0 or 1: give "
-                             "--label-threshold T")
+            raise InputError(f"{table.origins[row]}: {confidence[row]} is not 0 or 1: give --label-threshold T")
         for column in chosen:
             for name in names[column.cells[row]]:
                 table.targets[row, index[name]] = value
@@ -687,7 +677,7 @@ def _read_groups(path):
 
 
 def _apply_groups(table, groups, path):
-    """Order the classes by their groups; those in no group are dropped, and counted in a warning."""
+    """Order the classes by their groups; those in none are dropped, and counted in a warning."""
     column = {name: c for c, name in enumerate(table.classes)}
     groups = {group: [name for name in names if name in column] for group, names in groups.items()}
     classes = list(chain(*groups.values()))
@@ -696,8 +686,7 @@ def _apply_groups(table, groups, path):
     positives = np.nansum(table.targets, axis=0)
     dropped = [f"{name} ({positives[c]:.0f} times)" for name, c in column.items() if name not in classes]
     if dropped:
-        table.warnings.append(f"{len(dropped)} classes are in no group of {path} and were dropped: "
-                              f"{', '.join(dropped)}")
+        table.warnings.append(f"{len(dropped)} classes in no group of {path} were dropped: {', '.join(dropped)}")
     table.notes.append(f"groups: {', '.join(groups)}, from {path}")
     targets = table.targets[:, [column[name] for name in classes]]
     return replace(table, classes=classes, targets=targets, groups=groups)
@@ -768,8 +757,7 @@ class ImageFolder:
         return None
 
     def find_loosely(self, name, origin, taken):
-        """The image with a name or a stem, in any folder, or None; an InputError when several fit.
-        taken: images that other rows name exactly; a name with a folder is none of them."""
+        """The image with a name or a stem, in any folder, but none of `taken` for a name with a folder, or None."""
         stem, suffix = os.path.splitext(os.path.normpath(name.replace("\\", "/")))
         if suffix.lower() not in IMAGE_SUFFIXES:  # a dot of the name itself
             stem, suffix = stem + suffix, ""
@@ -808,7 +796,7 @@ def _part_of_folder(path, root):
 
 
 def _unite_rows(table):
-    """Unite the rows of one image; an InputError when they contradict each other, or cross parts."""
+    """Unite the rows of an image; an InputError where they contradict each other or cross parts."""
     first = {}
     for row, path in enumerate(table.paths):
         other = first.setdefault(path, row)
@@ -846,19 +834,17 @@ def _find_copies(table):
     if copied:
         table.copies = [table.ids[copied.get(row, row)] for row in range(len(table))]
     crossing = []
-    contradictory = []
+    differing = []
     for row, other in copied.items():
         names = table.ids if table.ids[other] != table.ids[row] else table.paths
         if table.parts and table.parts[row] != table.parts[other]:
             crossing.append(f"{names[other]} and {names[row]}")
         if (table.targets[row] + table.targets[other] == 1).any():
-            contradictory.append(f"{names[other]} and {names[row]}")
+            differing.append(f"{names[other]} and {names[row]}")
     if crossing:
-        raise InputError(f"{len(crossing)} images are in two parts of the split under two names, as "
-                         f"{'; '.join(crossing[:3])}: remove them from one")
-    if contradictory:
-        table.warnings.append(f"{len(contradictory)} pairs of identical images have other labels: "
-                              f"{'; '.join(contradictory[:5])}")
+        raise InputError(f"{len(crossing)} images have two names in two parts, remove one: {'; '.join(crossing[:3])}")
+    if differing:
+        table.warnings.append(f"{len(differing)} pairs of identical images disagree: {'; '.join(differing[:5])}")
     return table
 
 
@@ -1129,11 +1115,8 @@ def normalize(images):
 # Augmentation, on a whole batch: every turn, shift and stretch is one matrix and one sampling
 
 
-LEVELS = {
-    "none": (),
-    "light": ("flip", "crop"),
-    "rich": ("resized_crop", "flip", "rotation", "perspective", "jitter", "erasing"),
-}
+LEVELS = {"none": (), "light": ("flip", "crop"),
+          "rich": ("resized_crop", "flip", "rotation", "perspective", "jitter", "erasing")}
 OPERATIONS = ("flip", "vflip", "rotation", "crop", "resized_crop", "perspective", "jitter", "erasing")
 NOISE = ("flip", "vflip", "angle", "shift_x", "shift_y", "area", "ratio", "tilt_x", "tilt_y", "perspective",
          "saturation", "contrast", "brightness", "erasing", "box_area", "box_ratio", "box_y", "box_x")
@@ -1268,7 +1251,7 @@ def has_letters(font, text):
 
 
 def picture_names(classes):
-    """Names of classes as pictures show them: "class 3", and a warning, where no font has letters."""
+    """Class names as pictures show them: "class 3", with a warning, where no font has the letters."""
     names = [name if has_letters(load_font(13, name), name) else f"class {c}" for c, name in enumerate(classes)]
     lacking = [name for name, shown in zip(classes, names) if name != shown]
     if lacking:
@@ -1339,8 +1322,7 @@ def label_sheet(table, count=24, seed=0):
 
 
 def distinct_names(paths):
-    """A file name for each path, without folders: its own, or where another has the same stem, with
-    the folder's name before it, or a number behind it."""
+    """A file name for each path: its own, or with the folder's name or a number where another has the same stem."""
     taken = set()
     names = []
     for path in map(Path, paths):
@@ -1355,9 +1337,8 @@ def distinct_names(paths):
 
 
 def summary(table, title="data", most=30):
-    """A LabelTable as text: how its files were understood, and per class positives, negatives, NA and
-    prevalence, with a bar: # positives, - negatives, blank NA. Of more than `most` classes those
-    with the fewest and those with the most positives."""
+    """A LabelTable as text: how its files were read, and per class positives, negatives, NA, prevalence, and a bar of
+    # positives, - negatives, blank NA. Of more than `most` classes those with fewest and most positives."""
     positives = np.count_nonzero(table.targets == 1, axis=0)
     negatives = np.count_nonzero(table.targets == 0, axis=0)
     lines = [f"{title}: {len(table) + len(table.missing)} rows, {len(table)} images, {len(table.missing)} missing, "
@@ -1409,13 +1390,13 @@ def shortened(names, most=10):
 def pairs_summary(table, most=10):
     """The pairs of classes that are most often positive together, as text."""
     positive = (table.targets == 1).astype(np.float32)
-    together = np.triu(positive.T @ positive, k=1)
-    lines = ["most frequent pairs:"]
-    for flat in np.argsort(-together, axis=None, kind="stable")[:most]:
-        a, b = np.unravel_index(flat, together.shape)
-        if together[a, b]:
-            lines.append(f"{int(together[a, b]):9}  {table.classes[a]} + {table.classes[b]}")
-    return "\n".join(lines) if len(lines) > 1 else "no two classes are positive together"
+    first, second = np.triu_indices(len(table.classes), k=1)
+    together = (positive.T @ positive)[first, second]
+    lines = []
+    for pair in np.argsort(-together, kind="stable")[:most]:
+        if together[pair]:
+            lines.append(f"{int(together[pair]):9}  {table.classes[first[pair]]} + {table.classes[second[pair]]}")
+    return "\n".join(["most frequent pairs:", *lines]) if lines else "no two classes are positive together"
 
 
 def images_summary(table, most=1000):
@@ -1452,6 +1433,7 @@ def find_bad_images(table, workers):
 
 
 DEMO_GROUPS = {"parts": ["bolt", "bracket", "ring"], "defects": ["rust", "crack", "hole"]}
+DEMO_LABELS = [*DEMO_GROUPS["parts"], *DEMO_GROUPS["defects"]]
 DEMO_SIZE = 128  # pixels; drawn at twice that
 DARK = (25, 25, 25)
 
@@ -1461,18 +1443,17 @@ def write_demo(folder, seed=0, count=1000):
     Raises InputError when the folder holds something else."""
     folder = Path(folder)
     marker = folder / "label_groups.json"
-    used = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if used and not (marker.is_file() and _read_json(marker) == DEMO_GROUPS):
         raise InputError(f"{folder} is not empty, and not demo data: name a new folder")
     write_json(marker, DEMO_GROUPS)
     (folder / "images").mkdir(exist_ok=True)
-    classes = [name for names in DEMO_GROUPS.values() for name in names]
-    lines = ["image " + " ".join(classes)]
+    lines = [" ".join(["image", *DEMO_LABELS])]
     for i in range(count):
         rng = np.random.default_rng([seed, i])
         labels = draw_demo_labels(rng)
         draw_demo_image(labels, rng)[0].save(folder / "images" / f"part_{i:04}.jpg", quality=88)
-        cells = [str(int(name in labels)) if rng.random() >= 0.08 else "NA" for name in classes]
+        cells = [str(int(name in labels)) if rng.random() >= 0.08 else "NA" for name in DEMO_LABELS]
         lines.append(" ".join([f"part_{i:04}.jpg", *cells]))
     write_text(folder / "labels.txt", lines)  # the last: with it the folder is complete
 
@@ -1496,9 +1477,9 @@ def draw_demo_image(labels, rng):
         _polygon(pen, *rng.integers(0, side, 2), corners, 0, _colour(rng, 10, 245), outline=None)
     places = rng.permutation([(x, y) for x in (50, 128, 206) for y in (50, 128, 206)]) + rng.integers(-20, 21, (9, 2))
     boxes = {}
-    for label, (x, y) in zip(DEMO_DRAWERS, places):  # parts first, defects over them
+    for label, (x, y) in zip(DEMO_LABELS, places):  # parts first, defects over them
         if label in labels:
-            box = DEMO_DRAWERS[label](pen, x, y, rng)
+            box = _draw_label(label, pen, x, y, rng)
             boxes[label] = tuple(int(min(max(edge / 2, 0), DEMO_SIZE)) for edge in box)
     angle = rng.uniform(0, 2 * math.pi)
     axis = np.linspace(-1, 1, side)
@@ -1542,67 +1523,46 @@ def _star(radii):
     return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.asarray(radii)[:, None]
 
 
-def _draw_bolt(pen, x, y, rng):
-    """A hexagonal head with a slot."""
-    radius = rng.uniform(26, 38)
-    angle = rng.uniform(0, math.pi)
-    _polygon(pen, x + 5, y + 6, _star([radius] * 6), angle, DARK)  # a shadow
-    box = _polygon(pen, x, y, _star([radius] * 6), angle, _colour(rng, 60, 230))
-    _polygon(pen, x, y, _star([radius * 0.6] * 24), angle, _colour(rng, 60, 230))
-    _polygon(pen, x, y, [(-radius / 2, 0), (radius / 2, 0)], angle, DARK, line=6)
+def _draw_label(label, pen, x, y, rng):
+    """Draw a part or a defect around (x, y) -> its box."""
+    if label == "bolt":  # a hexagonal head with a slot, and a shadow
+        radius = rng.uniform(26, 38)
+        angle = rng.uniform(0, math.pi)
+        _polygon(pen, x + 5, y + 6, _star([radius] * 6), angle, DARK)
+        box = _polygon(pen, x, y, _star([radius] * 6), angle, _colour(rng, 60, 230))
+        _polygon(pen, x, y, _star([radius * 0.6] * 24), angle, _colour(rng, 60, 230))
+        _polygon(pen, x, y, [(-radius / 2, 0), (radius / 2, 0)], angle, DARK, line=6)
+    elif label == "bracket":  # an angle plate with two holes
+        size = rng.uniform(30, 42)
+        angle = rng.uniform(0, 2 * math.pi)
+        corners = np.array([(-1, -1), (-0.3, -1), (-0.3, 0.3), (1, 0.3), (1, 1), (-1, 1)]) * size
+        _polygon(pen, x + 5, y + 6, corners, angle, DARK)
+        box = _polygon(pen, x, y, corners, angle, _colour(rng, 60, 230))
+        for hole in ((-0.65, -0.6), (0.6, 0.65)):
+            _polygon(pen, x, y, _star([size * 0.18] * 12) + np.array(hole) * size, angle, DARK)
+    elif label == "ring":  # a washer: a disc that is open in the middle
+        radius = rng.uniform(22, 36)
+        width = int(rng.integers(10, 15))
+        box = (x - radius, y - radius, x + radius, y + radius)
+        pen.ellipse((box[0] + 5, box[1] + 6, box[2] + 5, box[3] + 6), outline=DARK, width=width)
+        pen.ellipse(box, outline=_colour(rng, 60, 230), width=width)
+        pen.ellipse(box, outline=DARK, width=2)
+    elif label == "rust":  # a patch of many small brown and orange spots
+        spots = rng.normal((x, y), rng.uniform(11, 17), (110, 2))
+        for sx, sy in spots:
+            radius = rng.uniform(1.5, 4.5)
+            brown = (np.array([175, 88, 35]) * rng.uniform(0.5, 1.2)).astype(int)
+            pen.ellipse((sx - radius, sy - radius, sx + radius, sy + radius), fill=tuple(brown.tolist()))
+        box = (*spots.min(axis=0), *spots.max(axis=0))
+    elif label == "crack":  # a jagged dark line
+        across = rng.uniform(6, 14, 9) * (-1) ** np.arange(9)
+        points = np.stack([np.linspace(-45, 45, 9), across], axis=1)
+        box = _polygon(pen, x, y, points, rng.uniform(0, 2 * math.pi), (15, 12, 12), line=6)
+    else:  # a torn hole: black, with a jagged bright rim
+        corners = _star(rng.uniform(24, 32) * rng.uniform(0.8, 1.2, 18) * np.tile([1.35, 0.75], 9))
+        box = _polygon(pen, x, y, 1.3 * corners, 0, (235, 232, 225))
+        _polygon(pen, x, y, corners, 0, (12, 10, 10))
     return box
-
-
-def _draw_bracket(pen, x, y, rng):
-    """An angle plate."""
-    size = rng.uniform(30, 42)
-    angle = rng.uniform(0, 2 * math.pi)
-    corners = np.array([(-1, -1), (-0.3, -1), (-0.3, 0.3), (1, 0.3), (1, 1), (-1, 1)]) * size
-    _polygon(pen, x + 5, y + 6, corners, angle, DARK)
-    box = _polygon(pen, x, y, corners, angle, _colour(rng, 60, 230))
-    for hole in ((-0.65, -0.6), (0.6, 0.65)):
-        _polygon(pen, x, y, _star([size * 0.18] * 12) + np.array(hole) * size, angle, DARK)
-    return box
-
-
-def _draw_ring(pen, x, y, rng):
-    """A washer: a disc that is open in the middle."""
-    radius = rng.uniform(22, 36)
-    width = int(rng.integers(10, 15))
-    box = (x - radius, y - radius, x + radius, y + radius)
-    pen.ellipse((box[0] + 5, box[1] + 6, box[2] + 5, box[3] + 6), outline=DARK, width=width)
-    pen.ellipse(box, outline=_colour(rng, 60, 230), width=width)
-    pen.ellipse(box, outline=DARK, width=2)
-    return box
-
-
-def _draw_rust(pen, x, y, rng):
-    """A patch of many small brown and orange spots."""
-    spots = rng.normal((x, y), rng.uniform(11, 17), (110, 2))
-    for sx, sy in spots:
-        radius = rng.uniform(1.5, 4.5)
-        brown = np.array([175, 88, 35]) * rng.uniform(0.5, 1.2)
-        pen.ellipse((sx - radius, sy - radius, sx + radius, sy + radius), fill=tuple(brown.astype(int).tolist()))
-    return (*spots.min(axis=0), *spots.max(axis=0))
-
-
-def _draw_crack(pen, x, y, rng):
-    """A jagged dark line."""
-    along = np.linspace(-45, 45, 9)
-    across = rng.uniform(6, 14, 9) * (-1) ** np.arange(9)
-    return _polygon(pen, x, y, np.stack([along, across], axis=1), rng.uniform(0, 2 * math.pi), (15, 12, 12), line=6)
-
-
-def _draw_hole(pen, x, y, rng):
-    """A torn hole: black, with a jagged bright rim."""
-    corners = _star(rng.uniform(24, 32) * rng.uniform(0.8, 1.2, 18) * np.tile([1.35, 0.75], 9))
-    box = _polygon(pen, x, y, 1.3 * corners, 0, (235, 232, 225))
-    _polygon(pen, x, y, corners, 0, (12, 10, 10))
-    return box
-
-
-DEMO_DRAWERS = {"bolt": _draw_bolt, "bracket": _draw_bracket, "ring": _draw_ring,
-                "rust": _draw_rust, "crack": _draw_crack, "hole": _draw_hole}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
