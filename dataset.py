@@ -746,10 +746,11 @@ class ImageFolder:
         if name in self.names:
             return name
         places = []
+        root = os.path.realpath(self.root)
         for base in (self.root, os.path.dirname(origin.rpartition(":")[0]), *self.bases):
             folder, last = os.path.split(os.path.normpath(os.path.join(base, name.replace("\\", "/"))))
             place = os.path.join(os.path.realpath(folder), last)
-            places.append(os.path.relpath(place, os.path.realpath(self.root)).replace(os.sep, "/"))
+            places.append(os.path.relpath(place, root).replace(os.sep, "/"))
             if places[-1] in self.names:
                 return places[-1]
         if places[0].startswith(".."):
