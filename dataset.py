@@ -31,7 +31,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from itertools import islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -44,22 +44,21 @@ PARTS = ("train", "val", "test")
 
 @dataclass
 class LabelTable:
-    """Images and what is known of them: row i is the image `paths[i]`, named `ids[i]`, with labels
-    `targets[i]`."""
+    """Images and their labels: row i is the image `paths[i]`, named `ids[i]`."""
 
     ids: list  # N names, as the label file writes them
     paths: list  # N files (or PIL images, bytes, arrays)
     targets: np.ndarray  # float32 (N, C): 1, 0, NaN where the label is unknown
     classes: list  # C names
     groups: dict = field(default_factory=dict)  # group name -> its class names; may be empty
-    objects: list = field(default_factory=list)  # N names of the physical object shown, kept in one split; may be empty
-    parts: list = field(default_factory=list)  # N of "train", "val", "test" or "": the data's own split; may be empty
-    copies: list = field(default_factory=list)  # N ids of the first image with the same bytes; empty when all differ
-    origins: list = field(default_factory=list)  # N places "FILE:LINE", for messages
-    missing: list = field(default_factory=list)  # ids of the rows that were dropped: their image is not there
+    objects: list = field(default_factory=list)  # N objects that are shown: each stays in one split
+    parts: list = field(default_factory=list)  # N of "train", "val", "test" or "": the data's own split
+    copies: list = field(default_factory=list)  # N ids of the first image with the same bytes
+    origins: list = field(default_factory=list)  # N places "FILE:LINE"; these four may be empty
+    missing: list = field(default_factory=list)  # ids of rows that were dropped for lack of an image
     notes: list = field(default_factory=list)  # how the label file was understood, one line each
     warnings: list = field(default_factory=list)  # what was odd in the label file, one line each
-    absent: float = math.nan  # the label of a class that is not named: 0 where a file lists what is there
+    absent: float = math.nan  # what a class is that is not named: 0 in lists of what is there
 
     def __len__(self):
         return len(self.ids)
@@ -79,8 +78,7 @@ class LabelTable:
 
 @dataclass
 class Reading:
-    """What read_labels() is told instead of finding it out by looking: the options of
-    add_data_options()."""
+    """What read_labels() is told instead of finding it out by looking: see add_data_options()."""
 
     label_groups: str = None
     group: str = None
@@ -97,11 +95,10 @@ class Reading:
 def read_labels(data_dir, labels=None, images=None, **how):
     """Read a data folder, whatever its label format -> LabelTable.
 
-    data_dir: the folder. labels: the label file, or the folder of .cls files; by default it is
-    found by looking (find_labels). images: the image folder; by default DATA/images, or DATA
-    itself. how: fields of Reading, which add_data_options() explains. Rows whose image is missing
-    are dropped and listed in `missing`; `notes` says how the files were understood. Raises
-    InputError.
+    labels: the label file, or the folder of .cls files; by default that of find_labels(). images:
+    the image folder; by default DATA/images, or DATA itself. how: fields of Reading. Rows whose
+    image is missing are dropped and listed in `missing`; `notes` says how the files were
+    understood. Raises InputError.
     """
     data_dir = Path(data_dir)
     how = Reading(**how)
@@ -110,7 +107,7 @@ def read_labels(data_dir, labels=None, images=None, **how):
     if images and not Path(images).is_dir():
         raise InputError(f"{images} is not a folder: --images names the image folder")
     default = data_dir / "images"
-    folder = ImageFolder(images or (default if default.is_dir() else data_dir))
+    folder = ImageFolder(images or (default if default.is_dir() else data_dir), data_dir)
     groups_file = Path(how.label_groups or data_dir / "label_groups.json")
     groups = _read_groups(groups_file) if how.label_groups or groups_file.is_file() else {}
 
@@ -130,7 +127,7 @@ def read_labels(data_dir, labels=None, images=None, **how):
         table.notes.append(f"divided: {', '.join(f'{path} is {part}' for part, path in files.items())}")
     if groups:
         table = _apply_groups(table, groups, groups_file)
-    table = _attach_images(table, folder, data_dir)
+    table = _attach_images(table, folder)
     if how.split_column == "folder":
         table.parts = [_part_of_folder(path, folder.root) for path in table.paths]
         table.notes.append("split: by the folders below the image folder")
@@ -157,14 +154,11 @@ def add_data_options(parser):
 
 def data_options(options):
     """The options of add_data_options() as keywords of read_labels()."""
-    names = ["labels", "images", *Reading.__dataclass_fields__]
-    return {name: getattr(options, name) for name in names}
+    return {name: getattr(options, name) for name in ("labels", "images", *Reading.__dataclass_fields__)}
 
 
 def find_labels(data_dir):
-    """The label files of a data folder, found by looking -> {part: Path}: the part is "" for one
-    file (or the folder of .cls files), else one of PARTS. Raises InputError when there is none, or
-    several."""
+    """Look for label files -> {part: Path}; a single one, or one of .cls files, has part "". Raises InputError."""
     for name in ("labels.txt", "labels.csv", "labels.tsv", "image_data.csv"):
         if (data_dir / name).is_file():
             return {"": data_dir / name}
@@ -182,56 +176,52 @@ def find_labels(data_dir):
 
 
 def _table_files(folder):
-    names = [path for path in folder.iterdir() if path.suffix.lower() in (".txt", ".csv", ".tsv") and path.is_file()]
+    names = [path for path in folder.glob("*.*") if path.suffix.lower() in (".txt", ".csv", ".tsv") and path.is_file()]
     return sorted(path for path in names if not path.name.startswith("._"))
-
-
-def _find_divided(data_dir):
-    """Label files of train, val and test: train.csv, train_metadata.csv, or the only table file of
-    a folder train/."""
-    divided = {}
-    files = _table_files(data_dir)
-    for word, part in PART_WORDS.items():
-        for path in files:
-            if path.stem.lower() in (word, f"{word}_metadata"):
-                if part in divided:
-                    raise InputError(f"{divided[part]} and {path} are both of {part}: remove one, or name the label "
-                                     "file with --labels")
-                divided[part] = path
-        inside = data_dir / word
-        if inside.is_dir() and len(_table_files(inside)) == 1:
-            divided.setdefault(part, _table_files(inside)[0])
-    return {part: divided[part] for part in PARTS if part in divided}
 
 
 PART_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
               "test": "test", "testing": "test"}
 
 
-def _given_file(labels, data_dir):
-    """--labels FILE, looked for in the working directory and in DATA."""
-    for path in (Path(labels), data_dir / labels):
+def _find_divided(data_dir):
+    """train.csv, train_metadata.csv, or the only table file of train/; val and test likewise."""
+    divided = {}
+    for path in _table_files(data_dir):
+        part = PART_WORDS.get(path.stem.lower().removesuffix("_metadata"))
+        if part in divided:
+            raise InputError(f"{divided[part]} and {path} are both of {part}: remove one, or give --labels")
+        if part:
+            divided[part] = path
+    for word, part in PART_WORDS.items():
+        inside = _table_files(data_dir / word)
+        if len(inside) == 1:
+            divided.setdefault(part, inside[0])
+    return {part: divided[part] for part in PARTS if part in divided}
+
+
+def _given_file(name, data_dir):
+    """A file that an option names, looked for in the working directory and in DATA."""
+    for path in (Path(name), data_dir / name):
         if path.exists():
             return path
-    raise InputError(f"{labels} cannot be read: No such file or directory, nor in {data_dir}")
+    raise InputError(f"{name} cannot be read: No such file or directory, nor in {data_dir}")
 
 
 LONGEST_LINE = 2**20  # bytes; a longer one is not of a label file
 
 
 def read_lines(path):
-    """The lines of a text file, without line ends. UTF-8 with or without BOM; any line end. Raises
-    InputError."""
-    parts = []
+    """The lines of a text file in UTF-8, with or without BOM, any line end. Raises InputError."""
+    content = bytearray()
     try:
         with open(path, "rb") as file:
             while part := file.read(LONGEST_LINE):
-                if len(part) == LONGEST_LINE and b"\n" not in part and b"\r" not in part:
+                if len(part) == LONGEST_LINE and not re.search(rb"[\r\n]", part):
                     raise InputError(f"{path} has a line of over {LONGEST_LINE} bytes: it is not a label file")
-                parts.append(part)
+                content += part
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    content = b"".join(parts)
     if b"\0" in content:
         raise InputError(f"{path} has zero bytes, as UTF-16 and binary files do: save it as text in UTF-8")
     try:
@@ -242,12 +232,14 @@ def read_lines(path):
     return text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
 
 
+def _read_names(path):
+    return [line.strip() for line in read_lines(path) if line.strip()]
+
+
 def read_rows(path):
-    """The cells of a table -> ([(line number, cells), ...] without blank lines, delimiter). " "
-    stands for any white space. Raises InputError."""
+    """A table -> ([(line number, cells), ...] of lines not blank, delimiter). Raises InputError."""
     lines = read_lines(path)
-    first = next((line for line in lines if line.strip()), "")
-    delimiter = _find_delimiter(path, first)
+    delimiter = _find_delimiter(path, next((line for line in lines if line.strip()), ""))
     if delimiter == " ":
         return [(number, line.split()) for number, line in enumerate(lines, 1) if line.strip()], delimiter
     rows = []
@@ -263,7 +255,6 @@ def read_rows(path):
 
 
 def _find_delimiter(path, line):
-    """What separates the cells of a table, by its first line that is not blank."""
     if path.suffix.lower() == ".tsv":
         return "\t"
     delimiter = max(",;\t", key=line.count)
@@ -271,8 +262,7 @@ def _find_delimiter(path, line):
     if path.suffix.lower() != ".csv" and (blanks > line.count(delimiter) or delimiter not in line):
         return " "
     if line and delimiter not in line:
-        raise InputError(f"{path}:1: no label column: separate the cells by a comma, a semicolon or a tab, "
-                         "or by white space in a .txt file")
+        raise InputError(f"{path}:1: no label column: separate cells by comma, semicolon or tab")
     return delimiter
 
 
@@ -281,59 +271,55 @@ ID_TITLES = ("id", "image_id", "imageid", "image", "images", "image_name", "imag
              "file_name", "file name", "file", "path", "filepath", "file_path", "image_path", "img", "name")
 
 
-def _read_file(path, groups, folder, how, lists=None):
-    """A label file in the table or the lists format -> (LabelTable without paths, whether it was
-    read as lists). lists: whether it has to be, None to look."""
+def _read_file(path, groups, folder, how, lists):
+    """A table or lists file -> (LabelTable without paths, lists: whether it was, or has to be)."""
     rows, delimiter = read_rows(path)
     if not rows:
         raise InputError(f"{path} is empty: it needs a line per image")
     values = LabelValues(how, decimal_comma=delimiter == ";")
     notes = [f"{path}: cells separated by {DELIMITER_NAMES[delimiter]}"]
-    if len(rows) > 2 and len(rows[0][1]) == 1 and rows[0][1][0] in (str(len(rows) - 1), str(len(rows) - 2)):
+    if len(rows) > 2 and rows[0][1] in ([str(len(rows) - 1)], [str(len(rows) - 2)]):
         notes.append(f"line {rows[0][0]} tells the number of rows")
         rows = rows[1:]
     if how.image_list:
         image_list = _given_file(how.image_list, path.parent)
-        rows = _add_image_names(path, rows, image_list)
+        names = _read_names(image_list)
+        if len(names) != len(rows):
+            raise InputError(f"{image_list} names {len(names)} images, but {path} has {len(rows)} rows")
+        rows = [(number, [name, *cells]) for name, (number, cells) in zip(names, rows)]
         notes.append(f"images: named by {image_list}")
     header, rows = _split_header(path, rows, delimiter, folder, values, notes)
     columns = _columns(path, header, rows, delimiter, values)
-    title = _find_image_column(path, columns, folder, how)
+    title = how.image_column or _find_image_column(columns, folder)
     notes.append(f"images: in the column {title}" if title else "images: in a column without a title")
-    table = LabelTable(columns.pop(title), [], None, [], notes=notes)
+    table = LabelTable(_take(path, columns, title, "--image-column"), [], None, [], notes=notes)
     table.origins = [f"{path}:{number}" for number, _ in rows]
     for name in how.ignore:
         _take(path, columns, name, "--ignore")
     if how.group:
         table.objects = _take(path, columns, how.group, "--group")
     _read_parts(path, table, columns, how)
+
+    columns = [Column(title, cells, values) for title, cells in columns.items()]
     if lists is None:
         known = how.image_column or title.lower() in ID_TITLES
-        lists = delimiter != " " and bool(known) and _looks_like_lists(columns, values, groups)
+        lists = delimiter != " " and bool(known) and _looks_like_lists(columns, groups)
     if lists:
-        _read_lists(path, table, columns, groups, values, how)
+        chosen = _read_lists(path, table, columns, groups, values, how)
     else:
-        _read_table(path, table, columns, values, how)
+        chosen = _read_table(path, table, columns, values, how)
+    left_out = [column.title or "one without a title" for column in columns if column not in chosen]
+    if left_out:
+        table.warnings.append(f"columns that hold no labels were left out: {', '.join(left_out)}")
     return table, lists
 
 
-def _add_image_names(path, rows, image_list):
-    """Put the names of a file with a name per line before the cells of a matrix of labels."""
-    names = [line.strip() for line in read_lines(image_list) if line.strip()]
-    if len(names) != len(rows):
-        raise InputError(f"{image_list} names {len(names)} images, but {path} has {len(rows)} rows")
-    return [(number, [name, *cells]) for name, (number, cells) in zip(names, rows)]
-
-
 def _split_header(path, rows, delimiter, folder, values, notes):
-    """-> (titles of the columns, the other rows); the titles are made up where the first row names
-    an image."""
+    """-> (titles, the other rows); titles are made up where the first row names an image."""
     number, cells = rows[0]
     if len(cells) < 2:
         raise InputError(f"{path}:{number}: no label column: the image comes first, then 0, 1 or NA for each class")
-    labels = 0  # cells at the end that read as labels
-    while labels < len(cells) and values[cells[len(cells) - 1 - labels]] is not None:
-        labels += 1
+    labels = len(list(takewhile(lambda cell: values[cell] is not None, reversed(cells))))  # at the end
     name = cells[0]
     width = len(cells) - 1
     if delimiter == " " and 0 < labels < width:  # a file name may hold blanks
@@ -343,22 +329,19 @@ def _split_header(path, rows, delimiter, folder, values, notes):
         notes.append(f"no header: the image comes first, and the classes are called Attr1 to Attr{width}")
         return ["image", *(f"Attr{i + 1}" for i in range(width))], rows
     if labels == len(cells):
-        raise InputError(f"{path}:{number}: a row of labels without an image: name the file of image names with "
-                         "--image-list FILE")
+        raise InputError(f"{path}:{number}: a row of labels without an image: name the images with --image-list")
     if len(rows) == 1:
         raise InputError(f"{path} has a header and no rows: it needs a line per image")
     if delimiter == " " and len(rows[1][1]) == len(cells) + 1 and values[rows[1][1][1]] is not None:
         cells = ["", *cells]  # the image column has no title
     elif labels == len(cells) - 1:
         notes.append(f"line {number} is taken as a header, as {name} is no image: write a suffix if it is one")
-    repeated = first_repeated(cells)
-    if repeated is not None:
-        raise InputError(f"{path}:{number}: the column {repeated!r} is there twice: rename one")
+    _refuse_repeated(f"{path}:{number}", [f"the column {title!r}" for title in cells])
     return cells, rows[1:]
 
 
 def _columns(path, header, rows, delimiter, values):
-    """{title: the cells of the column, a list}, of rows that must have a cell for each title."""
+    """{title: the cells of the column}, of rows that must have a cell for each title."""
     flat = []
     for number, cells in rows:
         extra = len(cells) - len(header)
@@ -377,22 +360,15 @@ def _take(path, columns, title, option):
     return columns.pop(title)
 
 
-def _find_image_column(path, columns, folder, how):
-    """The title of the column of images: that of --image-column, the one whose cells name images,
-    or the first."""
-    if how.image_column:
-        _take(path, dict(columns), how.image_column, "--image-column")
-        return how.image_column
-    candidates = sorted(columns, key=lambda title: (title.lower() not in ID_TITLES, _is_index(title)))
-    best = 0
-    for title in candidates:
-        hits = sum(folder.names_image(cell) for cell in columns[title][:50])
-        if hits > best:
-            best = hits
-            found = title
-        if hits == len(columns[title][:50]):
+def _find_image_column(columns, folder):
+    """The title of the column whose cells name most images, or the likeliest title."""
+    hits = {}
+    for title in sorted(columns, key=lambda title: (title.lower() not in ID_TITLES, _is_index(title))):
+        cells = columns[title][:50]
+        hits[title] = sum(folder.names_image(cell) for cell in cells)
+        if hits[title] == len(cells):
             break
-    return found if best else candidates[0]
+    return max(hits, key=hits.get)
 
 
 def _is_index(title):
@@ -416,23 +392,24 @@ def _read_parts(path, table, columns, how):
     table.notes.append(f"split: from the column {title}")
 
 
-def first_repeated(names):
-    """The first name that was there before, or None."""
-    seen = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
+def _first_repeated(names):
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def _refuse_repeated(place, names):
+    repeated = _first_repeated(names)
+    if repeated is not None:
+        raise InputError(f"{place}: {repeated} is there twice: rename one")
 
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+DATE = re.compile(r"\d+[-./]\d+[-./]\d")
 LABEL_WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 LABEL_WORDS |= dict.fromkeys(["", "na", "n/a", "nan", "none", "null", "?"], math.nan)
 
 
 class LabelValues(dict):
-    """cell -> 1.0, 0.0, NaN, or None when the cell is no label; filled as cells are asked for."""
+    """cell -> 1.0, 0.0, math.nan, or None for no label; filled as cells are asked for."""
 
     def __init__(self, how, decimal_comma=False):
         self.how = how
@@ -459,59 +436,89 @@ class LabelValues(dict):
             cell = cell.replace(",", ".")
         return float(cell) if NUMBER.fullmatch(cell) else None
 
-    def is_word(self, cell):
-        """Whether a cell is neither a label, nor a number, nor a date."""
-        return self[cell] is None and self.number(cell) is None and not re.match(r"\d+[-./]\d+[-./]\d", cell)
+
+LIST_TITLE = re.compile(r"label|tag|class|categor|finding", re.IGNORECASE)
+OTHER_TITLES = {"split", "fold", "set", "subset", "caption", "text", "description", "comment", "comments", "remarks",
+                "note", "notes", "date", "time", "timestamp", "inspector", "operator", "author", "user", "source",
+                "url", "confidence"}  # which may hold words, but hardly labels
+
+
+class Column:
+    """A column of a label file, and what its cells read as: every decision looks here."""
+
+    def __init__(self, title, cells, values):
+        self.title = title
+        self.cells = cells
+        self.distinct = set(cells)
+        self.values = {values[cell] for cell in self.distinct}
+        numbers = {cell: values.number(cell) for cell in self.distinct}
+        self.numbers = set(numbers.values())
+        odd = [cell for cell in self.distinct if values[cell] is None]
+        self.odd_numbers = [numbers[cell] for cell in odd]
+        self.words = {cell for cell in odd if numbers[cell] is None and not DATE.match(cell)}
+        self.is_index = _is_index(title)
+        self.is_other = self.is_index or title.lower() in OTHER_TITLES
+
+    def holds_names(self):
+        """Whether it may be a list of names: some words that come again, or nothing at all."""
+        repeated = len(self.cells) <= 20 or len(self.distinct) < 0.9 * len(self.cells)
+        return bool(self.words or self.values == {math.nan}) and repeated and not self.is_other
+
+
+def _looks_like_lists(columns, groups):
+    """Whether there are words below a title of lists and at most one column of labels, or words and no labels."""
+    words = [column for column in columns if column.words]
+    others = [column for column in columns if not column.words and not column.is_other]
+    if any(column.title in groups for column in words):
+        return True
+    if any(LIST_TITLE.search(column.title) for column in words):
+        return sum(None not in column.values and {0, 1} <= column.values for column in others) < 2
+    for column in others:
+        if column.values & {0, 1} or any(number is not None and 0 <= number <= 1 for number in column.numbers):
+            return False
+    return bool(words)
 
 
 def _read_table(path, table, columns, values, how):
-    """The table format: a column per class with 0, 1 or NA. Sets targets and classes of the
-    table."""
-    left_out = []
-    for title, cells in columns.items():
-        if (_is_index(title) and len(columns) > 1) or not _is_label_column(path, table, title, cells, values):
-            left_out.append(title or "one without a title")
-        else:
-            table.classes.append(title)
-    if not table.classes:
-        raise InputError(f"{path}: no column holds labels (0, 1 or NA): it has {', '.join(columns)}; for lists of "
-                         "names say with --image-column which column names the images")
-    _check_signs(path, table, [columns[title] for title in table.classes], values, how)
-    table.targets = np.empty((len(table), len(table.classes)), np.float32)
-    for c, title in enumerate(table.classes):
-        table.targets[:, c] = np.fromiter(map(values.__getitem__, columns[title]), np.float32, len(table))
-    table.notes.append(f"labels: a table with {len(table.classes)} columns of 1, 0 and NA")
-    _warn_left_out(table, left_out)
+    """Set classes and targets from columns of 0, 1 and NA -> these columns."""
+    chosen = []
+    for column in columns:
+        if not (column.is_index and len(columns) > 1) and _holds_labels(path, table, column, values):
+            chosen.append(column)
+    table.classes = [column.title for column in chosen]
+    if not chosen:
+        titles = ", ".join(column.title for column in columns)
+        raise InputError(f"{path}: no labels (0, 1 or NA) in {titles}; for lists of names give --image-column")
+    _check_signs(path, table, chosen, values, how)
+    table.targets = np.empty((len(table), len(chosen)), np.float32)
+    for c, column in enumerate(chosen):
+        table.targets[:, c] = np.fromiter(map(values.__getitem__, column.cells), np.float32, len(table))
+    table.notes.append(f"labels: a table with {len(chosen)} columns of 1, 0 and NA")
+    return chosen
 
 
-def _is_label_column(path, table, title, cells, values):
+def _holds_labels(path, table, column, values):
     """Whether the known cells of a column are labels; an InputError when only some are."""
-    odd = [cell for cell in set(cells) if values[cell] is None]
-    if not odd:
+    if None not in column.values:
         return True
-    numbers = [values.number(cell) for cell in odd]
-    if all(number is not None and 0 < number < 1 for number in numbers):
-        raise InputError(f"{path}: the column {title} holds numbers between 0 and 1: give --label-threshold T to make "
-                         f"them labels, or --ignore {title}")
-    labels = sum(values[cell] in (0, 1) for cell in cells)
-    if labels < sum(values[cell] is None for cell in cells):
+    if all(number is not None and 0 < number < 1 for number in column.odd_numbers):
+        raise InputError(f"{path}: {column.title} holds numbers from 0 to 1: give --label-threshold T, or --ignore it")
+    found = [values[cell] for cell in column.cells]
+    if found.count(0) + found.count(1) < found.count(None):
         return False
-    row = next(row for row, cell in enumerate(cells) if values[cell] is None)
-    raise InputError(f"{table.origins[row]}: {cells[row]!r} in the column {title} is not 0, 1 or NA: correct it, or "
-                     f"leave the column out with --ignore {title}")
+    row = found.index(None)
+    raise InputError(f"{table.origins[row]}: {column.cells[row]!r} in the column {column.title} is not 0, 1 or NA: "
+                     f"correct it, or leave the column out with --ignore {column.title}")
 
 
 def _check_signs(path, table, columns, values, how):
-    """An InputError where -1 may mean absent as well as unknown: there is no 0, or it is rarer and
-    every column has -1. Else a note that -1 is NA."""
-    if "-1" in (how.negative, how.unknown):
-        return
-    if not any(values.number(cell) == -1 for cells in columns for cell in set(cells)):
+    """Refuse -1 where it may mean absent: without a 0, or a rarer one and -1 in every column."""
+    if "-1" in (how.negative, how.unknown) or not any(-1 in column.numbers for column in columns):
         return
     minus = []
     zeros = 0
-    for cells in columns:
-        counts = Counter(cells)
+    for column in columns:
+        counts = Counter(column.cells)
         minus.append(sum(count for cell, count in counts.items() if values.number(cell) == -1))
         zeros += sum(count for cell, count in counts.items() if values[cell] == 0)
     if sum(minus) > zeros and (zeros == 0 or min(minus)) and len(table) > 1:
@@ -520,111 +527,56 @@ def _check_signs(path, table, columns, values, how):
     table.notes.append(f"labels: -1 was read as NA, {sum(minus)} times")
 
 
-def _warn_left_out(table, titles):
-    if titles:
-        table.warnings.append(f"columns that hold no labels were left out: {', '.join(titles)}")
-
-
-LIST_TITLE = re.compile(r"label|tag|class|categor|finding", re.IGNORECASE)
-OTHER_TITLES = {"split", "fold", "set", "subset", "caption", "text", "description", "comment", "comments", "remarks",
-                "note", "notes", "date", "time", "timestamp", "inspector", "operator", "author", "user", "source",
-                "url", "confidence"}  # which may hold words, but hardly labels
-
-
-def _looks_like_lists(columns, values, groups):
-    """Whether columns hold lists of names: one has words and a title that says so, and at most one
-    is of labels; or there are words, and neither labels nor numbers between 0 and 1."""
-    words = []
-    labels = []
-    for title, cells in columns.items():
-        distinct = set(cells)
-        if any(values.is_word(cell) for cell in distinct):
-            words.append(title)
-        elif not _is_index(title) and title.lower() not in OTHER_TITLES:
-            found = {values[cell] for cell in distinct}
-            if {0, 1} <= found and None not in found:
-                labels.append(title)
-    if any(title in groups for title in words):
-        return True
-    if any(LIST_TITLE.search(title) for title in words):
-        return len(labels) < 2
-    rest = [title for title in columns if title not in words and not _is_index(title)]
-    rest = [title for title in rest if title.lower() not in OTHER_TITLES]
-    numbers = [values.number(cell) for title in rest for cell in set(columns[title])]
-    some_labels = any(number is not None and 0 <= number <= 1 for number in numbers)
-    some_labels |= any(values[cell] in (0, 1) for title in rest for cell in set(columns[title]))
-    return bool(words) and not some_labels
-
-
 def _read_lists(path, table, columns, groups, values, how):
-    """The lists format: columns of names, several in a cell. Sets targets, classes and groups of
-    the table."""
-    titles = _list_columns(path, columns, groups, values)
-    cells = {cell for title in titles for cell in columns[title]}
-    separator = how.separator or _find_separator(path, [cell for cell in cells if values.is_word(cell)])
-    confidence = next((columns[title] for title in columns if title.lower() == "confidence"), None)
-    placeholders = {"", "nan", "none", "na", "n/a", "null"}
-    for title in titles:
-        stem = title.lower().removesuffix("s")
-        placeholders |= {stem, stem + "s"}
-    names = {}  # cell -> the names in it
-    dropped = set()
-    for cell in cells:
-        parts = cell.strip("[]").split(separator) if separator else [cell]
-        parts = [part.strip(" '\"") for part in parts]
-        names[cell] = [part for part in parts if part.lower() not in placeholders]
-        dropped.update(part or "an empty cell" for part in parts if part.lower() in placeholders)
-
-    own = {title: sorted({name for cell in set(columns[title]) for name in names[cell]}) for title in titles}
-    repeated = first_repeated([name for members in own.values() for name in members])
+    """Set classes, targets and groups from columns of names, several in a cell -> these columns."""
+    chosen = _list_columns(path, columns, groups)
+    titles = [column.title for column in chosen]
+    separator = how.separator or _find_separator(path, set().union(*(column.words for column in chosen)))
+    cells = set().union(*(column.distinct for column in chosen))
+    names, dropped = _split_cells(cells, separator, titles)
+    own = {column.title: sorted(set(chain(*map(names.get, column.distinct)))) for column in chosen}
+    repeated = _first_repeated(chain(*own.values()))
     if repeated is not None and not groups:
-        raise InputError(f"{path}: {repeated} is in the columns "
-                         f"{' and '.join(title for title in titles if repeated in own[title])}: rename it in one of "
-                         "them, or give --label-groups")
+        both = " and ".join(title for title in titles if repeated in own[title])
+        raise InputError(f"{path}: {repeated} is in the columns {both}: rename it in one of them, or --label-groups")
     if not any(own.values()):
         raise InputError(f"{path} names no labels in {', '.join(titles)}")
-    valid = [name for members in groups.values() for name in members]  # some may never be seen
-    table.classes = list(dict.fromkeys([name for members in own.values() for name in members] + valid))
+    table.classes = list(dict.fromkeys(chain(*own.values(), *groups.values())))  # some may never be seen
     table.groups = own if len(own) > 1 else {}
-    table.absent = 0.0 if confidence is None else math.nan
-    table.targets = np.full((len(table), len(table.classes)), table.absent, np.float32)
-    index = {name: c for c, name in enumerate(table.classes)}
-    for row, origin in enumerate(table.origins):
-        value = 1.0 if confidence is None else values[confidence[row]]
-        if value is None:
-            raise InputError(f"{origin}: the confidence {confidence[row]} is not 0 or 1: give --label-threshold T")
-        for title in titles:
-            for name in names[columns[title][row]]:
-                table.targets[row, index[name]] = value
 
-    table.notes.append(f"labels: lists of names in {', '.join(titles)}, " + (
-        f"separated by {separator!r}" if separator else "one in a cell"))
+    stated = [1.0] * len(table)
+    table.absent = 0.0
+    table.notes.append(f"labels: lists of names in {', '.join(titles)}, "
+                       + (f"separated by {separator!r}" if separator else "one in a cell"))
     if dropped:
         table.notes.append(f"labels: no label is meant by {', '.join(sorted(dropped))}")
-    if confidence is not None:
+    confidence = next((column.cells for column in columns if column.title.lower() == "confidence"), None)
+    if confidence:
+        stated = [values[cell] for cell in confidence]
+        table.absent = math.nan
         table.notes.append("labels: confidence 0 means absent, and a label that is not listed is unknown")
-    _warn_left_out(table, [title or "one without a title" for title in columns if title not in titles])
+    table.targets = np.full((len(table), len(table.classes)), table.absent, np.float32)
+    index = {name: c for c, name in enumerate(table.classes)}
+    for row, value in enumerate(stated):
+        if value is None:
+            raise InputError(f"{table.origins[row]}: {confidence[row]} is not 0 or 1: give --label-threshold T")
+        for column in chosen:
+            for name in names[column.cells[row]]:
+                table.targets[row, index[name]] = value
+    return chosen
 
 
-def _list_columns(path, columns, groups, values):
-    """The titles of the columns that hold lists of names."""
+def _list_columns(path, columns, groups):
     if groups:
-        titles = [title for title in columns if title in groups or title.lower() == "labels"]
-        if not titles:
-            raise InputError(f"{path}: no column is named labels, or like one of the groups {', '.join(groups)}")
-        return titles
-    words = []
-    for title, cells in columns.items():
-        distinct = set(cells)
-        some_words = any(values.is_word(cell) for cell in distinct)
-        only_na = all(values[cell] is not None and values[cell] != values[cell] for cell in distinct)
-        repeated = len(cells) <= 20 or len(distinct) < 0.9 * len(cells)
-        if (some_words or only_na) and repeated and title.lower() not in OTHER_TITLES and not _is_index(title):
-            words.append(title)
-    titles = [title for title in words if LIST_TITLE.search(title)] or words
-    if not titles:
-        raise InputError(f"{path}: no column holds names of labels: it has {', '.join(columns)}")
-    return titles
+        chosen = [column for column in columns if column.title in groups or column.title.lower() == "labels"]
+        lacking = f"no column is named labels, or like one of the groups {', '.join(groups)}"
+    else:
+        names = [column for column in columns if column.holds_names()]
+        chosen = [column for column in names if LIST_TITLE.search(column.title)] or names
+        lacking = f"no column holds names of labels: it has {', '.join(column.title for column in columns)}"
+    if not chosen:
+        raise InputError(f"{path}: {lacking}")
+    return chosen
 
 
 def _find_separator(path, cells):
@@ -637,6 +589,22 @@ def _find_separator(path, cells):
         example = max(sorted(cells), key=lambda cell: len(cell.split()))
         raise InputError(f'{path}: {example!r} can be one label or several: say --separator " " or --separator ";"')
     return None
+
+
+def _split_cells(cells, separator, titles):
+    """-> ({cell: the names in it}, the parts of cells that are no names)."""
+    placeholders = {"", "nan", "none", "na", "n/a", "null"}
+    for title in titles:
+        stem = title.lower().removesuffix("s")
+        placeholders |= {stem, stem + "s"}
+    names = {}
+    dropped = set()
+    for cell in cells:
+        parts = cell.strip("[]").split(separator) if separator else [cell]
+        parts = [part.strip(" '\"") for part in parts]
+        names[cell] = [part for part in parts if part.lower() not in placeholders]
+        dropped.update(part or "an empty cell" for part in parts if part.lower() in placeholders)
+    return names, dropped
 
 
 # The cls format: for each image a file LABELS/**/NAME.cls with a class index per line
@@ -652,35 +620,28 @@ def _read_cls(folder, data_dir):
     indices = {str(c): c for c in range(len(classes))}
     for row, file in enumerate(files):
         for number, line in enumerate(read_lines(file), 1):
-            if not line.strip():
-                continue
-            if line.strip() not in indices:
-                raise InputError(f"{file}:{number}: {line.strip()!r} is not a class index, 0 to {len(classes) - 1}")
-            targets[row, indices[line.strip()]] = 1
+            index = line.strip()
+            if index and index not in indices:
+                raise InputError(f"{file}:{number}: {index!r} is not a class index, 0 to {len(classes) - 1}")
+            if index:
+                targets[row, indices[index]] = 1
     names = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
     notes = [f"{folder}: {len(files)} .cls files of class indices", f"class names: {source}"]
     return LabelTable(names, [], targets, classes, origins=list(map(str, files)), notes=notes, absent=0.0)
 
 
 def _read_class_names(data_dir):
-    """The names of classes.txt (a name per line) or classes.json (a list), else those of COCO ->
-    (names, source)."""
-    text = data_dir / "classes.txt"
-    file = data_dir / "classes.json"
-    if text.is_file():
-        source = text
-        classes = [line.strip() for line in read_lines(text) if line.strip()]
-    elif file.is_file():
-        source = file
-        content = _read_json(file)
-        classes = content.get("classes") if isinstance(content, dict) else content
-    else:
+    """-> (the names of classes.txt or classes.json, else those of COCO, where they are from)."""
+    files = (data_dir / "classes.txt", data_dir / "classes.json")
+    source = next((file for file in files if file.is_file()), None)
+    if not source:
         return COCO_CLASSES, "the 80 of COCO"
-    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+    classes = _read_names(source) if source.suffix == ".txt" else _read_json(source)
+    if isinstance(classes, dict):
+        classes = classes.get("classes")
+    if not classes or not _is_list_of_names(classes):
         raise InputError(f'{source}: it must look like ["class", ...]')
-    repeated = first_repeated(classes)
-    if repeated is not None:
-        raise InputError(f"{source}: {repeated} is there twice: rename one")
+    _refuse_repeated(source, classes)
     return classes, str(source)
 
 
@@ -702,47 +663,38 @@ def _read_json(path):
         raise InputError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON: {getattr(error, 'msg', error)}") from None
 
 
+def _is_list_of_names(value):
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def _read_groups(path):
     """A JSON file {group: [class, ...]} -> dict."""
     groups = _read_json(path)
-    form = f'{path}: it must look like {{"group": ["class", ...], ...}}'
-    if not isinstance(groups, dict):
-        raise InputError(form)
-    for names in groups.values():
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise InputError(form)
-    repeated = first_repeated([name for members in groups.values() for name in members])
-    if repeated is not None:
-        raise InputError(f"{path}: {repeated} is there twice: rename one")
+    if not isinstance(groups, dict) or not all(map(_is_list_of_names, groups.values())):
+        raise InputError(f'{path}: it must look like {{"group": ["class", ...], ...}}')
+    _refuse_repeated(path, chain(*groups.values()))
     return groups
 
 
 def _apply_groups(table, groups, path):
-    """Order the classes by their groups; those that are in no group are dropped, and counted in a
-    warning."""
+    """Order the classes by their groups; those in none are dropped, and counted in a warning."""
     column = {name: c for c, name in enumerate(table.classes)}
     groups = {group: [name for name in names if name in column] for group, names in groups.items()}
-    classes = [name for names in groups.values() for name in names]
+    classes = list(chain(*groups.values()))
     if not classes:
         raise InputError(f"{path}: none of its names is a class; the classes are {', '.join(table.classes)}")
-    dropped = []
-    for name in table.classes:
-        if name not in classes:
-            dropped.append(f"{name} ({int(np.nansum(table.targets[:, column[name]]))} times)")
-    warnings = list(table.warnings)
+    positives = np.nansum(table.targets, axis=0)
+    dropped = [f"{name} ({positives[c]:.0f} times)" for name, c in column.items() if name not in classes]
     if dropped:
-        warnings.append(f"{len(dropped)} classes are in no group of {path} and were dropped: {', '.join(dropped)}")
+        table.warnings.append(f"{len(dropped)} classes in no group of {path} were dropped: {', '.join(dropped)}")
+    table.notes.append(f"groups: {', '.join(groups)}, from {path}")
     targets = table.targets[:, [column[name] for name in classes]]
-    return replace(table, classes=classes, targets=targets, groups=groups, warnings=warnings,
-                   notes=[*table.notes, f"groups: {', '.join(groups)}, from {path}"])
+    return replace(table, classes=classes, targets=targets, groups=groups)
 
 
 def _join_tables(tables):
-    """Tables of several label files -> one. A class that one of them does not know is absent or
-    unknown there."""
-    if len(tables) == 1:
-        return tables[0]
-    classes = list(dict.fromkeys(name for table in tables for name in table.classes))
+    """Tables of several label files -> one; a class that one does not know is absent or unknown."""
+    classes = list(dict.fromkeys(chain(*(table.classes for table in tables))))
     targets = []
     joined = LabelTable([], [], None, classes, tables[0].groups, absent=tables[0].absent)
     for table in tables:
@@ -759,11 +711,12 @@ def _join_tables(tables):
 
 
 class ImageFolder:
-    """The files below a folder, listed once, and found by their path, their name or their stem."""
+    """The files below a folder, listed once; their names are relative to it, with "/"."""
 
-    def __init__(self, root):
+    def __init__(self, root, data_dir):
         self.root = str(root)
-        self.names = set()  # relative to root, with "/"
+        self.bases = (str(data_dir), os.getcwd())  # what a path may be relative to, too
+        self.names = set()
         visited = set()
         for folder, folders, names in os.walk(self.root, followlinks=True):
             visited.add(os.path.realpath(folder))
@@ -774,147 +727,125 @@ class ImageFolder:
 
     @cached_property
     def loose(self):
-        """{path, path without suffix, name, stem: [relative paths]} of the images; suffixes in
-        lower case."""
+        """{path or name, with a suffix in lower case or without one: the images that it can be}."""
         found = {}
-        for relative in sorted(self.names):
-            stem, suffix = os.path.splitext(relative)
+        for name in sorted(self.names):
+            stem, suffix = os.path.splitext(name)
             if suffix.lower() in IMAGE_SUFFIXES:
                 last = stem.rpartition("/")[2]
                 for key in {stem, last, stem + suffix.lower(), last + suffix.lower()}:
-                    found.setdefault(key, []).append(relative)
+                    found.setdefault(key, []).append(name)
         return found
-
-    def path(self, relative):
-        """The path of one of the names."""
-        return f"{self.root}/{relative}"
 
     def names_image(self, name):
         """Whether a cell is the name of an image: by its suffix, or because it is there."""
         return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES or name in self.names or name in self.loose
 
-    def find(self, name, origin, bases):
-        """The path of an image by its path, or None. origin: "FILE:LINE", for errors. bases:
-        folders that the path may be relative to, beside the image folder. Raises InputError when it
-        lies outside."""
-        name = name.replace("\\", "/")
+    def find(self, name, origin):
+        """The image at a path, or None; an InputError when it lies outside. origin: "FILE:LINE"."""
+        if name in self.names:
+            return name
+        places = []
         root = os.path.realpath(self.root)
-        outside = False
-        for base in (self.root, *bases):
-            folder, _, last = os.path.normpath(os.path.join(base, name)).rpartition("/")
-            inside = os.path.relpath(os.path.join(os.path.realpath(folder), last), root).replace(os.sep, "/")
-            if inside in self.names:
-                return self.path(inside)
-            outside |= base == self.root and inside.startswith("..")
-        if outside:
+        for base in (self.root, os.path.dirname(origin.rpartition(":")[0]), *self.bases):
+            folder, last = os.path.split(os.path.normpath(os.path.join(base, name.replace("\\", "/"))))
+            place = os.path.join(os.path.realpath(folder), last)
+            places.append(os.path.relpath(place, root).replace(os.sep, "/"))
+            if places[-1] in self.names:
+                return places[-1]
+        if places[0].startswith(".."):
             raise InputError(f"{origin}: {name} lies outside the image folder {self.root}: move the image into it")
         return None
 
     def find_loosely(self, name, origin, taken):
-        """The path of an image by its name or its stem, in any folder, or None. taken: paths that
-        other rows name exactly: a name with a folder is none of them. Raises InputError when
-        several images fit."""
+        """The image with a name or a stem, in any folder, but none of `taken` for a name with a folder, or None."""
         stem, suffix = os.path.splitext(os.path.normpath(name.replace("\\", "/")))
         if suffix.lower() not in IMAGE_SUFFIXES:  # a dot of the name itself
             stem, suffix = stem + suffix, ""
-        for key in (stem + suffix.lower(), stem.rpartition("/")[2] + suffix.lower()):
-            candidates = self.loose.get(key, [])
+        for key in (stem, stem.rpartition("/")[2]):
+            candidates = self.loose.get(key + suffix.lower(), [])
             if "/" in stem:
-                candidates = [relative for relative in candidates if self.path(relative) not in taken]
+                candidates = [candidate for candidate in candidates if candidate not in taken]
             if len(candidates) > 1:
                 raise InputError(f"{origin}: {name} can be {candidates[0]} or {candidates[1]}: write the whole name")
             if candidates:
-                return self.path(candidates[0])
+                return candidates[0]
         return None
 
 
-def _attach_images(table, folder, data_dir):
+def _attach_images(table, folder):
     """Set the paths of a table; rows whose image is missing are dropped."""
-    paths = []
-    for name, origin in zip(table.ids, table.origins):
-        if name in folder.names:
-            paths.append(folder.path(name))
-        else:
-            bases = (os.path.dirname(origin.rpartition(":")[0]), str(data_dir), os.getcwd())
-            paths.append(folder.find(name, origin, bases))
-    taken = set(paths)
-    for row, path in enumerate(paths):
-        if path is None:
-            paths[row] = folder.find_loosely(table.ids[row], table.origins[row], taken)
-    missing = list(dict.fromkeys(name for name, path in zip(table.ids, paths) if path is None))
-    if len(missing) == len(paths):
-        raise InputError(f"{table.origins[0].rpartition(':')[0] or data_dir}: none of its {len(paths)} images is in "
-                         f"{folder.root}; the first one is {missing[0]}: name the image folder with --images")
-    table = replace(table, paths=paths, missing=missing, notes=[*table.notes, f"images: {folder.root}"])
-    return table.subset(np.array([row for row, path in enumerate(paths) if path is not None]))
-
-
-def _unite_rows(table):
-    """Unite the rows that name one image; an InputError when they contradict each other, or are in
-    two parts."""
-    first = {}
-    keep = []
-    for row, path in enumerate(table.paths):
-        other = first.setdefault(path, row)
-        if other == row:
-            keep.append(row)
-            continue
-        if table.parts and table.parts[row] != table.parts[other]:
-            raise InputError(f"{table.origins[row]}: {table.ids[row]} is in {table.parts[row]}, and in "
-                             f"{table.parts[other]} at {table.origins[other]}: remove it from one of them")
-        conflict = np.flatnonzero(table.targets[row] + table.targets[other] == 1)
-        if len(conflict) and table.absent != 0:
-            place = table.origins[other].rpartition(":")[2]
-            raise InputError(f"{table.origins[row]}: {table.ids[row]} has another label for "
-                             f"{table.classes[conflict[0]]} than in line {place}: remove one of the two lines")
-        table.targets[other] = np.fmax(table.targets[row], table.targets[other])
-    united = len(table) - len(keep)
-    if united and table.absent != 0:
-        table.warnings.append(f"{united} rows name an image again and were united with its first row")
-    return table.subset(np.array(keep))
+    found = [folder.find(name, origin) for name, origin in zip(table.ids, table.origins)]
+    exact = set(found)
+    for row, image in enumerate(found):
+        found[row] = image or folder.find_loosely(table.ids[row], table.origins[row], exact)
+    rows = np.array([row for row, image in enumerate(found) if image])
+    table.missing = list(dict.fromkeys(name for name, image in zip(table.ids, found) if not image))
+    if len(rows) == 0:
+        source = table.origins[0].rpartition(":")[0] or folder.bases[0]
+        raise InputError(f"{source}: none of its {len(found)} images is in {folder.root}; the first one is "
+                         f"{table.missing[0]}: name the image folder with --images")
+    table.paths = [f"{folder.root}/{image}" for image in found]
+    table.notes.append(f"images: {folder.root}")
+    return table.subset(rows)
 
 
 def _part_of_folder(path, root):
     """The part that one of the folders between root and the image names, or ""."""
-    for word in Path(os.path.relpath(path, root)).parts[:-1]:
-        if word.lower() in PART_WORDS:
-            return PART_WORDS[word.lower()]
-    return ""
+    words = [word.lower() for word in Path(os.path.relpath(path, root)).parts[:-1]]
+    return next((PART_WORDS[word] for word in words if word in PART_WORDS), "")
+
+
+def _unite_rows(table):
+    """Unite the rows of an image; an InputError where they contradict each other or cross parts."""
+    first = {}
+    for row, path in enumerate(table.paths):
+        other = first.setdefault(path, row)
+        if other == row:
+            continue
+        if table.parts and table.parts[row] != table.parts[other]:
+            raise InputError(f"{table.origins[row]}: {table.ids[row]} is in {table.parts[row]}, and in "
+                             f"{table.parts[other]} at {table.origins[other]}: remove it from one of them")
+        conflicts = np.flatnonzero(table.targets[row] + table.targets[other] == 1)
+        if len(conflicts) and table.absent != 0:
+            place = table.origins[other].rpartition(":")[2]
+            raise InputError(f"{table.origins[row]}: {table.ids[row]} has another label for "
+                             f"{table.classes[conflicts[0]]} than in line {place}: remove one of the two lines")
+        table.targets[other] = np.fmax(table.targets[row], table.targets[other])
+    if len(first) < len(table) and table.absent != 0:
+        table.warnings.append(f"{len(table) - len(first)} rows name an image again and were united with its first row")
+    return table.subset(np.array(list(first.values())))
 
 
 def _find_copies(table):
     """Set `copies` where images have the same bytes; an InputError when they are in two parts."""
-    by_size = {}
+    sizes = {}
     for row, path in enumerate(table.paths):
         with contextlib.suppress(OSError):
-            by_size.setdefault(os.path.getsize(path), []).append(row)
-    table.copies = list(table.ids)
+            sizes[row] = os.path.getsize(path)
+    shared = Counter(sizes.values())
     first = {}
-    found = []
-    for size, rows in by_size.items():
-        for row in rows if size and len(rows) > 1 else []:
+    copied = {}  # row -> the first row with the same bytes
+    for row, size in sizes.items():
+        if size and shared[size] > 1:
             with contextlib.suppress(OSError):
                 other = first.setdefault(hashlib.sha256(Path(table.paths[row]).read_bytes()).digest(), row)
                 if other != row:
-                    found.append((other, row))
-    if not found:
-        table.copies = []
+                    copied[row] = other
+    if copied:
+        table.copies = [table.ids[copied.get(row, row)] for row in range(len(table))]
     crossing = []
-    contradictory = []
-    for other, row in found:
-        table.copies[row] = table.ids[other]
+    differing = []
+    for row, other in copied.items():
         names = table.ids if table.ids[other] != table.ids[row] else table.paths
-        pair = f"{names[other]} and {names[row]}"
         if table.parts and table.parts[row] != table.parts[other]:
-            crossing.append(pair)
+            crossing.append(f"{names[other]} and {names[row]}")
         if (table.targets[row] + table.targets[other] == 1).any():
-            contradictory.append(pair)
+            differing.append(f"{names[other]} and {names[row]}")
     if crossing:
-        raise InputError(f"{len(crossing)} images are in two parts of the split under two names, as "
-                         f"{'; '.join(crossing[:3])}: remove them from one")
-    if contradictory:
-        table.warnings.append(f"{len(contradictory)} pairs of identical images have other labels: "
-                              f"{'; '.join(contradictory[:5])}")
+        raise InputError(f"{len(crossing)} images have two names in two parts, remove one: {'; '.join(crossing[:3])}")
+    if differing:
+        table.warnings.append(f"{len(differing)} pairs of identical images disagree: {'; '.join(differing[:5])}")
     return table
 
 
@@ -953,8 +884,7 @@ def split(table, ratios=(0.7, 0.15, 0.15), method="stratified", seed=0):
 
 
 def divide(table, ratios, method="stratified", seed=0):
-    """Divide a table into any number of parts -> the number of each row's part (N,). Arguments as
-    of split()."""
+    """Divide a table as split() does, into any number of parts -> the part of each row (N,)."""
     ratios = np.asarray(ratios, float) / np.sum(ratios)
     units = _units(table)
     sizes = np.bincount(units)
@@ -964,7 +894,10 @@ def divide(table, ratios, method="stratified", seed=0):
         raise InputError(f"{len(sizes)} {what} are too few for {len(wanted)} splits: add images, or change --split")
     rng = np.random.default_rng(seed)
     if method == "random":
-        part = _random_parts(sizes, ratios, rng)
+        order = rng.permutation(len(sizes))
+        done = (np.cumsum(sizes[order]) - sizes[order] / 2) / sizes.sum()
+        part = np.empty(len(sizes), int)
+        part[order] = np.searchsorted(np.cumsum(ratios)[:-1], done, side="right")
     else:
         positives = np.zeros((len(sizes), table.targets.shape[1]))
         np.add.at(positives, units, np.nan_to_num(table.targets))
@@ -975,8 +908,7 @@ def divide(table, ratios, method="stratified", seed=0):
 
 
 def _units(table):
-    """What must not be divided -> its number for each row (N,): an object, or images with the same
-    bytes."""
+    """What must not be divided (an object, identical images) -> its number for each row (N,)."""
     keys = [table.objects or table.ids]
     if table.copies:
         keys.append(table.copies)
@@ -992,18 +924,8 @@ def _units(table):
             return np.unique(units, return_inverse=True)[1]
 
 
-def _random_parts(sizes, ratios, rng):
-    order = rng.permutation(len(sizes))
-    done = (np.cumsum(sizes[order]) - sizes[order] / 2) / sizes.sum()
-    part = np.empty(len(sizes), int)
-    part[order] = np.searchsorted(np.cumsum(ratios)[:-1], done, side="right")
-    return part
-
-
 def _stratified_parts(positives, sizes, ratios, rng):
-    """Iterative stratification of units with (U, C) counts of positives: the label with the fewest
-    units left goes first, and each of its units goes to the split that still wants most of that
-    label."""
+    """The label with the fewest units left goes first, to the splits that still want most of it."""
     part = np.full(len(sizes), -1)
     wanted = ratios[:, None] * positives.sum(axis=0)  # (K, C) positives that each split still wants
     room = ratios * sizes.sum()  # (K,) images that each split still wants
@@ -1119,12 +1041,10 @@ CACHE_OVERHEAD = 4096  # bytes of memory that a cached image takes beside its pi
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """The images of a LabelTable: dataset[i] is (image uint8 (3, size, size), targets float32 (C,),
-    id).
+    """The images of a LabelTable: [i] is (uint8 (3, size, size), targets float32 (C,), id).
 
     Decoded images are kept in memory, up to cache_bytes of them. An image that cannot be read is
-    grey, all its labels become unknown, so that it is ignored, and `errors` says why: row number ->
-    message.
+    grey, with unknown labels, so that it is ignored, and `errors` says why: {row: message}.
     """
 
     def __init__(self, table, size, cache_bytes=0):
@@ -1157,13 +1077,11 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def batches(dataset, order, workers=2, pin=False):
-    """Yield (images uint8 (B, 3, S, S) in channels_last, targets float32 (B, C), rows) for each
-    rows in `order`.
+    """Yield (images uint8 (B, 3, S, S), channels_last, targets (B, C), rows) for each of `order`.
 
-    `workers` threads decode ahead, a batch each: Pillow decodes and resizes without holding the
-    interpreter, and threads share the dataset's cache, need no shared memory and start at once on
-    every platform. 0 decodes when asked. pin: the images are put into page-locked memory, from
-    which a GPU copies in the background.
+    `workers` threads decode ahead, a batch each, which works as Pillow decodes and resizes without
+    holding the interpreter; 0 decodes when asked. pin: the images are put into page-locked memory,
+    from which a GPU copies in the background.
     """
 
     def load(rows):
@@ -1189,30 +1107,24 @@ def batches(dataset, order, workers=2, pin=False):
 
 
 def normalize(images):
-    """Images (B, 3, H, W), uint8 or float in 0..255 -> float32, normalised as ImageNet networks
-    expect."""
+    """Images (B, 3, H, W) in 0..255 -> float32, normalised as ImageNet networks expect."""
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=images.device).view(2, 3, 1, 1) * 255
     return (images.float() - mean) / std
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Augmentation, on a whole batch where the network is: every turn, shift and stretch is one matrix
-# and one sampling
+# Augmentation, on a whole batch: every turn, shift and stretch is one matrix and one sampling
 
 
-LEVELS = {
-    "none": (),
-    "light": ("flip", "crop"),
-    "rich": ("resized_crop", "flip", "rotation", "perspective", "jitter", "erasing"),
-}
+LEVELS = {"none": (), "light": ("flip", "crop"),
+          "rich": ("resized_crop", "flip", "rotation", "perspective", "jitter", "erasing")}
 OPERATIONS = ("flip", "vflip", "rotation", "crop", "resized_crop", "perspective", "jitter", "erasing")
 NOISE = ("flip", "vflip", "angle", "shift_x", "shift_y", "area", "ratio", "tilt_x", "tilt_y", "perspective",
          "saturation", "contrast", "brightness", "erasing", "box_area", "box_ratio", "box_y", "box_x")
 
 
 def read_operations(text):
-    """A level, or operations separated by commas -> tuple of names of OPERATIONS. Raises
-    InputError."""
+    """A level, or operations separated by commas -> names of OPERATIONS. Raises InputError."""
     names = LEVELS.get(text, tuple(text.split(",")))
     wrong = [name for name in names if name not in OPERATIONS]
     if wrong:
@@ -1221,21 +1133,14 @@ def read_operations(text):
 
 
 def draw_noise(count, seed, epoch):
-    """The random numbers behind the augmentation of `count` images -> (count, len(NOISE)) in [0,
-    1).
-
-    They depend on the seed, the epoch and the row alone, so that loading order and threads do not
-    matter.
-    """
+    """Random numbers for the augmentation of `count` images -> (count, len(NOISE)) in [0, 1), which
+    depend on the seed, the epoch and the row alone, not on loading order and threads."""
     return torch.rand(count, len(NOISE), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def augment(images, operations, noise):
-    """Change each image of a batch in its own random way -> float32 (B, 3, H, W) in 0..255.
-
-    images: (B, 3, H, W), uint8 or float in 0..255. operations: names of OPERATIONS. noise: (B,
-    len(NOISE)) of draw_noise().
-    """
+    """Images (B, 3, H, W) in 0..255, each changed in its own random way -> float32, the same range.
+    operations: names of OPERATIONS. noise: (B, len(NOISE)) of draw_noise()."""
     images = images.float()
     noise = dict(zip(NOISE, noise.unbind(1)))
     if {"rotation", "crop", "resized_crop", "perspective"} & set(operations):
@@ -1347,8 +1252,7 @@ def has_letters(font, text):
 
 
 def picture_names(classes):
-    """The names of classes as pictures show them: "class 3" where no font here has the letters, and
-    a warning."""
+    """Class names as pictures show them: "class 3", with a warning, where no font has the letters."""
     names = [name if has_letters(load_font(13, name), name) else f"class {c}" for c, name in enumerate(classes)]
     lacking = [name for name, shown in zip(classes, names) if name != shown]
     if lacking:
@@ -1358,29 +1262,27 @@ def picture_names(classes):
 
 
 def draw_sheet(cells, title, columns=6, width=200):
-    """Pictures in rows with words under them -> PIL image. cells: a list of (PIL image, [(text,
-    colour), ...])."""
+    """Pictures in rows with words under them -> PIL image. cells: (PIL image, [(text, colour)])."""
     columns = max(1, min(columns, len(cells)))
     gap = 14
     total = columns * (width + gap) + gap
-    sheets = [_draw_words([(title, BLACK)], total - 2 * gap, 17)]
+    heading = _draw_words([(title, BLACK)], total - 2 * gap, 17)
+    pasted = [(heading, gap, 10)]  # (image, left, top)
+    bottom = heading.height + 16
     for start in range(0, len(cells), columns):
         row = cells[start : start + columns]
         pictures = [ImageOps.contain(picture, (width, width)) for picture, _ in row]
         words = [_draw_words(lines, width, 13) for _, lines in row]
-        top = max(picture.height for picture in pictures)
-        sheet = Image.new("RGB", (total, top + max(part.height for part in words) + gap + 6), "white")
+        middle = bottom + max(picture.height for picture in pictures)
         for column, (picture, part) in enumerate(zip(pictures, words)):
-            left = column * (width + gap)
-            sheet.paste(picture, (left + (width - picture.width) // 2, top - picture.height))
-            sheet.paste(part, (left, top + 5))
-        sheets.append(sheet)
-    whole = Image.new("RGB", (total, 10 + sum(sheet.height + 6 for sheet in sheets)), "white")
-    y = 10
-    for sheet in sheets:
-        whole.paste(sheet, (gap, y))
-        y += sheet.height + 6
-    return whole
+            left = gap + column * (width + gap)
+            pasted.append((picture, left + (width - picture.width) // 2, middle - picture.height))
+            pasted.append((part, left, middle + 5))
+        bottom = middle + max(part.height for part in words) + gap + 12
+    sheet = Image.new("RGB", (total, bottom), "white")
+    for image, left, top in pasted:
+        sheet.paste(image, (left, top))
+    return sheet
 
 
 def _draw_words(lines, width, size):
@@ -1421,8 +1323,7 @@ def label_sheet(table, count=24, seed=0):
 
 
 def distinct_names(paths):
-    """A file name for each path, without folders: its own, or where another has the same (with any
-    suffix) with the folder's name before it, or a number behind it."""
+    """A file name for each path: its own, or with the folder's name or a number where another has the same stem."""
     taken = set()
     names = []
     for path in map(Path, paths):
@@ -1437,14 +1338,12 @@ def distinct_names(paths):
 
 
 def summary(table, title="data", most=30):
-    """A LabelTable as text: how its files were understood, rows, images, missing files, and per
-    class positives, negatives, NA and prevalence, with a bar of 20 characters: # positives, -
-    negatives, blank NA. Of more than `most` classes those with the fewest and those with the most
-    positives."""
+    """A LabelTable as text: how its files were read, and per class positives, negatives, NA, prevalence, and a bar of
+    # positives, - negatives, blank NA. Of more than `most` classes those with fewest and most positives."""
     positives = np.count_nonzero(table.targets == 1, axis=0)
     negatives = np.count_nonzero(table.targets == 0, axis=0)
-    rows = len(table) + len(table.missing)
-    lines = [f"{title}: {rows} rows, {len(table)} images, {len(table.missing)} missing, {len(table.classes)} classes"]
+    lines = [f"{title}: {len(table) + len(table.missing)} rows, {len(table)} images, {len(table.missing)} missing, "
+             f"{len(table.classes)} classes"]
     lines += [f"  {note}" for note in table.notes]
     if table.parts:
         counts = Counter(part or "to be divided" for part in table.parts)
@@ -1455,25 +1354,22 @@ def summary(table, title="data", most=30):
 
     group_of = {name: group for group, names in table.groups.items() for name in names}
     width = max(5, *map(len, table.classes))
-    lines.append(f"{'class':{width}} {'positives':>9} {'negatives':>9} {'NA':>7} {'prevalence':>10}")
-    if group_of:
-        lines[-1] += f"  {'':20}  group"
-    order = list(range(len(table.classes)))
-    if len(order) > most:
-        by_count = np.argsort(positives, kind="stable").tolist()
-        order = [*by_count[: most // 2], None, *by_count[len(by_count) - most // 2 :]]
-    for c in order:
-        if c is None:
-            lines.append(f"... {len(table.classes) - most // 2 * 2} classes between the rarest and the most frequent")
-            continue
-        known = positives[c] + negatives[c]
-        share = f"{positives[c] / known:10.1%}" if known else f"{'n/a':>10}"
-        full = math.ceil(20 * positives[c] / len(table))
+    header = f"{'class':{width}} {'positives':>9} {'negatives':>9} {'NA':>7} {'prevalence':>10}"
+    lines.append(f"{header}  {'':20}  group" if group_of else header)
+    rows = []
+    for name, positive, negative in zip(table.classes, positives, negatives):
+        known = positive + negative
+        share = f"{positive / known:10.1%}" if known else f"{'n/a':>10}"
+        full = math.ceil(20 * positive / len(table))
         bar = "#" * full + "-" * (math.ceil(20 * known / len(table)) - full)
-        name = table.classes[c]
-        lines.append(f"{name:{width}} {positives[c]:9} {negatives[c]:9} {len(table) - known:7} {share}  {bar:20}  "
-                     f"{group_of.get(name, '')}".rstrip())
-    return "\n".join(lines)
+        rows.append(f"{name:{width}} {positive:9} {negative:9} {len(table) - known:7} {share}  {bar:20}  "
+                    f"{group_of.get(name, '')}".rstrip())
+    if len(rows) > most:
+        order = np.argsort(positives, kind="stable")
+        half = most // 2
+        between = f"... {len(rows) - 2 * half} classes between the rarest and the most frequent"
+        rows = [*(rows[c] for c in order[:half]), between, *(rows[c] for c in order[-half:])]
+    return "\n".join(lines + rows)
 
 
 def one_sided(table):
@@ -1495,18 +1391,17 @@ def shortened(names, most=10):
 def pairs_summary(table, most=10):
     """The pairs of classes that are most often positive together, as text."""
     positive = (table.targets == 1).astype(np.float32)
-    together = np.triu(positive.T @ positive, k=1)
-    lines = ["most frequent pairs:"]
-    for flat in np.argsort(-together, axis=None, kind="stable")[:most]:
-        a, b = np.unravel_index(flat, together.shape)
-        if together[a, b]:
-            lines.append(f"{int(together[a, b]):9}  {table.classes[a]} + {table.classes[b]}")
-    return "\n".join(lines) if len(lines) > 1 else "no two classes are positive together"
+    first, second = np.triu_indices(len(table.classes), k=1)
+    together = (positive.T @ positive)[first, second]
+    lines = []
+    for pair in np.argsort(-together, kind="stable")[:most]:
+        if together[pair]:
+            lines.append(f"{int(together[pair]):9}  {table.classes[first[pair]]} + {table.classes[second[pair]]}")
+    return "\n".join(["most frequent pairs:", *lines]) if lines else "no two classes are positive together"
 
 
 def images_summary(table, most=1000):
-    """The sizes, modes and formats of a table's images, or of `most` of them, by their headers, as
-    text."""
+    """Sizes, modes and formats of a table's images, or of `most` of them, by their headers."""
     sizes = []
     kinds = Counter()
     for path in table.paths[:: -(-len(table) // most)]:
@@ -1515,10 +1410,9 @@ def images_summary(table, most=1000):
             kinds[f"{image.mode} {image.format}"] += 1
     if not sizes:
         return "no image can be opened"
-    widths, heights = (sorted(values) for values in zip(*sizes))
-    middle = len(sizes) // 2
-    return (f"{len(sizes)} of {len(table)} images opened: width {widths[0]} to {widths[-1]}, median {widths[middle]}; "
-            f"height {heights[0]} to {heights[-1]}, median {heights[middle]}\n"
+    low, middle, high = np.sort(sizes, axis=0)[[0, len(sizes) // 2, -1]]
+    return (f"{len(sizes)} of {len(table)} images opened: width {low[0]} to {high[0]}, median {middle[0]}; "
+            f"height {low[1]} to {high[1]}, median {middle[1]}\n"
             + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
 
 
@@ -1540,30 +1434,27 @@ def find_bad_images(table, workers):
 
 
 DEMO_GROUPS = {"parts": ["bolt", "bracket", "ring"], "defects": ["rust", "crack", "hole"]}
+DEMO_LABELS = [*DEMO_GROUPS["parts"], *DEMO_GROUPS["defects"]]
 DEMO_SIZE = 128  # pixels; drawn at twice that
 DARK = (25, 25, 25)
 
 
 def write_demo(folder, seed=0, count=1000):
-    """Write `count` drawn photographs and their labels, of which 8 % are NA, into `folder`: the
-    same for a seed.
-
-    Raises InputError when the folder holds something else.
-    """
+    """Write `count` drawn photographs and their labels, of which 8 % are NA: the same for a seed.
+    Raises InputError when the folder holds something else."""
     folder = Path(folder)
     marker = folder / "label_groups.json"
-    used = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if used and not (marker.is_file() and _read_json(marker) == DEMO_GROUPS):
         raise InputError(f"{folder} is not empty, and not demo data: name a new folder")
     write_json(marker, DEMO_GROUPS)
     (folder / "images").mkdir(exist_ok=True)
-    classes = [name for names in DEMO_GROUPS.values() for name in names]
-    lines = ["image " + " ".join(classes)]
+    lines = [" ".join(["image", *DEMO_LABELS])]
     for i in range(count):
         rng = np.random.default_rng([seed, i])
         labels = draw_demo_labels(rng)
         draw_demo_image(labels, rng)[0].save(folder / "images" / f"part_{i:04}.jpg", quality=88)
-        cells = [str(int(name in labels)) if rng.random() >= 0.08 else "NA" for name in classes]
+        cells = [str(int(name in labels)) if rng.random() >= 0.08 else "NA" for name in DEMO_LABELS]
         lines.append(" ".join([f"part_{i:04}.jpg", *cells]))
     write_text(folder / "labels.txt", lines)  # the last: with it the folder is complete
 
@@ -1577,8 +1468,7 @@ def draw_demo_labels(rng):
 
 
 def draw_demo_image(labels, rng):
-    """Draw a photograph with the given labels -> (PIL image, {label: its box (left, top, right,
-    bottom)})."""
+    """Draw a photograph with these labels -> (PIL image, {label: (left, top, right, bottom)})."""
     side = 2 * DEMO_SIZE
     grain = _smooth_noise(rng, (side, 12), 7) + _smooth_noise(rng, (6, 6), 14)
     image = _to_image(np.array(_colour(rng)) + grain[..., None])
@@ -1588,9 +1478,9 @@ def draw_demo_image(labels, rng):
         _polygon(pen, *rng.integers(0, side, 2), corners, 0, _colour(rng, 10, 245), outline=None)
     places = rng.permutation([(x, y) for x in (50, 128, 206) for y in (50, 128, 206)]) + rng.integers(-20, 21, (9, 2))
     boxes = {}
-    for label, (x, y) in zip(DEMO_DRAWERS, places):  # parts first, defects over them
+    for label, (x, y) in zip(DEMO_LABELS, places):  # parts first, defects over them
         if label in labels:
-            box = DEMO_DRAWERS[label](pen, x, y, rng)
+            box = _draw_label(label, pen, x, y, rng)
             boxes[label] = tuple(int(min(max(edge / 2, 0), DEMO_SIZE)) for edge in box)
     angle = rng.uniform(0, 2 * math.pi)
     axis = np.linspace(-1, 1, side)
@@ -1634,77 +1524,54 @@ def _star(radii):
     return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.asarray(radii)[:, None]
 
 
-def _draw_bolt(pen, x, y, rng):
-    """A hexagonal head with a slot."""
-    radius = rng.uniform(26, 38)
-    angle = rng.uniform(0, math.pi)
-    _polygon(pen, x + 5, y + 6, _star([radius] * 6), angle, DARK)  # a shadow
-    box = _polygon(pen, x, y, _star([radius] * 6), angle, _colour(rng, 60, 230))
-    _polygon(pen, x, y, _star([radius * 0.6] * 24), angle, _colour(rng, 60, 230))
-    _polygon(pen, x, y, [(-radius / 2, 0), (radius / 2, 0)], angle, DARK, line=6)
+def _draw_label(label, pen, x, y, rng):
+    """Draw a part or a defect around (x, y) -> its box."""
+    if label == "bolt":  # a hexagonal head with a slot, and a shadow
+        radius = rng.uniform(26, 38)
+        angle = rng.uniform(0, math.pi)
+        _polygon(pen, x + 5, y + 6, _star([radius] * 6), angle, DARK)
+        box = _polygon(pen, x, y, _star([radius] * 6), angle, _colour(rng, 60, 230))
+        _polygon(pen, x, y, _star([radius * 0.6] * 24), angle, _colour(rng, 60, 230))
+        _polygon(pen, x, y, [(-radius / 2, 0), (radius / 2, 0)], angle, DARK, line=6)
+    elif label == "bracket":  # an angle plate with two holes
+        size = rng.uniform(30, 42)
+        angle = rng.uniform(0, 2 * math.pi)
+        corners = np.array([(-1, -1), (-0.3, -1), (-0.3, 0.3), (1, 0.3), (1, 1), (-1, 1)]) * size
+        _polygon(pen, x + 5, y + 6, corners, angle, DARK)
+        box = _polygon(pen, x, y, corners, angle, _colour(rng, 60, 230))
+        for hole in ((-0.65, -0.6), (0.6, 0.65)):
+            _polygon(pen, x, y, _star([size * 0.18] * 12) + np.array(hole) * size, angle, DARK)
+    elif label == "ring":  # a washer: a disc that is open in the middle
+        radius = rng.uniform(22, 36)
+        width = int(rng.integers(10, 15))
+        box = (x - radius, y - radius, x + radius, y + radius)
+        pen.ellipse((box[0] + 5, box[1] + 6, box[2] + 5, box[3] + 6), outline=DARK, width=width)
+        pen.ellipse(box, outline=_colour(rng, 60, 230), width=width)
+        pen.ellipse(box, outline=DARK, width=2)
+    elif label == "rust":  # a patch of many small brown and orange spots
+        spots = rng.normal((x, y), rng.uniform(11, 17), (110, 2))
+        for sx, sy in spots:
+            radius = rng.uniform(1.5, 4.5)
+            brown = (np.array([175, 88, 35]) * rng.uniform(0.5, 1.2)).astype(int)
+            pen.ellipse((sx - radius, sy - radius, sx + radius, sy + radius), fill=tuple(brown.tolist()))
+        box = (*spots.min(axis=0), *spots.max(axis=0))
+    elif label == "crack":  # a jagged dark line
+        across = rng.uniform(6, 14, 9) * (-1) ** np.arange(9)
+        points = np.stack([np.linspace(-45, 45, 9), across], axis=1)
+        box = _polygon(pen, x, y, points, rng.uniform(0, 2 * math.pi), (15, 12, 12), line=6)
+    else:  # a torn hole: black, with a jagged bright rim
+        corners = _star(rng.uniform(24, 32) * rng.uniform(0.8, 1.2, 18) * np.tile([1.35, 0.75], 9))
+        box = _polygon(pen, x, y, 1.3 * corners, 0, (235, 232, 225))
+        _polygon(pen, x, y, corners, 0, (12, 10, 10))
     return box
-
-
-def _draw_bracket(pen, x, y, rng):
-    """An angle plate."""
-    size = rng.uniform(30, 42)
-    angle = rng.uniform(0, 2 * math.pi)
-    corners = np.array([(-1, -1), (-0.3, -1), (-0.3, 0.3), (1, 0.3), (1, 1), (-1, 1)]) * size
-    _polygon(pen, x + 5, y + 6, corners, angle, DARK)
-    box = _polygon(pen, x, y, corners, angle, _colour(rng, 60, 230))
-    for hole in ((-0.65, -0.6), (0.6, 0.65)):
-        _polygon(pen, x, y, _star([size * 0.18] * 12) + np.array(hole) * size, angle, DARK)
-    return box
-
-
-def _draw_ring(pen, x, y, rng):
-    """A washer: a disc that is open in the middle."""
-    radius = rng.uniform(22, 36)
-    width = int(rng.integers(10, 15))
-    box = (x - radius, y - radius, x + radius, y + radius)
-    pen.ellipse((box[0] + 5, box[1] + 6, box[2] + 5, box[3] + 6), outline=DARK, width=width)
-    pen.ellipse(box, outline=_colour(rng, 60, 230), width=width)
-    pen.ellipse(box, outline=DARK, width=2)
-    return box
-
-
-def _draw_rust(pen, x, y, rng):
-    """A patch of many small brown and orange spots."""
-    spots = rng.normal((x, y), rng.uniform(11, 17), (110, 2))
-    for sx, sy in spots:
-        radius = rng.uniform(1.5, 4.5)
-        brown = np.array([175, 88, 35]) * rng.uniform(0.5, 1.2)
-        pen.ellipse((sx - radius, sy - radius, sx + radius, sy + radius), fill=tuple(brown.astype(int).tolist()))
-    return (*spots.min(axis=0), *spots.max(axis=0))
-
-
-def _draw_crack(pen, x, y, rng):
-    """A jagged dark line."""
-    along = np.linspace(-45, 45, 9)
-    across = rng.uniform(6, 14, 9) * (-1) ** np.arange(9)
-    return _polygon(pen, x, y, np.stack([along, across], axis=1), rng.uniform(0, 2 * math.pi), (15, 12, 12), line=6)
-
-
-def _draw_hole(pen, x, y, rng):
-    """A torn hole: black, with a jagged bright rim."""
-    corners = _star(rng.uniform(24, 32) * rng.uniform(0.8, 1.2, 18) * np.tile([1.35, 0.75], 9))
-    box = _polygon(pen, x, y, 1.3 * corners, 0, (235, 232, 225))
-    _polygon(pen, x, y, corners, 0, (12, 10, 10))
-    return box
-
-
-DEMO_DRAWERS = {"bolt": _draw_bolt, "bracket": _draw_bracket, "ring": _draw_ring,
-                "rust": _draw_rust, "crack": _draw_crack, "hole": _draw_hole}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What all scripts share: errors, a command line that fails in one line, files that are written
-# whole or not at all
+# What all scripts share: errors, a command line that fails in one line, writing files
 
 
 class InputError(ValueError):
-    """The user's input is wrong. The message names the file, the line or the option, and what to
-    do."""
+    """The input is wrong. The message names the file, the line or the option, and what to do."""
 
     def _render_traceback_(self):  # what IPython shows instead of a traceback
         return [f"error: {self}"]
@@ -1715,8 +1582,7 @@ class ImageError(ValueError):
 
 
 def run_command(main):
-    """Run main() as a command and exit: 0 done, 1 the run failed, 2 the input is wrong, 130
-    Ctrl-C."""
+    """Run main(); exit with 1 when it fails, 2 when the input is wrong, 130 on Ctrl-C."""
     try:
         main()
     except InputError as error:
@@ -1736,14 +1602,12 @@ def fail(message, code):
 
 
 def print_text(text="", file=None, end="\n"):
-    """print() that goes on when nobody reads: a closed pipe silences it. Letters that a terminal
-    lacks are escaped."""
+    """print() that a closed pipe silences; letters that a terminal lacks are escaped."""
     file = file or sys.stdout
     try:
-        try:
-            print(text, file=file, end=end, flush=True)
-        except UnicodeEncodeError:
-            print(text.encode("ascii", "backslashreplace").decode(), file=file, end=end, flush=True)
+        print(text, file=file, end=end, flush=True)
+    except UnicodeEncodeError:
+        print_text(text.encode("ascii", "backslashreplace").decode(), file, end)
     except (BrokenPipeError, ValueError):  # ValueError: the stream was closed
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what follows goes nowhere, at the exit too
@@ -1786,9 +1650,8 @@ def number(kind, low=0, below=math.inf):
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """Open a temporary file that takes the place of `path` when the block ends well, and is removed
-    otherwise. A process that is killed leaves it, and the next one that writes `path` uses it up. A
-    link stays, and its target is replaced; what is no regular file (a pipe, /dev/stdout) is written
-    straight. Raises OSError."""
+    otherwise. A link stays, and its target is replaced; what is no regular file (a pipe,
+    /dev/stdout) is written straight. Raises OSError."""
     settings = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
     straight = str(path).startswith("/dev/") or (os.path.exists(path) and not os.path.isfile(path))
     target = Path(path if straight else os.path.realpath(path))
@@ -1824,15 +1687,8 @@ def write_text(path, lines):
 
 def to_json(value):
     """A value as JSON text; what is not finite becomes null, since JSON has no NaN."""
-
-    def clean(value):
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [clean(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(clean(value), indent=2, ensure_ascii=False)
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=2, ensure_ascii=False)
 
 
 def write_json(path, value):
