@@ -3,12 +3,14 @@
     python inference.py img.jpg                         # a table of labels, probabilities and thresholds
     python inference.py photos/ --format csv --out predictions.csv
     python inference.py photos/ --save drawn/ --heatmap # pictures of the labels and of where they were seen
+    python inference.py photos/ --model a.pth b.pth --tta  # the mean of two models, and of mirrored images
     python inference.py --evaluate data/                # report a saved model on a labelled folder
+    python inference.py --calibrate data/ --model a.pth b.pth --out ab.pth  # make them one model
 
     classifier = inference.load_model("outputs/model.pth")
     probabilities = inference.predict(classifier, ["img.jpg"])      # (N, C); paths, PIL images, bytes or arrays
 
-To deploy a model, copy dataset.py, inference.py and model.pth; --evaluate needs metrics.py too.
+To deploy a model, copy dataset.py, inference.py and model.pth; --evaluate and --calibrate need metrics.py too.
 """
 
 import copy
@@ -24,7 +26,7 @@ import re
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,7 @@ BACKBONES = {  # torchvision network -> its last linear layer, which the head re
 }
 LAST_MAPS = dict.fromkeys(BACKBONES, "features") | {"resnet18": "layer4", "resnet50": "layer4"}  # before the pooling
 HEADS = {"linear": [0.0], "mlp": [0.5, 0.3], "bn": [0.0]}  # head -> its default dropout
-FORMAT = 1  # of model.pth
+FORMAT = 2  # of model.pth and last.pth
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,6 +177,13 @@ def forward(network, images, precision):
         return network(images).float()
 
 
+def scaled(images, size):
+    """Images (B, 3, H, W) in (size, size), as they are when they have it."""
+    if images.shape[2:] == (size, size):
+        return images
+    return nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
 def share_tensors(network):
     """A copy of a network with the same tensors, whose layers and hooks are its own."""
     tensors = [*network.parameters(), *network.buffers()]
@@ -195,18 +204,29 @@ def fold_batchnorm(network):
 
 
 @torch.inference_mode()
-def compute_logits(network, images, device, precision, batch_size=32, workers=2, rows=None):
-    """Logits of the given rows of an ImageDataset (default: all), in order -> float32 (N, C) on the device."""
-    network.eval()
+def compute_logits(classifier, images, precision, batch_size=32, workers=2, rows=None):
+    """Logits of the given rows of an ImageDataset (default: all), in order -> float32 (V, N, C) on the device.
+
+    There is a view for each member of the Classifier, and when it is `mirrored` a second one of the mirrored image. An
+    image is decoded once, at images.size, and scaled down for members of a smaller size.
+    """
+    device = classifier.device
     rows = np.arange(len(images)) if rows is None else rows
+    networks = [member.network.eval() for member in classifier.members]
     if precision == torch.float32 and len(rows) > FEW:
-        network = fold_batchnorm(network)
+        networks = [fold_batchnorm(network) for network in networks]
     order = np.array_split(rows, max(1, -(-len(rows) // batch_size)))
-    logits = [
-        forward(network, dataset.normalize(batch.to(device, non_blocking=True)), precision)
-        for batch, _, _ in dataset.batches(images, order, workers, pin=device.type == "cuda")
-    ]
-    return torch.cat(logits)
+    logits = []
+    for batch, _, _ in dataset.batches(images, order, workers, pin=device.type == "cuda"):
+        batch = dataset.normalize(batch.to(device, non_blocking=True))
+        views = []
+        for member, network in zip(classifier.members, networks):
+            view = scaled(batch, member.size)
+            views.append(forward(network, view, precision))
+            if classifier.mirrored:
+                views.append(forward(network, view.flip(3), precision))
+        logits.append(torch.stack(views))
+    return torch.cat(logits, dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,31 +234,60 @@ def compute_logits(network, images, device, precision, batch_size=32, workers=2,
 
 
 @dataclass
-class Classifier:
-    """A network with all that is needed to use it: what model.pth holds."""
+class Member:
+    """One network of a Classifier: a label's probability is sigmoid(scale * logit + its offset)."""
 
     network: nn.Module
     backbone: str
     head: str
     dropout: list
+    size: int  # images are resized to (size, size)
+    offsets: list  # C numbers
+    scale: float = 1.0
+
+
+@dataclass
+class Classifier:
+    """One or several networks, whose probabilities are averaged, with all that is needed to use them: what model.pth
+    holds."""
+
+    members: list  # of Member
     classes: list  # C names
     groups: dict  # group name -> its class names; may be empty
     thresholds: list  # C numbers: a label is present when its probability is >= its threshold
-    size: int  # images are resized to (size, size)
+    mirrored: bool = False  # the probabilities of the mirrored image are averaged too
     epoch: int = 0
     scores: dict = field(default_factory=dict)  # on val, at that epoch
     options: dict = field(default_factory=dict)  # of the run that trained it
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: torch.dtype = torch.float32  # None: chosen for each predict() by what is fastest for so many images
 
+    @property
+    def network(self):
+        """The network, of a classifier that has one."""
+        return self.members[0].network
 
-SAVED_FIELDS = ("backbone", "head", "dropout", "classes", "groups", "thresholds", "size", "epoch", "scores", "options")
+    @property
+    def size(self):
+        """The largest size of its members, at which images are decoded."""
+        return max(member.size for member in self.members)
+
+    def __str__(self):
+        names = Counter(f"{member.backbone}, {member.size} px" for member in self.members)
+        described = "; ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items())
+        return f"{described}{'; mirrored too' if self.mirrored else ''}; {len(self.classes)} classes, on {self.device}"
+
+
+MEMBER_FIELDS = ("backbone", "head", "dropout", "size", "offsets", "scale")
+SAVED_FIELDS = ("classes", "groups", "thresholds", "mirrored", "epoch", "scores", "options")
 
 
 def save_model(classifier, path):
     """Write a Classifier as model.pth: plain tensors, numbers and strings."""
-    content = {"format": FORMAT} | {name: getattr(classifier, name) for name in SAVED_FIELDS}
-    content["network"] = {name: tensor.cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
+    content = {"format": FORMAT, "members": []} | {name: getattr(classifier, name) for name in SAVED_FIELDS}
+    for member in classifier.members:
+        state = {name: tensor.cpu().contiguous() for name, tensor in member.network.state_dict().items()}
+        content["members"].append({name: getattr(member, name) for name in MEMBER_FIELDS} | {"network": state})
     write_checkpoint(path, content)
 
 
@@ -275,27 +324,45 @@ def read_checkpoint(path):
 
 
 def load_model(path="outputs/model.pth", device="auto", precision="auto"):
-    """Read a model.pth -> Classifier, ready for predict(). Raises InputError."""
+    """Read a model.pth -> Classifier, ready for predict(). A list of paths gives one with the networks of all, and the
+    mean of their thresholds; their classes must be the same. Raises InputError."""
+    if not isinstance(path, (str, os.PathLike)):
+        return _join([load_model(one, device, precision) for one in path], path)
     if not Path(path).exists():
         raise InputError(f"{path} is not there: train a model first (python train.py), or name one with --model")
     content = read_checkpoint(path)
-    check_content(path, content, ("network", *SAVED_FIELDS), "model.pth")
-    fields = {name: content[name] for name in SAVED_FIELDS}
-    try:
-        with torch.device("meta"):  # no time is spent on initial values that are replaced at once
-            network = build_model(fields["backbone"], fields["head"], len(fields["classes"]), fields["dropout"])
-        network.load_state_dict(content["network"], assign=True)
-    except InputError:  # of torchvision
-        raise
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path} is damaged: its tensors are not those of a {fields['backbone']} network with a "
-                         f"{fields['head']} head for its classes") from None
-    if len(fields["thresholds"]) != len(fields["classes"]):
-        raise InputError(f"{path} is damaged: it has {len(fields['thresholds'])} thresholds for "
-                         f"{len(fields['classes'])} classes")
+    check_content(path, content, ("members", *SAVED_FIELDS), "model.pth")
     device = choose_device(device)
+    count = len(content["classes"])
+    members = []
+    for saved in content["members"]:
+        fields = {name: saved[name] for name in MEMBER_FIELDS}
+        try:
+            with torch.device("meta"):  # no time is spent on initial values that are replaced at once
+                network = build_model(fields["backbone"], fields["head"], count, fields["dropout"])
+            network.load_state_dict(saved["network"], assign=True)
+        except InputError:  # of torchvision
+            raise
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{path} is damaged: its tensors are not those of a {fields['backbone']} network with a "
+                             f"{fields['head']} head for its classes") from None
+        members.append(Member(to_device(network, device).eval(), **fields))
+    if len(content["thresholds"]) != count:
+        raise InputError(f"{path} is damaged: it has {len(content['thresholds'])} thresholds for {count} classes")
     precision = None if precision == "auto" else choose_precision(precision, device)[0]
-    return Classifier(to_device(network, device).eval(), **fields, device=device, precision=precision)
+    return Classifier(members, **{name: content[name] for name in SAVED_FIELDS}, device=device, precision=precision)
+
+
+def _join(classifiers, paths):
+    """Several Classifiers as one."""
+    first = classifiers[0]
+    for other, path in zip(classifiers, paths):
+        if other.classes != first.classes:
+            raise InputError(f"{path} has other classes than {paths[0]}: {', '.join(other.classes)}")
+    members = [member for classifier in classifiers for member in classifier.members]
+    thresholds = np.mean([classifier.thresholds for classifier in classifiers], axis=0).tolist()
+    mirrored = any(classifier.mirrored for classifier in classifiers)
+    return replace(first, members=members, thresholds=thresholds, mirrored=mirrored)
 
 
 def load_weights(network, weights, backbone, classes=()):
@@ -342,7 +409,10 @@ def _read_weights(weights, backbone):
     content = read_checkpoint(weights)
     if not isinstance(content, dict):
         raise InputError(f"{weights} holds no state_dict")
-    known = list(content.get("classes", [])) if "network" in content else []
+    known = []
+    if "members" in content:  # a model.pth
+        known = list(content["classes"])
+        content = content["members"][0]
     for key in ("network", "state_dict", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -391,27 +461,52 @@ def predict(classifier, images, batch_size=32, workers=None):
 
 def predict_all(classifier, images, batch_size=32, workers=None):
     """predict() that goes on past bad images -> (probabilities (N, C), NaN for a bad image; {row: message})."""
+    logits, errors = _logits_of(classifier, images, batch_size, workers)
+    probabilities = to_probabilities(classifier, logits)
+    probabilities[list(errors)] = np.nan
+    return probabilities, errors
+
+
+def _logits_of(classifier, images, batch_size, workers):
+    """-> (the (V, N, C) of compute_logits(), {row: message} of images that cannot be read)."""
     unknown = np.full((len(images), len(classifier.classes)), np.nan, np.float32)
-    if not images:
-        return unknown, {}
+    if not len(images):
+        return torch.zeros(len(classifier.members), *unknown.shape), {}
     names = [dataset.image_name(image) for image in images]
     data = ImageDataset(LabelTable(names, images, unknown, classifier.classes), classifier.size)
     workers = default_workers() if workers is None else workers
     precision = classifier.precision or choose_precision("auto", classifier.device, len(images))[0]
-    logits = compute_logits(classifier.network, data, classifier.device, precision, batch_size, workers)
-    probabilities = torch.sigmoid(logits).cpu().numpy()
-    probabilities[list(data.errors)] = np.nan
-    return probabilities, data.errors
+    return compute_logits(classifier, data, precision, batch_size, workers), data.errors
 
 
-def evaluate(classifier, table, batch_size=32, workers=None, bootstrap=0):
-    """Report a classifier on a LabelTable -> metrics.report() dict, with 95 % intervals from `bootstrap` resamples when
-    that is not 0. Classes that the model does not know are ignored; one that the data does not name is absent where the
-    data lists what is there, else an InputError."""
-    try:
-        import metrics
-    except ImportError:
-        raise InputError("--evaluate needs metrics.py beside inference.py: copy it there too") from None
+def to_probabilities(classifier, logits):
+    """Logits (V, N, C) of compute_logits() -> the mean probabilities, float32 (N, C)."""
+    return torch.stack(member_probabilities(classifier, logits)).mean(dim=0).float().cpu().numpy()
+
+
+def member_probabilities(classifier, logits):
+    """Logits (V, N, C) of compute_logits() -> for each member its probabilities, float64 (N, C)."""
+    result = []
+    for member, views in zip(classifier.members, logits.double().cpu().tensor_split(len(classifier.members))):
+        offsets = torch.tensor(member.offsets, dtype=torch.float64)
+        result.append(torch.sigmoid(member.scale * views + offsets).mean(dim=0))
+    return result
+
+
+def fit_calibration(classifier, logits, targets):
+    """Choose the scale and the offsets of each member anew by metrics.fit_calibration(), from where they are. logits:
+    (V, N, C) of compute_logits(); targets (N, C) with 1, 0, NaN."""
+    import metrics
+
+    for member, probabilities in zip(classifier.members, member_probabilities(classifier, logits)):
+        scale, offsets = metrics.fit_calibration(targets, probabilities.numpy())
+        member.scale *= scale
+        member.offsets = (scale * np.array(member.offsets) + offsets).tolist()
+
+
+def targets_for(classifier, table):
+    """The labels of a LabelTable in the order of the classifier's classes -> (N, C). Other classes are ignored; one
+    that the data does not name is absent where the data lists what is there, else an InputError."""
     lacking = [name for name in classifier.classes if name not in table.classes]
     if lacking and math.isnan(table.absent):
         raise InputError(f"the data has no labels for {', '.join(lacking)}; it has {', '.join(table.classes)}")
@@ -419,13 +514,46 @@ def evaluate(classifier, table, batch_size=32, workers=None, bootstrap=0):
     for c, name in enumerate(classifier.classes):
         if name in table.classes:
             targets[:, c] = table.targets[:, table.classes.index(name)]
-    probabilities, errors = predict_all(classifier, table.paths, batch_size, workers)
+    return targets
+
+
+def _readable(table, errors):
+    """The rows of a table whose images could be read; the others are told. Raises InputError when there is none."""
     for message in errors.values():
         print_text(f"skipped: {message}", file=sys.stderr)
     if len(errors) == len(table):
         raise InputError(f"none of the {len(table)} images can be read, as {errors[0]}")
-    good = [row for row in range(len(table)) if row not in errors]
+    return np.array([row for row in range(len(table)) if row not in errors])
+
+
+def evaluate(classifier, table, batch_size=32, workers=None, bootstrap="auto"):
+    """Report a classifier on a LabelTable, as targets_for() reads it -> metrics.report() dict. bootstrap: as there."""
+    metrics = import_metrics("--evaluate")
+    targets = targets_for(classifier, table)
+    probabilities, errors = predict_all(classifier, table.paths, batch_size, workers)
+    good = _readable(table, errors)
     return metrics.report(targets[good], probabilities[good], classifier.thresholds, classifier.classes, bootstrap)
+
+
+def calibrate(classifier, table, batch_size=32, workers=None):
+    """Choose the calibration of a classifier's members and its soft thresholds anew on a LabelTable, as targets_for()
+    reads it."""
+    metrics = import_metrics("--calibrate")
+    logits, errors = _logits_of(classifier, table.paths, batch_size, workers)
+    good = _readable(table, errors)
+    targets = targets_for(classifier, table)[good]
+    fit_calibration(classifier, logits[:, good], targets)
+    probabilities = to_probabilities(classifier, logits[:, good])
+    classifier.thresholds = metrics.find_thresholds(targets, probabilities, "soft").tolist()
+
+
+def import_metrics(option):
+    """metrics.py, which a deployed model goes without."""
+    try:
+        import metrics
+    except ImportError:
+        raise InputError(f"{option} needs metrics.py beside inference.py: copy it there too") from None
+    return metrics
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -522,19 +650,27 @@ def heatmaps(classifier, image, labels):
 
     image: as of predict(). labels: column numbers. Grad-CAM: Selvaraju et al. (2017), "Grad-CAM: Visual Explanations
     from Deep Networks via Gradient-based Localization": the last feature maps, weighted by the mean gradient of the
-    logit; for a linear head that is CAM (Zhou et al. 2016). All 0 where no region was found. Raises ImageError.
+    logit; for a linear head that is CAM (Zhou et al. 2016). Of several networks the mean. All 0 where no region was
+    found. Raises ImageError.
     """
     pixels = torch.from_numpy(np.array(dataset.load_image(image, classifier.size))).permute(2, 0, 1)[None]
-    network = share_tensors(classifier.network).eval()  # for the hook, so that threads may share the classifier
+    images = dataset.normalize(pixels.to(classifier.device))
+    total = sum(_member_heatmaps(member, images, labels) for member in classifier.members)
+    return total / total.max(axis=(1, 2), keepdims=True, initial=1e-30)
+
+
+def _member_heatmaps(member, images, labels):
+    """heatmaps() of one network, of a normalised image (1, 3, H, W), in its size."""
     kept = []
-    network.get_submodule(LAST_MAPS[classifier.backbone]).register_forward_hook(lambda *call: kept.append(call[2]))
+    network = share_tensors(member.network).eval()  # for the hook, so that threads may share the classifier
+    network.get_submodule(LAST_MAPS[member.backbone]).register_forward_hook(lambda *call: kept.append(call[2]))
     with torch.enable_grad():
-        logits = network(dataset.normalize(pixels.to(classifier.device)).requires_grad_())[0]
-    result = np.zeros((len(labels), classifier.size, classifier.size), np.float32)
+        logits = network(scaled(images, member.size).requires_grad_())[0]
+    result = np.zeros((len(labels), *images.shape[2:]), np.float32)
     for i, label in enumerate(labels):
         gradient = torch.autograd.grad(logits[label], kept[0], retain_graph=True)[0]
         maps = (gradient.mean((2, 3), keepdim=True) * kept[0].detach()).sum(1, keepdim=True).relu()
-        maps = upsample(maps, classifier.size)
+        maps = upsample(maps, images.shape[2])
         result[i] = (maps / maps.max().clamp(min=1e-30)).cpu()[0]
     return result
 
@@ -723,6 +859,16 @@ def loss_curves(losses, history, marks=(), title=""):
     return stack_charts([upper, draw_chart(series, "Loss per epoch", "epoch", "loss", marks=marks)], 1)
 
 
+def reliability_chart(targets, probabilities):
+    """How often labels were there, by the probability that was predicted, beside the ideal -> PIL image. Arguments as
+    of metrics.reliability_curve()."""
+    import metrics
+
+    mean, share, _ = metrics.reliability_curve(targets, probabilities)
+    series = [("ideal", [0, 1], [0, 1], COLOURS[2]), ("all labels", mean, share, COLOURS[0])]
+    return draw_chart(series, "Reliability", "predicted probability", "share that was there", (480, 420))
+
+
 def pr_curves(targets, probabilities, thresholds, classes, most=20):
     """Precision over recall of each class on val, with a line at its threshold; of many classes the `most` with the
     lowest average precision -> PIL image. targets (N, C) with 1, 0, NaN; probabilities (N, C); thresholds (C,)."""
@@ -757,22 +903,27 @@ def pr_curves(targets, probabilities, thresholds, classes, most=20):
 def parse_options(argv=None):
     """The command line's options. Raises InputError."""
     parser = dataset.ArgumentParser(
-        prog="inference.py", usage="%(prog)s IMAGE|DIR ... [options], or %(prog)s --evaluate DATA [options]",
+        prog="inference.py", usage="%(prog)s IMAGE|DIR ... | --evaluate DATA | --calibrate DATA --out FILE [options]",
         description="Say which labels images carry.")
     parser.add_argument("paths", nargs="*", metavar="IMAGE|DIR", help="images, or folders of images")
     parser.add_argument("--image", action="append", default=[], metavar="IMAGE", help="the same, as an option")
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="outputs/model.pth", metavar="FILE", help="what train.py wrote")
+    add("--model", nargs="+", default=["outputs/model.pth"], metavar="FILE",
+        help="what train.py wrote; the probabilities of several are averaged")
+    add("--tta", action="store_true", help="average the probabilities with those of the mirrored image")
     add("--threshold", type=number(float, below=1.001), metavar="T", help="one for all labels (default: the model's)")
     add = parser.add_argument_group("output").add_argument
     add("--format", choices=("table", "csv", "json", "probabilities"), default="table", help="of the predictions")
     add("--out", metavar="FILE", help="write the output into a file")
     add("--save", metavar="DIR", help="draw each image with its labels into DIR")
     add("--heatmap", action="store_true", help="with --save: and where each label was seen (Grad-CAM)")
-    group = parser.add_argument_group("evaluation")
+    group = parser.add_argument_group("labelled data")
     add = group.add_argument
     add("--evaluate", metavar="DATA", help="report the model on this labelled folder")
-    add("--bootstrap", type=number(int), default=0, metavar="N", help="95 %% intervals, from N resamples; 0: none")
+    add("--bootstrap", type=number(int), metavar="N",
+        help="95 %% intervals, from N resamples (default: 1000 for fewer than 1,000 images, else 0)")
+    add("--calibrate", metavar="DATA", help="choose calibration and thresholds anew on this labelled folder, which the "
+        "model was not trained on, and write one model to --out")
     dataset.add_data_options(group)
     add = parser.add_argument_group("system").add_argument
     add("-b", "--batch-size", type=number(int, 1), default=32, metavar="N", help="images at a time")
@@ -782,27 +933,32 @@ def parse_options(argv=None):
     options = parser.parse_args(argv)
     if options.heatmap and not options.save:
         raise InputError("--heatmap draws into the folder of --save DIR: give that too")
-    of_images = options.paths or options.image or options.save
-    if options.evaluate and (of_images or options.format in ("csv", "probabilities")):
-        raise InputError("--evaluate reports on its DATA: no images, no --save, --format table or json")
-    for name, value in {**dataset.data_options(options), "bootstrap": options.bootstrap}.items():
-        if value and not options.evaluate:
+    option = "--evaluate" if options.evaluate else "--calibrate"
+    if options.evaluate and options.calibrate:
+        raise InputError("--evaluate and --calibrate are two commands: give one of them")
+    if options.evaluate or options.calibrate:
+        if options.paths or options.image or options.save or options.format in ("csv", "probabilities"):
+            raise InputError(f"{option} is about its DATA: no images, no --save, --format table or json")
+        if options.calibrate and not options.out:
+            raise InputError("--calibrate writes a model: say where with --out FILE")
+    for name, value in {**dataset.data_options(options), "bootstrap": options.bootstrap is not None}.items():
+        if value and not options.evaluate and (name == "bootstrap" or not options.calibrate):
             raise InputError(f"--{name.replace('_', '-')} goes with --evaluate DATA")
     return options
 
 
 def main(argv=None):
-    """The command line; returns the probabilities (N, C), or the report with --evaluate."""
+    """The command line; returns the probabilities (N, C), or the report with --evaluate and --calibrate."""
     options = parse_options(argv)
-    if not options.evaluate:
+    if not options.evaluate and not options.calibrate:
         ids, paths = find_images(options.paths + options.image)
     classifier = load_model(options.model, options.device, options.precision)
+    classifier.mirrored |= options.tta
     if options.threshold is not None:
         classifier.thresholds = [options.threshold] * len(classifier.classes)
-    described = (f"{options.model}: {classifier.backbone}, {len(classifier.classes)} classes, {classifier.size} px, on "
-                 f"{classifier.device}")
-    if options.evaluate:
-        return evaluate_folder(classifier, options, described)
+    described = f"{', '.join(options.model)}: {classifier}"
+    if options.evaluate or options.calibrate:
+        return use_labels(classifier, options, described)
     print_text(f"{described}; {len(paths)} images", file=sys.stderr)
     probabilities, errors = predict_all(classifier, paths, options.batch_size, options.workers)
     good = [row for row in range(len(paths)) if row not in errors]
@@ -822,19 +978,24 @@ def main(argv=None):
     return probabilities
 
 
-def evaluate_folder(classifier, options, described):
-    """Report the classifier, described in words, on the labelled folder of --evaluate -> report dict."""
-    table = dataset.read_labels(options.evaluate, **dataset.data_options(options))
-    report = evaluate(classifier, table, options.batch_size, options.workers, options.bootstrap)
+def use_labels(classifier, options, described):
+    """--evaluate, or --calibrate and what the classifier, described in words, is worth on the same data -> report."""
+    data = options.evaluate or options.calibrate
+    metrics = import_metrics("--evaluate" if options.evaluate else "--calibrate")
+    table = dataset.read_labels(data, **dataset.data_options(options))
     print_text(described, file=sys.stderr)
-    import metrics
-
+    if options.calibrate:
+        calibrate(classifier, table, options.batch_size, options.workers)
+        save_model(classifier, options.out)
+        print_text(f"written: {options.out}; on the data that it was calibrated with:", file=sys.stderr)
+    bootstrap = "auto" if options.bootstrap is None else options.bootstrap
+    report = evaluate(classifier, table, options.batch_size, options.workers, bootstrap)
     if options.format == "json":
         text = dataset.to_json(report)
     else:
-        print_text(dataset.summary(table, options.evaluate) + "\n")
+        print_text(dataset.summary(table, data) + "\n")
         text = metrics.format_report(report)
-    output(text, options.out)
+    output(text, options.out if options.evaluate else None)
     return report
 
 

@@ -2,7 +2,7 @@
 
     python metrics.py outputs/*                      # the results table of several runs
     python metrics.py outputs/* --sort map --group-by backbone
-    python metrics.py RUN_A RUN_B --paired           # what differs between two runs on the same images, and what is noise
+    python metrics.py RUN_A RUN_B --paired           # two runs on the same images: what differs, and what is noise
 
     import metrics
     thresholds = metrics.find_thresholds(targets, scores, "soft")
@@ -62,7 +62,7 @@ def _refuse(wrong, array, name, what):
 
 
 def _check_both(targets, values, name, ndim=2):
-    """-> (positive, known, values): two boolean arrays, and the "scores", "probabilities" or "predictions" in the same shape."""
+    """-> (positive, known, values): two boolean arrays, and the "scores", "probabilities" or "predictions"."""
     targets = _check_array(targets, "targets", ndim)
     positive = targets == 1
     known = positive | (targets == 0)
@@ -289,10 +289,10 @@ def calibrate(probabilities, scale, offsets):
 def fit_calibration(targets, probabilities):
     """What makes probabilities honest -> (scale, a float; offsets (C,)) for calibrate().
 
-    targets (N, C) with 0, 1, NaN; probabilities (N, C). The two minimise the log loss, summed over the known
-    labels, plus twice the squares of log(scale) and of the offsets: normal priors with a standard deviation of 0.5, which
-    keep a class with few labels near offset 0. It is temperature scaling (Guo et al. 2017) with a bias per class; the
-    steps are Gauss-Newton.
+    targets (N, C) with 0, 1, NaN; probabilities (N, C). The two minimise the log loss, summed over the known labels,
+    plus twice the squares of log(scale) and of the offsets: normal priors with a standard deviation of 0.5, which keep
+    a class with few labels near offset 0. It is temperature scaling (Guo et al. 2017) with a bias per class; the steps
+    are Gauss-Newton.
 
     >>> scale, offsets = fit_calibration([[1], [0], [0], [0]], [[0.9], [0.9], [0.8], [0.8]])
     >>> calibrate([[0.9], [0.8]], scale, offsets).round(2).tolist()
@@ -335,8 +335,8 @@ def _reliability(positive, known, scores, bins=15):
 
 
 def calibration_error(targets, probabilities):
-    """Expected calibration error (Guo et al. 2017), in [0, 1]: the mean distance between the two of reliability_curve(),
-    weighted by the number of labels; 0 when no label is known. Arguments as there."""
+    """Expected calibration error (Guo et al. 2017), in [0, 1]: the mean distance between the two curves of
+    reliability_curve(), weighted by the number of labels; 0 when no label is known. Arguments as there."""
     return _honesty(*_check_both(targets, probabilities, "probabilities"))["ece"]
 
 
@@ -488,13 +488,14 @@ def between_scores(thresholds, scores):
 def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
     """Everything about one split -> dict of plain Python values, ready for JSON but for NaN.
 
-    targets (N, C) with 0, 1, NaN; scores (N, C), finite; thresholds (C,), one number, or (N, C) where they differ by row
-    (per_class has the median then); classes: C different names.
+    targets (N, C) with 0, 1, NaN; scores (N, C), finite; thresholds (C,), one number, or (N, C) where they differ by
+    row, of which per_class has the median; classes: C different names.
+
     Keys: rows, the names in HEADLINES (floats; ece, brier and log_loss are NaN where scores are no probabilities), and
     per_class: name -> precision, recall, f1, average_precision, roc_auc, threshold, positives, negatives, na (counts),
     prevalence (positives among the known). With `bootstrap` resamples ("auto": 1,000 for fewer than 1,000 rows, else
-    none) "intervals" holds name -> [low, high] for the headlines but ROC AUC: the 95 % percentile interval (Efron 1979)
-    over resampled rows.
+    none) "intervals" holds name -> [low, high] for the headlines but ROC AUC and ECE: the 95 % percentile interval
+    (Efron 1979) over resampled rows.
 
     >>> report([[1, 0], [0, 1]], [[0.9, 0.2], [0.1, 0.4]], 0.5, ["cat", "dog"])["f1_macro"]
     0.5
@@ -522,10 +523,10 @@ def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
 
 
 def _intervals(measure, headlines, count, resamples, seed):
-    """95 % intervals of what measure(rows) says of resampled rows, for the headlines that have a value in every resample
-    -> {name: [low, high]}."""
+    """95 % intervals of the headlines of measure(rows) over resampled rows -> {name: [low, high]}; none of ROC AUC,
+    which may be NaN there, and of the ECE, which is higher in every resample."""
     rng = np.random.default_rng(seed)
-    names = [name for name, value in headlines.items() if name != "roc_auc_macro" and value == value]
+    names = [name for name, value in headlines.items() if name not in ("roc_auc_macro", "ece") and value == value]
     drawn = []
     for _ in range(resamples):
         sample = measure(rng.integers(0, count, count))
@@ -534,8 +535,8 @@ def _intervals(measure, headlines, count, resamples, seed):
 
 
 def paired_differences(targets, scores, thresholds, other_scores, other_thresholds, resamples=RESAMPLES, seed=0):
-    """Two models on the same images -> {headline: (value, other value, difference, low, high)}: the 95 % interval of the
-    difference, other - value, over rows that are resampled for both alike. ROC AUC has none.
+    """Two models on the same images -> {headline: (value, other value, difference, low, high)}: other - value, and its
+    95 % interval over rows that are resampled for both alike; none of ROC AUC and ECE.
 
     targets (N, C) with 0, 1, NaN; both scores (N, C), finite; both thresholds (C,) or one number.
     """
@@ -680,9 +681,10 @@ def read_predictions(folder):
     row_of = {name: row for row, name in enumerate(names)}
     thresholds = read_json(folder / "thresholds.json")
     try:
-        return ids, classes, targets[[row_of[name] for name in ids]], scores, np.array([thresholds[c] for c in classes])
+        rows = [row_of[name] for name in ids]
+        return ids, classes, targets[rows], scores, np.array([thresholds[name] for name in classes])
     except KeyError as error:
-        raise ValueError(f"{folder}: the files of the run do not fit each other: {error} is not in all of them") from None
+        raise ValueError(f"{folder}: {error} is not in all files of the run: were they changed?") from None
 
 
 def _read_numbers(path):

@@ -3,13 +3,14 @@
     python train.py --data data/                              # ImageNet weights, data/labels.txt, data/images/
     python train.py --data data/ --weights none --epochs 50   # from scratch
     python train.py --demo                                    # drawn data, no network needed
+    python train.py --data data/ --folds 5                    # five networks, each tested on what it was not trained on
     python train.py --data data/ --resume                     # go on where a run was stopped
     torchrun --standalone --nproc-per-node=2 train.py --data data/      # several GPUs, or processes on a CPU
 
     report = train.main(["--data", "data/", "--epochs", "10"])     # in a notebook; inference.py uses the model
 
-A run reads the labels, divides them, trains with a masked loss, keeps the epoch that is best on val, chooses a
-threshold per class on val and reports on test. All its files are in --out.
+A run reads the labels, divides them, trains with a masked loss, keeps the epoch that is best on val, makes the
+probabilities honest and chooses a threshold per class on val, and reports on test. All its files are in --out.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,35 +48,39 @@ from inference import BACKBONES, HEADS
 DEMO = {"data": "data/demo", "weights": "none", "size": 96, "epochs": 18, "augment": "flip,vflip", "lr": 1e-3,
         "pos_weight": "none"}
 
+# Every epoch is trained, and the last one kept: to choose one by the part that is reported would flatter it.
+FOLDS = {"split": [0.85, 0.15, 0], "monitor": "last", "patience": 0}
+
 # Published recipes; the README says what each reproduces.
 PRESETS = {
     "default": {},
     "inspection": {
         "backbone": "resnet18", "head": "linear", "train_layers": "all", "lr": 1e-3, "wd": 0.0, "batch_size": 16,
         "epochs": 10, "schedule": "constant", "monitor": "loss", "patience": 3, "pos_weight": "sqrt",
-        "pos_weight_clip": [1, 20], "augment": "flip,rotation", "thresholds": "pr_curve", "max_threshold": 0.8,
+        "pos_weight_clip": [1, 20], "augment": "flip,rotation", "calibration": "none", "thresholds": "pr_curve",
+        "max_threshold": 0.8,
     },
     "two-stage": {
         "backbone": "resnet18", "head": "mlp", "dropout": [0.5, 0.3], "train_layers": "head", "unfreeze": "layer4",
         "unfreeze_epoch": 3, "lr": 2e-3, "unfreeze_lr": 1e-4, "wd": 0.0, "batch_size": 16, "epochs": 50,
         "schedule": "constant", "monitor": "loss", "patience": 5, "pos_weight": "linear", "pos_weight_clip": None,
-        "augment": "crop,flip,jitter,perspective,erasing", "thresholds": "0.5", "max_threshold": None,
+        "augment": "crop,flip,jitter,perspective,erasing", "calibration": "none", "thresholds": "0.5",
     },
     "assignment": {
         "backbone": "resnet18", "head": "linear", "train_layers": "all", "lr": 1e-3, "wd": 0.0, "epochs": 10,
         "schedule": "constant", "monitor": "loss", "patience": 0, "pos_weight": "linear", "pos_weight_clip": None,
-        "augment": "none", "thresholds": "0.5", "max_threshold": None, "plot_title": "Aimonk_multilabel_problem",
+        "augment": "none", "calibration": "none", "thresholds": "0.5", "plot_title": "Aimonk_multilabel_problem",
     },
     "resnet50": {
         "backbone": "resnet50", "head": "mlp", "dropout": [0.65, 0.4], "train_layers": "layer3,layer4,head",
         "lr": 5e-5, "wd": 1e-2, "epochs": 40, "schedule": "constant", "monitor": "loss", "patience": 5,
         "pos_weight": "linear", "pos_weight_clip": None, "augment": "resized_crop,flip,vflip,jitter,rotation,erasing",
-        "thresholds": "0.5", "max_threshold": None,
+        "calibration": "none", "thresholds": "0.5",
     },
     "coco": {
         "head": "bn", "train_layers": "head", "unfreeze": "all", "lr": 1e-3, "wd": 0.0, "schedule": "multistep",
-        "monitor": "f1", "pos_weight": "linear", "pos_weight_clip": None, "augment": "flip", "thresholds": "global",
-        "max_threshold": None,
+        "monitor": "f1", "pos_weight": "linear", "pos_weight_clip": None, "augment": "flip", "calibration": "none",
+        "thresholds": "global",
     },
 }
 
@@ -96,6 +101,8 @@ def option_parser():
     add("--data", default="data", metavar="DIR", help="folder of labels and images")
     dataset.add_data_options(group)
     add("--split", type=float, nargs=3, default=[0.7, 0.15, 0.15], metavar=("TRAIN", "VAL", "TEST"), help="ratios")
+    add("--folds", type=number(int), default=0, metavar="K", help="train K networks, each on all of K parts but "
+        "one, and report it on that one (and, where --split names a test ratio, all together on test)")
     add("--split-method", choices=("stratified", "random"), default="stratified", help="how rows are divided")
     add("--demo", action="store_true", help="draw data (data/demo) when not there, and train on it")
     add("--seed", type=whole, default=0, help="of the split, the head, the order and the augmentation")
@@ -124,15 +131,16 @@ def option_parser():
     add("--pos-weight", choices=("none", "linear", "sqrt"), default="sqrt", help="of positives in the loss")
     add("--pos-weight-clip", type=real, nargs=2, default=[1, 20], metavar=("LO", "HI"), help="its bounds")
     add = parser.add_argument_group("stopping").add_argument
-    add("--monitor", choices=MONITORED, default="map", help="what is best on val (f1: weighted)")
+    add("--monitor", choices=MONITORED, default="map", help="what is best on val (f1: weighted; last: the last epoch)")
     add("--patience", type=whole, default=10, help="validations without improvement to stop after; 0: never")
     add("--min-delta", type=real, default=0.0, help="what counts as an improvement")
     add("--val-every", type=count, default=1, metavar="N", help="epochs between validations")
     add("--train-metrics-every", type=whole, default=0, metavar="N", help="epochs between scores on train; 0: never")
     add = parser.add_argument_group("thresholds").add_argument
-    add("--thresholds", type=threshold_method, default="pr_curve", metavar="METHOD",
-        help="pr_curve, grid, global, or a number")
-    add("--max-threshold", type=real, default=0.8, metavar="T", help="a threshold above it becomes 0.5")
+    add("--calibration", choices=("fit", "none"), default="fit", help="make the probabilities honest on val")
+    add("--thresholds", type=threshold_method, default="soft", metavar="METHOD",
+        help="soft, pr_curve, grid, global, or a number")
+    add("--max-threshold", type=real, metavar="T", help="a threshold above it becomes 0.5")
     add = parser.add_argument_group("output").add_argument
     add("--out", default="outputs", metavar="DIR", help="folder for everything the run writes")
     add("--plot-title", default="", metavar="TEXT", help="over loss_curve.png, and a copy's name")
@@ -150,11 +158,13 @@ def option_parser():
 
 
 def parse_options(argv=None):
-    """The command line -> Namespace. An explicit option wins over --preset, that over --demo."""
+    """The command line -> Namespace. An explicit option wins over --folds, that over --preset, that over --demo."""
     parser = option_parser()
     first = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**(DEMO if first.demo else {}) | PRESETS[first.preset])
+    parser.set_defaults(**(DEMO if first.demo else {}) | PRESETS[first.preset] | (FOLDS if first.folds else {}))
     options = parser.parse_args(argv)
+    if options.folds == 1:
+        raise InputError("--folds 1: each network needs a part that it is not trained on: give 2 or more")
     dataset.read_operations(options.augment)  # raises InputError
     if options.pos_weight_clip and options.pos_weight_clip[0] > options.pos_weight_clip[1]:
         raise InputError("--pos-weight-clip takes the lower bound first")
@@ -169,12 +179,12 @@ def parse_options(argv=None):
 
 def threshold_method(text):
     """A type= function for argparse: what --thresholds takes."""
-    if text in ("pr_curve", "grid", "global"):
+    if text in ("soft", "pr_curve", "grid", "global"):
         return text
     with contextlib.suppress(ValueError):
         if 0 <= float(text) <= 1:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: use pr_curve, grid, global or a number from 0 to 1")
+    raise argparse.ArgumentTypeError(f"{text}: use soft, pr_curve, grid, global or a number from 0 to 1")
 
 
 def cache_size(text):
@@ -309,6 +319,9 @@ def read_data(options):
     parts = dataset.split(table, options.split, options.split_method, options.seed)
     tables = {name: table.subset(rows) for name, rows in zip(PARTS, parts)}
     source = "the data's own" if any(table.parts) else f"{options.split_method}, seed {options.seed}"
+    if options.folds:
+        pool = np.sort(np.concatenate(parts[:2]))
+        tables |= {"train": table.subset(pool), "val": table.subset([])}
     counts = ", ".join(f"{len(part)} {name}" for name, part in tables.items())
     print_once(options, f"split ({source}): {counts}")
     if np.isnan(tables["train"].targets).all():
@@ -356,7 +369,7 @@ def cache_budget(cache):
 # The loop
 
 
-MONITORED = {"loss": "loss", "f1": "f1_weighted", "map": "map"}  # --monitor -> name of a score
+MONITORED = {"loss": "loss", "f1": "f1_weighted", "map": "map", "last": "map"}  # --monitor -> name of a score
 
 
 @dataclass
@@ -395,6 +408,11 @@ class Run:
         """The folder of the run's files."""
         return Path(self.options.out)
 
+    @property
+    def member(self):
+        """The network that is trained, with its calibration."""
+        return self.classifier.members[0]
+
 
 def build(options, tables):
     """Build the network and all that trains it, or with --resume take it from last.pth -> Run."""
@@ -407,10 +425,10 @@ def build(options, tables):
         select_parameters(network, options.backbone, layers)  # a wrong name is an error now, not in epoch N
     print_once(options, load_weights(network, options, table.classes))
     network = inference.to_device(network, device)
-    classifier = inference.Classifier(
-        network, options.backbone, options.head, options.dropout, table.classes, table.groups,
-        [0.5] * len(table.classes), options.size, options=dict(vars(options)), device=device,
-        precision=choose_precision(options, device, last))
+    count = len(table.classes)
+    member = inference.Member(network, options.backbone, options.head, options.dropout, options.size, [0.0] * count)
+    classifier = inference.Classifier([member], table.classes, table.groups, [0.5] * count, options=dict(vars(options)),
+                                      device=device, precision=choose_precision(options, device, last))
     pos_weight = compute_pos_weight(table.targets, options.pos_weight, options.pos_weight_clip)
     budget = cache_budget(options.cache) / sum(len(part) for part in tables.values())
     images = {name: dataset.ImageDataset(part, options.size, budget * len(part)) for name, part in tables.items()}
@@ -482,7 +500,7 @@ def train_epoch(run, progress):
     options, state = run.options, run.state
     count = len(run.tables["train"])
     order = draw_batches(run)
-    train_mode(run.classifier.network, options.backbone)
+    train_mode(run.member.network, options.backbone)
     started = time.perf_counter() - state.seconds
     losses = []
     for (_, used), batch in zip(order, load_batches(run, order)):
@@ -567,7 +585,7 @@ def learning_rates(options, progress):
 def choose_layers(run):
     """Set which layers the coming epoch trains, and with that run.model."""
     options = run.options
-    network = run.classifier.network
+    network = run.member.network
     layers = options.train_layers
     if options.unfreeze and run.state.epoch + 1 >= options.unfreeze_epoch:
         layers += f",{options.unfreeze}"
@@ -589,7 +607,7 @@ def gather_losses(run, losses):
     for iteration, loss in enumerate(values, len(run.state.losses) + 1):
         if not math.isfinite(loss):
             bad.append(f"loss is {loss} at iteration {iteration}")
-    if not all(bool(weight.isfinite().all()) for weight in run.classifier.network.parameters()):
+    if not all(bool(weight.isfinite().all()) for weight in run.member.network.parameters()):
         bad.append("weights are no longer finite")
     if bad:
         saved = f"{run.out / 'last.pth'} is that after epoch {epoch}" if epoch else "nothing is saved yet"
@@ -643,25 +661,25 @@ def best_epoch(history, monitor, min_delta=0.0):
         if score is None:
             continue
         score = sign * score if math.isfinite(score) else -math.inf
-        if epoch == 0 or score > best + min_delta:
+        if epoch == 0 or score > best + min_delta or monitor == "last":
             best, epoch, waited = score, row["epoch"], 0
         else:
             waited += 1
     return epoch, waited
 
 
-def evaluate_split(run, split):
+def evaluate_split(run, split, bootstrap=0):
     """-> (LabelTable, probabilities, report) of a split's readable images, of which each process
-    takes a share. The thresholds are chosen on val, before its report."""
+    takes a share. Calibration and thresholds are chosen on val, before its report."""
     images = run.images[split]
     classifier = run.classifier
     rank, ranks = rank_and_ranks()
     if ranks > 1:  # all take the leader's BatchNorm statistics, which are those that are saved
-        for buffer in classifier.network.buffers():
+        for buffer in run.member.network.buffers():
             distributed.broadcast(buffer, 0)
     share = np.array_split(np.arange(len(images)), ranks)[rank]
-    part = inference.compute_logits(classifier.network, images, classifier.device, classifier.precision,
-                                    2 * run.options.batch_size, run.options.workers, share)
+    part = inference.compute_logits(classifier, images, classifier.precision, 2 * run.options.batch_size,
+                                    run.options.workers, share)[0]
     logits = part.new_zeros(len(images), part.shape[1])
     logits[share] = part
     logits = sum_over_ranks(logits).cpu()
@@ -671,18 +689,30 @@ def evaluate_split(run, split):
     logits = logits[good]
     if not logits.isfinite().all():
         raise RuntimeError(f"the outputs on {split} are not all finite: try a lower --lr, or --precision fp32")
-    probabilities = torch.sigmoid(logits).numpy()
     if split == "val":
-        classifier.thresholds = choose_thresholds(run.options, table, probabilities)
-    report = metrics.report(table.targets, probabilities, classifier.thresholds, table.classes)
+        start_calibration(run)
+        if run.options.calibration == "fit":
+            inference.fit_calibration(classifier, logits[None], table.targets)
+    probabilities = inference.to_probabilities(classifier, logits[None])
+    if split == "val":
+        classifier.thresholds = choose_thresholds(run.options, table.targets, probabilities)
+    report = metrics.report(table.targets, probabilities, classifier.thresholds, table.classes, bootstrap)
     total, known = masked_bce(logits, torch.from_numpy(table.targets), run.pos_weight.cpu())
     report["loss"] = (total / known).item()
     return table, probabilities, report
 
 
-def choose_thresholds(options, table, probabilities):
-    """The thresholds of --thresholds on a split -> list of C floats, none on a probability."""
-    thresholds = metrics.find_thresholds(table.targets, probabilities, options.thresholds, options.max_threshold)
+def start_calibration(run):
+    """Take back what pos_weight did to the odds, which are higher by that factor; with --calibration none nothing."""
+    run.member.scale = 1.0
+    run.member.offsets = [0.0] * len(run.classifier.classes)
+    if run.options.calibration == "fit":
+        run.member.offsets = (-run.pos_weight.double().log()).tolist()
+
+
+def choose_thresholds(options, targets, probabilities):
+    """The thresholds of --thresholds -> list of C floats, none on a probability."""
+    thresholds = metrics.find_thresholds(targets, probabilities, options.thresholds, options.max_threshold)
     if options.thresholds == "global":  # one for all classes, between the probabilities of all
         moved = metrics.between_scores(thresholds[:1], probabilities.reshape(-1, 1))
         return moved.tolist() * len(thresholds)
@@ -749,12 +779,107 @@ def save_and_stop(run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Folds
+
+
+def cross_validate(options, tables):
+    """--folds: a run in OUT/fold_k for each part of the data, trained on all other parts -> report dict.
+
+    Each image is predicted by the network that was not trained on it. By these predictions the calibration and the
+    thresholds of OUT/model.pth are chosen, which holds all the networks.
+    """
+    pool = tables["train"]
+    out = Path(options.out)
+    parts = dataset.divide(pool, [1] * options.folds, options.split_method, options.seed)
+    members = []
+    raw = np.full(pool.targets.shape, np.nan)  # probabilities that are not calibrated yet
+    with folder_locked(out) if is_leader() else contextlib.nullcontext():
+        for k in range(options.folds):
+            print_once(options, f"\nfold {k + 1} of {options.folds}")
+            run = build_fold(options, pool, parts == k, out / f"fold_{k + 1}")
+            if k == 0 and is_leader():
+                if not options.resume:
+                    remove_old_run(options)
+                write_inputs(options, {"train": pool, "test": tables["test"]})
+            train(run)
+            start_calibration(run)
+            raw[parts == k], _ = inference.predict_all(run.classifier, run.tables["val"].paths,
+                                                       2 * options.batch_size, options.workers)
+            members += run.classifier.members
+        classifier = replace(run.classifier, members=members, epoch=0, scores={})
+        good = np.flatnonzero(~np.isnan(raw).any(axis=1))
+        report, table, probabilities = report_folds(options, classifier, pool.subset(good), parts[good], raw[good])
+        text = f"\n{options.folds} folds, {len(table)} images\n{metrics.format_report(report)}\n"
+        for name in ("f1_macro", "map"):
+            text += "\n{}: {mean:.3f} +- {deviation:.3f} over the folds".format(name, **report["folds"][name])
+        if len(tables["test"]):
+            report["test"] = inference.evaluate(classifier, tables["test"], 2 * options.batch_size, options.workers)
+            text += f"\n\ntest split, {report['test']['rows']} images, all networks together\n"
+            text += metrics.format_report(report["test"])
+        if is_leader():
+            write_report(options, classifier, report, table, probabilities)
+            curves = inference.pr_curves(table.targets, probabilities, classifier.thresholds, classifier.classes)
+            dataset.write_png(out / "pr_curves.png", curves)
+        print_once(options, text + "\n")
+        wait_for_leader()
+    return report
+
+
+def build_fold(options, pool, own, out):
+    """The run of a fold, into the folder `out`: it validates on the rows that are its `own` (N,), boolean."""
+    fold = argparse.Namespace(**vars(options))
+    fold.out = str(out)
+    fold.folds = 0
+    fold.registry = None
+    fold.export_splits = None
+    if out.name != "fold_1" and not (out / "last.pth").exists():  # it was not begun
+        fold.resume = False
+    rows = {"train": np.flatnonzero(~own), "val": np.flatnonzero(own), "test": []}
+    return build(fold, {name: pool.subset(rows[name]) for name in PARTS})
+
+
+def report_folds(options, classifier, table, parts, raw):
+    """Choose the calibration and the thresholds of a classifier by the predictions of its folds, and report these:
+    those of a part (N,) by what the other parts would choose -> (report dict, table, probabilities (N, C))."""
+    probabilities = np.empty_like(raw)
+    thresholds = np.empty_like(raw)
+    for k in range(options.folds):
+        own = parts == k
+        scale, offsets, thresholds[own] = fit_to(options, table.targets[~own], raw[~own])
+        probabilities[own] = metrics.calibrate(raw[own], scale, offsets)
+    report = {"split": "folds"} | metrics.report(table.targets, probabilities, thresholds, table.classes, "auto")
+    report["images"] = report.pop("rows")
+    report |= {f"val_{name}": report[name] for name in metrics.HEADLINES}
+    of_folds = []
+    for k in range(options.folds):
+        own = parts == k
+        of_folds.append(metrics.report(table.targets[own], probabilities[own], thresholds[own], table.classes))
+    report["folds"] = {}
+    for name in metrics.HEADLINES:
+        values = [one[name] for one in of_folds]
+        report["folds"][name] = {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1))}
+    scale, offsets, classifier.thresholds = fit_to(options, table.targets, raw)
+    for member in classifier.members:
+        member.scale = scale
+        member.offsets = (scale * np.array(member.offsets) + offsets).tolist()
+    return report, table, probabilities
+
+
+def fit_to(options, targets, raw):
+    """What --calibration and --thresholds choose for probabilities (N, C) -> (scale, offsets, thresholds)."""
+    scale, offsets = 1.0, np.zeros(targets.shape[1])
+    if options.calibration == "fit":
+        scale, offsets = metrics.fit_calibration(targets, raw)
+    return scale, offsets, choose_thresholds(options, targets, metrics.calibrate(raw, scale, offsets))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Files of a run
 
 
 RUN_FILES = ("model.pth", "last.pth", "classes.json", "label_groups.json", "thresholds.json", "predictions.csv",
-             "train_metadata.csv", "val_metadata.csv", "test_metadata.csv", "loss_curve.png", "pr_curves.png",
-             "predictions.png", "history.csv", "metrics.json", "config.json")
+             "probabilities.csv", "train_metadata.csv", "val_metadata.csv", "test_metadata.csv", "loss_curve.png",
+             "pr_curves.png", "reliability.png", "predictions.png", "history.csv", "metrics.json", "config.json")
 
 
 def splits_digest(tables):
@@ -771,7 +896,7 @@ def save_state(run):
     content = {
         "format": inference.FORMAT, "options": run.classifier.options, "classes": run.classifier.classes,
         "splits": splits_digest(run.tables), "precision": precision_name(run.classifier.precision),
-        "state": dict(vars(run.state)), "network": run.classifier.network.state_dict(),
+        "state": dict(vars(run.state)), "network": run.member.network.state_dict(),
         "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "random": torch.get_rng_state(),
     }
     if run.classifier.device.type == "cuda":
@@ -804,7 +929,7 @@ def read_state(options, tables):
 def load_state(run, content):
     """Put a run to where last.pth was written."""
     run.state = State(**content["state"])
-    run.classifier.network.load_state_dict(content["network"])
+    run.member.network.load_state_dict(content["network"])
     run.optimizer.load_state_dict(content["optimizer"])
     if run.scaler.is_enabled() and content["scaler"]:
         run.scaler.load_state_dict(content["scaler"])
@@ -815,53 +940,56 @@ def load_state(run, content):
 
 
 @contextlib.contextmanager
-def folder_locked(run):
-    """Hold --out within the block. Raises InputError when another run does."""
+def folder_locked(out):
+    """Hold a run's folder within the block. Raises InputError when another run does."""
     try:
-        run.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out {run.out}: it cannot be written: {error.strerror}") from None
+        raise InputError(f"--out {out}: it cannot be written: {error.strerror}") from None
     with contextlib.ExitStack() as stack:
         try:
             import fcntl
-            folder = os.open(run.out, os.O_RDONLY)  # the system unlocks it when the process ends, however it ends
+            folder = os.open(out, os.O_RDONLY)  # the system unlocks it when the process ends, however it ends
             stack.callback(os.close, folder)
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"--out {run.out}: another run writes there: wait, or name another folder") from None
+            raise InputError(f"--out {out}: another run writes there: wait, or name another folder") from None
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass
         yield
 
 
-def remove_old_run(run):
-    """Remove what an older run left in --out."""
-    old = [run.out / name for name in RUN_FILES]
-    old += run.out.glob("predictions_*_t-*.json")
-    with contextlib.suppress(ValueError):
-        title = metrics.read_json(run.out / "config.json").get("plot_title")
-        if title:
-            old.append(title_path(run.out, title))
+def remove_old_run(options):
+    """Remove what an older run left in --out, and in the folders of its folds."""
+    out = Path(options.out)
+    old = []
+    for folder in [out, *out.glob("fold_*")]:
+        old += [folder / name for name in RUN_FILES]
+        old += folder.glob("predictions_*_t-*.json")
+        with contextlib.suppress(ValueError):
+            title = metrics.read_json(folder / "config.json").get("plot_title")
+            if title:
+                old.append(title_path(folder, title))
     old = [path for path in old if path.exists()]
     for path in old:
         path.unlink()
     if old:
-        print_once(run.options, f"the run that was in {run.out} is replaced")
+        print_once(options, f"the run that was in {out} is replaced")
 
 
-def write_inputs(run):
-    """Write what is known before training; of a resumed run the history, which may be missing."""
-    if run.state.history:
-        write_history(run)
-    dataset.write_json(run.out / "config.json", run.classifier.options)
-    dataset.write_json(run.out / "classes.json", run.classifier.classes)
-    if run.classifier.groups:
-        dataset.write_json(run.out / "label_groups.json", run.classifier.groups)
-    for split, table in run.tables.items():
-        rows = [["ID", *table.classes]]
-        for name, labels in zip(table.ids, table.targets.tolist()):
+def write_inputs(options, tables):
+    """Write what is known before training."""
+    out = Path(options.out)
+    table = tables["train"]
+    dataset.write_json(out / "config.json", vars(options))
+    dataset.write_json(out / "classes.json", table.classes)
+    if table.groups:
+        dataset.write_json(out / "label_groups.json", table.groups)
+    for split, part in tables.items():
+        rows = [["ID", *part.classes]]
+        for name, labels in zip(part.ids, part.targets.tolist()):
             rows.append([name, *("NA" if math.isnan(label) else int(label) for label in labels)])
-        dataset.write_csv(run.out / f"{split}_metadata.csv", rows)
+        dataset.write_csv(out / f"{split}_metadata.csv", rows)
 
 
 HISTORY = ["epoch", "steps", "train_loss", "val_loss", *(f"val_{name}" for name in metrics.HEADLINES),
@@ -895,49 +1023,47 @@ def title_path(out, title):
 
 
 def finish(run):
-    """Choose the best model's thresholds on val, and report it on test if there is one -> dict."""
+    """Choose the best model's calibration and thresholds on val, and report it on test if there is one -> dict."""
+    options = run.options
     wait_for_leader()
     best = inference.load_model(run.out / "model.pth", run.classifier.device)
     best.precision = run.classifier.precision
     run.classifier = best
-    table, probabilities, scores = evaluate_split(run, "val")
+    split = "test" if len(run.tables["test"]) else "val"
+    table, probabilities, scores = evaluate_split(run, "val", "auto" if split == "val" else 0)
     if is_leader():
         curves = inference.pr_curves(table.targets, probabilities, best.thresholds, best.classes)
         dataset.write_png(run.out / "pr_curves.png", curves)
-    split = "test" if len(run.tables["test"]) else "val"
     if split == "test":
-        table, probabilities, scores = evaluate_split(run, "test")
+        table, probabilities, scores = evaluate_split(run, "test", "auto")
     report = {"split": split, "images": scores.pop("rows"), "loss": scores.pop("loss"), "epoch": best.epoch}
     report |= {f"val_{name}": value for name, value in best.scores.items()}
     report |= scores
     if is_leader():
-        write_report(run, report, table, probabilities)
-    model = [] if run.options.out == "outputs" else ["--model", str(run.out / "model.pth")]
-    command = ["python", "inference.py", str(run.tables[split].paths[0]), *model, "--save", "drawn", "--heatmap"]
-    print_once(run.options, f"\n{split} split, {len(table)} images, epoch {best.epoch}\n"
-               f"{metrics.format_report(report)}\n\n"
-               f"written to {run.out}/: model.pth, metrics.json, predictions.csv, history.csv\n"
-               f"and pictures (predictions.png shows the worst mistakes)\nnext: {shlex.join(command)}")
+        write_report(options, best, report, table, probabilities)
+    print_once(options, f"\n{split} split, {len(table)} images, epoch {best.epoch}\n{metrics.format_report(report)}\n")
     return report
 
 
-def write_report(run, report, table, probabilities):
+def write_report(options, best, report, table, probabilities):
     """Write the model and its report, and what else was asked for."""
-    best, options = run.classifier, run.options
+    out = Path(options.out)
     best.options = dict(vars(options))
-    inference.save_model(best, run.out / "model.pth")
-    rows = inference.prediction_rows(table.ids, probabilities, best.thresholds, best.classes, best.groups)
-    dataset.write_csv(run.out / "predictions.csv", rows)
-    dataset.write_png(run.out / "predictions.png", inference.mistakes_sheet(table, probabilities, best.thresholds))
-    dataset.write_json(run.out / "thresholds.json", dict(zip(best.classes, best.thresholds)))
-    dataset.write_json(run.out / "metrics.json", report)
+    inference.save_model(best, out / "model.pth")
+    for name, style in (("predictions.csv", "csv"), ("probabilities.csv", "probabilities")):
+        text = inference.format_predictions(style, table.ids, probabilities, np.array(best.thresholds), best)
+        dataset.write_text(out / name, [text])
+    dataset.write_png(out / "predictions.png", inference.mistakes_sheet(table, probabilities, best.thresholds))
+    dataset.write_png(out / "reliability.png", inference.reliability_chart(table.targets, probabilities))
+    dataset.write_json(out / "thresholds.json", dict(zip(best.classes, best.thresholds)))
+    dataset.write_json(out / "metrics.json", report)
     if options.thresholds == "global":
         name = (f"predictions_{options.backbone}_f1-{report['val_f1_weighted']:.4f}_epoch-{best.epoch}"
                 f"_b-{options.batch_size}_lr-{options.lr:g}_t-{best.thresholds[0]:.4f}.json")
         text = inference.format_predictions("json", table.ids, probabilities, np.array(best.thresholds), best)
-        dataset.write_text(run.out / name, [text])
+        dataset.write_text(out / name, [text])
     if options.registry:
-        register(run, report)
+        register(options, report)
 
 
 NO_CONFIGURATION = ("out", "registry", "seed", "quiet", "device", "workers", "cache", "resume", "tensorboard",
@@ -956,9 +1082,9 @@ def registry_name(options):
     return "_".join([*tokens, hashlib.sha256(repr(known).encode()).hexdigest()[:6]])
 
 
-def register(run, report):
+def register(options, report):
     """Copy the run into its folder of the registry, unless one with a better F1 on val is there."""
-    folder = Path(run.options.registry) / registry_name(run.classifier.options)
+    folder = Path(options.registry) / registry_name(vars(options))
     if (folder / "metrics.json").exists():
         best = None
         with contextlib.suppress(ValueError):
@@ -966,12 +1092,12 @@ def register(run, report):
         if not isinstance(best, (int, float)):
             print_warning(f"registry: {folder / 'metrics.json'} tells no F1 on val: the run there is replaced")
         elif best >= report["val_f1_weighted"]:
-            print_once(run.options, f"registry: {folder} keeps its F1 of {best:.4f} on val")
+            print_once(options, f"registry: {folder} keeps its F1 of {best:.4f} on val")
             return
     for name in ("model.pth", "config.json", "metrics.json"):
         with dataset.atomic_write(folder / name, "wb") as file:
-            file.write((run.out / name).read_bytes())
-    print_once(run.options, f"registry: {folder} now has an F1 of {report['val_f1_weighted']:.4f} on val")
+            file.write((Path(options.out) / name).read_bytes())
+    print_once(options, f"registry: {folder} now has an F1 of {report['val_f1_weighted']:.4f} on val")
 
 
 def export_splits(tables, folder):
@@ -1034,6 +1160,14 @@ def print_configuration(options):
                       f"--epochs {options.epochs}")
 
 
+def print_last_words(options, image):
+    """Print what the run left, and what to look at next."""
+    model = [] if options.out == "outputs" else ["--model", str(Path(options.out) / "model.pth")]
+    command = ["python", "inference.py", str(image), *model, "--save", "drawn", "--heatmap"]
+    print_once(options, f"written to {options.out}/: model.pth, metrics.json, predictions.csv and more,\n"
+               f"and pictures (predictions.png shows the worst mistakes)\nnext: {shlex.join(command)}")
+
+
 class ProgressLine:
     """A line that updates in place on a terminal or in a notebook, and a line per epoch."""
 
@@ -1088,18 +1222,26 @@ def main(argv=None):
     start_processes(options)
     tables = read_data(options)
     print_configuration(options)
-    run = build(options, tables)
+    report = cross_validate(options, tables) if options.folds else train(build(options, tables))
+    print_last_words(options, (tables["test"].paths or tables["val"].paths or tables["train"].paths)[0])
+    return report
+
+
+def train(run):
+    """Train a run to its end -> its report."""
     wait_for_leader()
-    with folder_locked(run) if is_leader() else contextlib.nullcontext():
+    with folder_locked(run.out) if is_leader() else contextlib.nullcontext():
         if is_leader():
-            if not options.resume:
-                remove_old_run(run)
-                if options.export_splits:
-                    export_splits(tables, options.export_splits)
+            if not run.options.resume:
+                remove_old_run(run.options)
+                if run.options.export_splits:
+                    export_splits(run.tables, run.options.export_splits)
             try:
-                write_inputs(run)
+                write_inputs(run.options, run.tables)
             except OSError as error:
-                raise InputError(f"--out {options.out}: {error}") from None
+                raise InputError(f"--out {run.options.out}: {error}") from None
+            if run.state.history:  # of a resumed run: it may have been stopped before it was written
+                write_history(run)
         fit(run)
         return finish(run)
 

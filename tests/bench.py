@@ -7,9 +7,11 @@
     python tests/bench.py infer MODEL DIR    # inference.py beside the bare imports, and beside a plain loop
     python tests/bench.py labels             # read_labels beside pandas (pip install pandas)
     python tests/bench.py cache              # peak memory with and without a cache of 2 GiB
+    python tests/bench.py thresholds RUN...  # methods of thresholds, and calibration, on what runs of train.py held out
     python tests/bench.py pointing MODEL     # how often the heatmaps of the demo's defects are highest on the defect
 """
 
+import dataclasses
 import os
 import re
 import resource
@@ -334,10 +336,11 @@ def bench_learn(data="data/demo", weights="none", epochs=18):
     truth = run.tables["val"].targets
 
     def history(epoch, network, precision):
+        classifier = dataclasses.replace(run.classifier, members=[dataclasses.replace(run.member, network=network)])
         spent, rows = 0.0, []
         for _ in range(epochs):
             spent += seconds(epoch)
-            logits = inference.compute_logits(network, run.images["val"], torch.device("cpu"), precision)
+            logits = inference.compute_logits(classifier, run.images["val"], precision)[0]
             rows.append((metrics.average_precision(truth, torch.sigmoid(logits).numpy()), spent))
         return rows
 
@@ -462,9 +465,70 @@ def bench_pointing(model, data="data/demo", seed=0):
               f"{np.mean([chance[i] for i in rows]):.1%} by chance")
 
 
+def held_out(folder):
+    """What a run held out -> (targets, probabilities without any calibration, the same without pos_weight's share, which
+    rows are of val)."""
+    import torch
+
+    import dataset
+    import inference
+    import train
+
+    classifier = inference.load_model(f"{folder}/model.pth", precision="fp32")
+    options = classifier.options
+    tables = {}
+    for part in dataset.PARTS:
+        how = {"labels": f"{folder}/{part}_metadata.csv", "images": options["images"]}
+        tables[part] = dataset.read_labels(options["data"], **how)
+    weight = train.compute_pos_weight(tables["train"].targets, options["pos_weight"], options["pos_weight_clip"])
+    logits = []
+    for part in ("val", "test"):
+        images = dataset.ImageDataset(tables[part], classifier.size)
+        logits.append(inference.compute_logits(classifier, images, torch.float32)[0].double().numpy())
+    targets = np.concatenate([tables["val"].targets, tables["test"].targets])
+    logits = np.concatenate(logits)
+    of_val = np.arange(len(targets)) < len(tables["val"])
+    return targets, metrics.sigmoid(logits), metrics.sigmoid(logits - np.log(weight)), of_val
+
+
+def calibrated(targets, probabilities, val):
+    """Probabilities that are calibrated on some rows."""
+    return metrics.calibrate(probabilities, *metrics.fit_calibration(targets[val], probabilities[val]))
+
+
+def bench_thresholds(*folders):
+    """Test F1-macro of each method over 200 divisions of what runs held out (runs NAME0, NAME1, ... are
+    averaged), then ECE, Brier score and log loss on their own test split, before and after."""
+    table, honesty = {}, {}
+    for folder in folders:
+        name = Path(folder).name.rstrip("0123456789")
+        targets, plain, undone, of_val = held_out(folder)
+        for share in (0.5, 0.25):
+            rng = np.random.default_rng(0)
+            for _ in range(200):
+                order = rng.permutation(len(targets))
+                val, test = np.split(order, [round(share * len(order))])
+                scores = dict.fromkeys((0.5, "pr_curve", "grid"), plain)
+                scores["soft"] = calibrated(targets, undone, val)
+                for method, p in scores.items():
+                    most = None if method == "soft" else 0.8
+                    thresholds = metrics.find_thresholds(targets[val], p[val], method, most)
+                    f1 = metrics.f1_score(targets[test], p[test] >= thresholds, "macro")
+                    table.setdefault(f"{name} {share:.0%} val", {}).setdefault(method, []).append(f1)
+        for kind, p in (("before", plain), ("after", calibrated(targets, undone, of_val))):
+            report = metrics.report(targets[~of_val], p[~of_val], 0.5, list(map(str, range(targets.shape[1]))))
+            honesty.setdefault((name, kind), []).append([report[key] for key in ("ece", "brier", "log_loss")])
+    print(f"{'test F1-macro':20} {'0.5':>8} {'pr_curve':>8} {'grid':>8} {'soft':>8}")
+    for name, row in table.items():
+        print(f"{name:20} " + " ".join(f"{np.mean(values):8.3f}" for values in row.values()))
+    print(f"\n{'on test':20} {'ece':>8} {'brier':>8} {'log loss':>8}")
+    for (name, kind), values in honesty.items():
+        print(f"{name + ', ' + kind:20} " + " ".join(f"{value:8.3f}" for value in np.mean(values, axis=0)))
+
+
 BENCHES = {"metrics": bench_metrics, "baseline": bench_baseline, "train": bench_train, "learn": bench_learn,
            "infer": bench_infer, "labels": bench_labels, "cache": bench_cache,
-           "pointing": bench_pointing}
+           "thresholds": bench_thresholds, "pointing": bench_pointing}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHES:

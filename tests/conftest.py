@@ -13,7 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small images gain
 
 import dataset  # noqa: E402
 import inference  # noqa: E402
+import metrics  # noqa: E402
 import train  # noqa: E402
+
+metrics.RESAMPLES = 20  # of the intervals in reports, which most tests do not look at
 
 SMALL = ["--weights", "none", "--size", "32", "-q", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
 
@@ -23,6 +26,12 @@ def encoded(image, kind, **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def classifier_of(network, backbone, head, dropout, classes, groups, thresholds, size, **fields):
+    """A Classifier with one network."""
+    member = inference.Member(network, backbone, head, dropout, size, [0.0] * len(classes))
+    return inference.Classifier([member], classes, groups, thresholds, **fields)
 
 
 def use_small_networks(setattr=setattr):

@@ -42,9 +42,10 @@ def keep_gradients(optimizer, *rest):
                              if p.grad is not None]
     return adam_step(optimizer, *rest)
 
-def keep_statistics(network, *rest):
-    kept["validated with"].append(sums((n, t) for n, t in network.state_dict().items() if "running" in n))
-    return compute_logits(network, *rest)
+def keep_statistics(classifier, *rest):
+    state = classifier.network.state_dict()
+    kept["validated with"].append(sums((n, t) for n, t in state.items() if "running" in n))
+    return compute_logits(classifier, *rest)
 
 torch.optim.AdamW.step, inference.compute_logits = keep_gradients, keep_statistics
 for name, arguments in json.load(open({cases!r})).items():

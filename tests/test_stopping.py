@@ -31,7 +31,8 @@ class Killed(BaseException):
 
 
 def tensors(path):
-    return inference.read_checkpoint(path)["network"]
+    content = inference.read_checkpoint(path)
+    return content["members"][0]["network"] if "members" in content else content["network"]
 
 
 def same_tensors(a, b):
@@ -581,14 +582,14 @@ MODELS = {
     "a tensor": (lambda trained, path: torch.save(torch.ones(1), path), "is not a model.pth of train.py"),
     "last.pth": (lambda trained, path: shutil.copy(trained[0] / "last.pth", path),
                  "is not a model.pth of train.py"),
-    "newer": (damaged(lambda content: content.update(format=99)), "has format 99, and this program reads 1"),
+    "newer": (damaged(lambda content: content.update(format=99)), "has format 99, and this program reads 2"),
     "fewer classes": (damaged(lambda content: content["classes"].pop()),
                       "is damaged: its tensors are not those of a"),
     "no thresholds": (damaged(lambda content: content.update(thresholds=[])),
                       "is damaged: it has 0 thresholds"),
-    "unknown network": (damaged(lambda content: content.update(backbone="x")),
+    "unknown network": (damaged(lambda content: content["members"][0].update(backbone="x")),
                         "is damaged: its tensors are not"),
-    "lost tensor": (damaged(lambda content: content["network"].pop("conv1.weight")),
+    "lost tensor": (damaged(lambda content: content["members"][0]["network"].pop("conv1.weight")),
                     "is damaged: its tensors"),
 }
 

@@ -26,7 +26,7 @@ import dataset
 import inference
 import metrics
 import train
-from conftest import ROOT, SMALL, as_command
+from conftest import ROOT, SMALL, as_command, classifier_of
 from dataset import InputError
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -51,7 +51,8 @@ def read_json(path):
 
 def tensors(path):
     """The network of a checkpoint."""
-    return inference.read_checkpoint(path)["network"]
+    content = inference.read_checkpoint(path)
+    return content["members"][0]["network"] if "members" in content else content["network"]
 
 
 def changed_layers(before, after):
@@ -280,7 +281,8 @@ def test_a_wrong_layer_is_named_with_those_that_there_are(few_images, tmp_path, 
 
 FILES = {"model.pth", "last.pth", "classes.json", "label_groups.json", "thresholds.json", "predictions.csv",
          "train_metadata.csv", "val_metadata.csv", "test_metadata.csv", "loss_curve.png", "history.csv",
-         "metrics.json", "config.json", "pr_curves.png", "predictions.png"}
+         "metrics.json", "config.json", "pr_curves.png", "predictions.png", "probabilities.csv",
+         "reliability.png"}
 
 
 def test_a_run_leaves_every_file_and_returns_its_report(trained):
@@ -295,7 +297,7 @@ def test_a_run_leaves_every_file_and_returns_its_report(trained):
     assert [row["epoch"] for row in history] == ["1", "2"]
     assert float(history[0]["images_per_second"]) > 0
     assert Image.open(out / "loss_curve.png").size == (900, 840)
-    for name in ("pr_curves.png", "predictions.png"):
+    for name in ("pr_curves.png", "predictions.png", "reliability.png"):
         assert min(Image.open(out / name).size) > 100
     assert read_json(out / "config.json")["epochs"] == 2
 
@@ -604,7 +606,7 @@ def test_a_head_for_other_classes_takes_the_rows_of_the_names_both_know(head, tm
     torch.manual_seed(0)
     source = inference.build_model("resnet18", head, 3)
     dropout = inference.HEADS[head]
-    classifier = inference.Classifier(source, "resnet18", head, dropout, old, {}, [0.5] * 3, 32)
+    classifier = classifier_of(source, "resnet18", head, dropout, old, {}, [0.5] * 3, 32)
     inference.save_model(classifier, tmp_path / "model.pth")
     network = inference.build_model("resnet18", head, 4)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -713,7 +715,7 @@ def test_two_stage_trains_the_head_and_from_epoch_3_layer4_too(reference_data, t
     before = {name: tensor for name, tensor in tensors(source).items() if not name.startswith("fc.")}
     after = tensors(tmp_path / "last.pth")
     assert changed_layers(before, {name: after[name] for name in before}) == set()
-    assert inference.load_model(tmp_path / "model.pth").dropout == [0.5, 0.3]
+    assert inference.load_model(tmp_path / "model.pth").members[0].dropout == [0.5, 0.3]
     run(*options, "--epochs", 3, "--resume")
     assert changed_layers(after, tensors(tmp_path / "last.pth")) == {"layer4", "fc"}
     history = read_rows(tmp_path / "history.csv")
@@ -749,7 +751,7 @@ def test_resnet50_trains_two_layers_and_the_head(reference_data, tmp_path):
     after = tensors(tmp_path / "out" / "last.pth")
     before = {name: tensor for name, tensor in start.items() if not name.startswith("fc.")}
     assert changed_layers(before, {name: after[name] for name in before}) == {"layer3", "layer4"}
-    assert inference.load_model(tmp_path / "out" / "model.pth").dropout == [0.65, 0.4]
+    assert inference.load_model(tmp_path / "out" / "model.pth").members[0].dropout == [0.65, 0.4]
 
 
 # D3, D6
@@ -875,10 +877,10 @@ OPTIONS = [
     (["--weights", "/nowhere.pth"], "/nowhere.pth is not there"),
     (["--data", "/nowhere"], "/nowhere is not a folder"),
     (["--labels", "other.csv"], "other.csv"),
-    (["--thresholds", "best"], "best: use pr_curve"),
-    (["--thresholds", "-1"], "-1: use pr_curve"),  # Q8
-    (["--thresholds", "nan"], "nan: use pr_curve"),
-    (["--thresholds", "1.5"], "1.5: use pr_curve"),
+    (["--thresholds", "best"], "best: use soft"),
+    (["--thresholds", "-1"], "-1: use soft"),  # Q8
+    (["--thresholds", "nan"], "nan: use soft"),
+    (["--thresholds", "1.5"], "1.5: use soft"),
     (["--max-threshold", "nan"], "--max-threshold: nan: it must be a number from 0 up"),
     (["--augment", "spin"], "--augment spin: 'spin' is not one of"),
     (["--cache", "lots"], "lots: use auto"),
@@ -977,7 +979,7 @@ def test_the_configuration_is_printed_before_training(demo, tmp_path, capsys):
     before, _, after = capsys.readouterr().out.partition("epoch 1/1")
     count = len(read_rows(tmp_path / "train_metadata.csv"))
     for text in ("80 images", f"{count} train", "resnet18", "linear head", "32 px", "layer4,head",
-                 "1 epochs", "batch 20", "lr 0.0007", "cosine", "light", "pos_weight sqrt", "patience 10", "pr_curve",
+                 "1 epochs", "batch 20", "lr 0.0007", "cosine", "light", "pos_weight sqrt", "patience 10", "soft",
                  "batch_size=20", "device: cpu", "precision: fp32", "weights: none"):
         assert text in before, text
     assert "epochs=1" in before and "seed=" not in before
