@@ -1109,7 +1109,7 @@ def batches(dataset, order, workers=2, pin=False):
 def normalize(images):
     """Images (B, 3, H, W) in 0..255 -> float32, normalised as ImageNet networks expect."""
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=images.device).view(2, 3, 1, 1) * 255
-    return (images.float() - mean) / std
+    return torch.addcmul(-mean / std, images.float(), 1 / std)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1194,8 +1194,10 @@ def _sample(images, matrix):
     x = (torch.arange(width, device=images.device) * 2 + 1) / width - 1
     y = (torch.arange(height, device=images.device) * 2 + 1) / height - 1
     points = torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(height, width, device=images.device)], -1)
-    points = points.view(1, -1, 3) @ matrix.transpose(1, 2)
-    grid = (points[..., :2] / points[..., 2:]).view(batch, height, width, 2)
+    points = points.view(1, -1, 3)
+    grid = points @ matrix[:, :2].transpose(1, 2)
+    grid /= points @ matrix[:, 2:].transpose(1, 2)
+    grid = grid.view(batch, height, width, 2)
     return torch.nn.functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 

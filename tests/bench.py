@@ -466,8 +466,8 @@ def bench_pointing(model, data="data/demo", seed=0):
 
 
 def held_out(folder):
-    """What a run held out -> (targets, probabilities without any calibration, the same without pos_weight's share, which
-    rows are of val)."""
+    """What a run held out -> (targets, probabilities without any calibration, the same without pos_weight's share,
+    which rows are of val)."""
     import torch
 
     import dataset
