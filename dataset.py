@@ -891,7 +891,8 @@ def divide(table, ratios, method="stratified", seed=0):
     wanted = np.flatnonzero(ratios)
     if len(sizes) < len(wanted):
         what = "objects" if table.objects else "images"
-        raise InputError(f"{len(sizes)} {what} are too few for {len(wanted)} splits: add images, or change --split")
+        raise InputError(f"{len(sizes)} {what} are too few for {len(wanted)} splits: add some, or change --split or "
+                         "--folds")
     rng = np.random.default_rng(seed)
     if method == "random":
         order = rng.permutation(len(sizes))

@@ -480,26 +480,25 @@ def _logits_of(classifier, images, batch_size, workers):
 
 
 def to_probabilities(classifier, logits):
-    """Logits (V, N, C) of compute_logits() -> the mean probabilities, float32 (N, C)."""
-    return torch.stack(member_probabilities(classifier, logits)).mean(dim=0).float().cpu().numpy()
-
-
-def member_probabilities(classifier, logits):
-    """Logits (V, N, C) of compute_logits() -> for each member its probabilities, float64 (N, C)."""
-    result = []
-    for member, views in zip(classifier.members, logits.double().cpu().tensor_split(len(classifier.members))):
-        offsets = torch.tensor(member.offsets, dtype=torch.float64)
-        result.append(torch.sigmoid(member.scale * views + offsets).mean(dim=0))
-    return result
+    """Logits (V, N, C) of compute_logits() -> the mean of the members' probabilities, float32 (N, C)."""
+    views = logits.double().cpu().unflatten(0, (len(classifier.members), -1))  # (members, 1 or 2 if mirrored, N, C)
+    scales = torch.tensor([member.scale for member in classifier.members]).double().view(-1, 1, 1, 1)
+    offsets = torch.tensor([member.offsets for member in classifier.members]).double()[:, None, None, :]
+    return torch.sigmoid(scales * views + offsets).mean(dim=(0, 1)).float().numpy()
 
 
 def fit_calibration(classifier, logits, targets):
-    """Choose the scale and the offsets of each member anew by metrics.fit_calibration(), from where they are. logits:
-    (V, N, C) of compute_logits(); targets (N, C) with 1, 0, NaN."""
+    """Improve the calibration of a classifier by metrics.fit_calibration(). logits: (V, N, C) of compute_logits();
+    targets (N, C) with 1, 0, NaN. What is fitted to the mean of several members is given to each, so it takes turns."""
     import metrics
 
-    for member, probabilities in zip(classifier.members, member_probabilities(classifier, logits)):
-        scale, offsets = metrics.fit_calibration(targets, probabilities.numpy())
+    for _ in range(1 if len(classifier.members) == 1 else 3):
+        add_calibration(classifier, *metrics.fit_calibration(targets, to_probabilities(classifier, logits)))
+
+
+def add_calibration(classifier, scale, offsets):
+    """Calibrate what comes out of each member by a scale and offsets (C,), as metrics.calibrate() does."""
+    for member in classifier.members:
         member.scale *= scale
         member.offsets = (scale * np.array(member.offsets) + offsets).tolist()
 
@@ -568,13 +567,13 @@ def prediction_rows(ids, probabilities, thresholds, classes, groups):
     if list(groups) == ["labels"]:
         averages = ["avg_confidence"]
     rows = [["ID", *groups, *(f"{group}_confidence" for group in groups), *averages]]
-    for name, row in zip(ids, probabilities):
+    for name, row, cuts in zip(ids, probabilities, np.broadcast_to(thresholds, probabilities.shape)):
         labels = []
         confidences = []
         numbers = []
         for members in groups.values():
             columns = [classes.index(member) for member in members]
-            found = sorted((c for c in columns if row[c] >= thresholds[c]), key=lambda c: -row[c])
+            found = sorted((c for c in columns if row[c] >= cuts[c]), key=lambda c: -row[c])
             labels.append(";".join(classes[c] for c in found))
             confidences.append(";".join(f"{classes[c]}:{row[c]:.4f}" for c in found))
             numbers.append([float(row[c]) for c in found])
@@ -724,10 +723,11 @@ def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
 def mistakes_sheet(table, probabilities, thresholds, count=24):
     """The images with the most confident mistakes first -> PIL image.
 
-    table: a LabelTable of N images; probabilities (N, C); thresholds (C,). A mistake is as confident as the probability
-    of what was predicted: p for a false alarm, 1 - p for a missed label.
+    table: a LabelTable of N images; probabilities (N, C); thresholds (C,) or (N, C). A mistake is as confident as the
+    probability of what was predicted: p for a false alarm, 1 - p for a missed label.
     """
-    predicted = probabilities >= np.array(thresholds)
+    thresholds = np.broadcast_to(thresholds, probabilities.shape)
+    predicted = probabilities >= thresholds
     unknown = np.isnan(table.targets)
     wrong = ~unknown & (predicted != (table.targets == 1))
     confidence = np.where(wrong, np.where(predicted, probabilities, 1 - probabilities), 0).max(axis=1)
@@ -739,7 +739,7 @@ def mistakes_sheet(table, probabilities, thresholds, count=24):
     cells = []
     for row in rows[np.argsort(-confidence[rows], kind="stable")][:count]:
         lines = [(table.ids[row], dataset.BLACK)]
-        mistakes = sorted(np.flatnonzero(wrong[row]), key=lambda c: -abs(probabilities[row, c] - thresholds[c]))
+        mistakes = sorted(np.flatnonzero(wrong[row]), key=lambda c: -abs(probabilities[row, c] - thresholds[row, c]))
         for c in mistakes[:6]:
             if predicted[row, c]:
                 lines.append((f"+ false alarm: {names[c]} {probabilities[row, c]:.2f}", dataset.RED))
@@ -941,6 +941,8 @@ def parse_options(argv=None):
             raise InputError(f"{option} is about its DATA: no images, no --save, --format table or json")
         if options.calibrate and not options.out:
             raise InputError("--calibrate writes a model: say where with --out FILE")
+        if options.calibrate and options.threshold is not None:
+            raise InputError("--calibrate chooses the thresholds: leave out --threshold")
     for name, value in {**dataset.data_options(options), "bootstrap": options.bootstrap is not None}.items():
         if value and not options.evaluate and (name == "bootstrap" or not options.calibrate):
             raise InputError(f"--{name.replace('_', '-')} goes with --evaluate DATA")

@@ -383,9 +383,10 @@ def find_thresholds(targets, scores, method="soft", max_threshold=None):
     targets (N, C) with 0, 1, NaN; scores (N, C), finite. method:
       "soft"      what does not lean on single images, for probabilities. Each is counted as present by
                   sigmoid((z - t) / 0.5), z its logit, and t the best F1 of the class with such counts, on a grid of 241
-                  steps from -6 to 6. With n positives known the logit of the threshold is (n t + 50 e) / (n + 50): e is
-                  that of half the best F1 which the probabilities themselves expect, the best threshold if they are
-                  right (Lipton, Elkan & Naryanaswamy 2014). A class without a positive gets e.
+                  steps from -6 to 6, or the lowest z when that is higher. With n positives known the logit of the
+                  threshold is (n t + 50 e) / (n + 50): e is that of half the best F1 which the probabilities themselves
+                  expect, the best threshold if they are right (Lipton, Elkan & Naryanaswamy 2014). A class without a
+                  positive gets e.
       "pr_curve"  the score with the best F1 of the class; the lowest of equals. F1 is best at the score of a positive.
       "grid"      the same among 41 steps from 0 to 1.
       "global"    one value for all classes, by F1 weighted by positives, among the scores of positives (evenly thinned
@@ -421,10 +422,11 @@ def _soft_threshold(positives, negatives):
         return FALLBACK
     hits = _soft_counts(positives)
     f1 = 2 * hits / (hits + _soft_counts(negatives) + len(positives))
+    best = max(LOGITS[np.argmax(f1)], logit(p[-1]))
     expected_f1 = 2 * np.cumsum(p) / (np.arange(1, len(p) + 1) + p.sum())  # of taking the highest 1, 2, ...
     expected = logit(expected_f1.max() / 2)
     n = len(positives)
-    return sigmoid((n * LOGITS[np.argmax(f1)] + PRIOR * expected) / (n + PRIOR))
+    return sigmoid((n * best + PRIOR * expected) / (n + PRIOR))
 
 
 def _soft_counts(scores):
@@ -538,7 +540,7 @@ def paired_differences(targets, scores, thresholds, other_scores, other_threshol
     """Two models on the same images -> {headline: (value, other value, difference, low, high)}: other - value, and its
     95 % interval over rows that are resampled for both alike; none of ROC AUC and ECE.
 
-    targets (N, C) with 0, 1, NaN; both scores (N, C), finite; both thresholds (C,) or one number.
+    targets (N, C) with 0, 1, NaN; both scores (N, C), finite; both thresholds as of report().
     """
     positive, known, scores = _check_both(targets, scores, "scores")
     other_scores = _check_both(targets, other_scores, "scores")[2]
@@ -672,8 +674,8 @@ def read_json(path):
 
 
 def read_predictions(folder):
-    """What a run predicted for the images it reports -> (IDs, classes, targets (N, C), scores (N, C), thresholds (C,)).
-    Raises ValueError."""
+    """What a run predicted for the images it reports -> (IDs, classes, targets (N, C), scores (N, C), thresholds (C,),
+    or (N, C) of folds). Raises ValueError."""
     folder = Path(folder)
     split = read_run(folder).get("split")
     ids, classes, scores = _read_numbers(folder / "probabilities.csv")
@@ -681,10 +683,13 @@ def read_predictions(folder):
     row_of = {name: row for row, name in enumerate(names)}
     thresholds = read_json(folder / "thresholds.json")
     try:
-        rows = [row_of[name] for name in ids]
-        return ids, classes, targets[rows], scores, np.array([thresholds[name] for name in classes])
+        targets = targets[[row_of[name] for name in ids]]
+        thresholds = np.array([thresholds[name] for name in classes])
     except KeyError as error:
         raise ValueError(f"{folder}: {error} is not in all files of the run: were they changed?") from None
+    if split == "folds":
+        thresholds = _read_numbers(folder / "fold_thresholds.csv")[2]
+    return ids, classes, targets, scores, thresholds
 
 
 def _read_numbers(path):
@@ -707,7 +712,8 @@ def paired_table(folders):
     row_of = {name: row for row, name in enumerate(other[0])}
     order = [row_of[name] for name in ids]
     table = [["", *map(str, folders), "difference", "95 % interval"]]
-    differences = paired_differences(targets, scores, thresholds, other[3][order], other[4])
+    other_thresholds = np.broadcast_to(other[4], scores.shape)[order]
+    differences = paired_differences(targets, scores, thresholds, other[3][order], other_thresholds)
     for name, (one, two, difference, low, high) in differences.items():
         noise = "" if low > 0 or high < 0 else "  noise"
         table.append([name, _cell(one), _cell(two), f"{difference:+.3f}", f"[{low:+.3f}, {high:+.3f}]{noise}"])

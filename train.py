@@ -165,6 +165,8 @@ def parse_options(argv=None):
     options = parser.parse_args(argv)
     if options.folds == 1:
         raise InputError("--folds 1: each network needs a part that it is not trained on: give 2 or more")
+    if options.folds and options.export_splits:
+        raise InputError("--export-splits copies train, val and test, which --folds has not: leave out one of the two")
     dataset.read_operations(options.augment)  # raises InputError
     if options.pos_weight_clip and options.pos_weight_clip[0] > options.pos_weight_clip[1]:
         raise InputError("--pos-weight-clip takes the lower bound first")
@@ -328,8 +330,13 @@ def read_data(options):
         raise InputError(f"{options.data}: no label of the train split is known: there is nothing to learn from")
     for warning in dataset.one_sided(tables["train"]):
         print_warning(f"train split: {warning}: such a class cannot be learned")
-    count = len(tables["train"])
-    smallest = min(len(part) for part in tables.values() if len(part))
+    check_batches(options, len(tables["train"]), min(len(part) for part in tables.values() if len(part)))
+    return tables
+
+
+def check_batches(options, count, smallest):
+    """Raise an InputError when a process would have too few of the `count` images to train on, or of the smallest
+    split."""
     ranks = rank_and_ranks()[1]
     share = count // steps_per_epoch(options, count) // ranks
     if ranks > smallest or share == 0:
@@ -337,7 +344,6 @@ def read_data(options):
     if share == 1 and (options.head != "linear" or options.size <= 32):
         raise InputError(f"with -b {options.batch_size} and {count} images to train on a process gets a single "
                          "image in a step, and BatchNorm needs two: raise -b, or add images")
-    return tables
 
 
 def steps_per_epoch(options, count):
@@ -791,6 +797,10 @@ def cross_validate(options, tables):
     pool = tables["train"]
     out = Path(options.out)
     parts = dataset.divide(pool, [1] * options.folds, options.split_method, options.seed)
+    sizes = np.bincount(parts)
+    check_batches(options, len(pool) - sizes.max(), sizes.min())
+    if Path(options.weights).resolve().parent == out.resolve():
+        raise InputError(f"--weights {options.weights} lies in --out, and would be replaced: name another --out")
     members = []
     raw = np.full(pool.targets.shape, np.nan)  # probabilities that are not calibrated yet
     with folder_locked(out) if is_leader() else contextlib.nullcontext():
@@ -808,16 +818,20 @@ def cross_validate(options, tables):
             members += run.classifier.members
         classifier = replace(run.classifier, members=members, epoch=0, scores={})
         good = np.flatnonzero(~np.isnan(raw).any(axis=1))
-        report, table, probabilities = report_folds(options, classifier, pool.subset(good), parts[good], raw[good])
+        table = pool.subset(good)
+        report, probabilities, thresholds = report_folds(options, classifier, table, parts[good], raw[good])
         text = f"\n{options.folds} folds, {len(table)} images\n{metrics.format_report(report)}\n"
         for name in ("f1_macro", "map"):
             text += "\n{}: {mean:.3f} +- {deviation:.3f} over the folds".format(name, **report["folds"][name])
         if len(tables["test"]):
             report["test"] = inference.evaluate(classifier, tables["test"], 2 * options.batch_size, options.workers)
-            text += f"\n\ntest split, {report['test']['rows']} images, all networks together\n"
+            report["test"]["images"] = report["test"].pop("rows")
+            text += f"\n\ntest split, {report['test']['images']} images, all networks together\n"
             text += metrics.format_report(report["test"])
         if is_leader():
-            write_report(options, classifier, report, table, probabilities)
+            write_report(options, classifier, report, table, probabilities, thresholds)
+            rows = [[name, *row] for name, row in zip(table.ids, thresholds.tolist())]
+            dataset.write_csv(out / "fold_thresholds.csv", [["ID", *table.classes], *rows])
             curves = inference.pr_curves(table.targets, probabilities, classifier.thresholds, classifier.classes)
             dataset.write_png(out / "pr_curves.png", curves)
         print_once(options, text + "\n")
@@ -840,7 +854,7 @@ def build_fold(options, pool, own, out):
 
 def report_folds(options, classifier, table, parts, raw):
     """Choose the calibration and the thresholds of a classifier by the predictions of its folds, and report these:
-    those of a part (N,) by what the other parts would choose -> (report dict, table, probabilities (N, C))."""
+    those of a part (N,) by what the other parts would choose -> (report dict, probabilities, thresholds, (N, C))."""
     probabilities = np.empty_like(raw)
     thresholds = np.empty_like(raw)
     for k in range(options.folds):
@@ -859,10 +873,8 @@ def report_folds(options, classifier, table, parts, raw):
         values = [one[name] for one in of_folds]
         report["folds"][name] = {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1))}
     scale, offsets, classifier.thresholds = fit_to(options, table.targets, raw)
-    for member in classifier.members:
-        member.scale = scale
-        member.offsets = (scale * np.array(member.offsets) + offsets).tolist()
-    return report, table, probabilities
+    inference.add_calibration(classifier, scale, offsets)
+    return report, probabilities, thresholds
 
 
 def fit_to(options, targets, raw):
@@ -879,7 +891,8 @@ def fit_to(options, targets, raw):
 
 RUN_FILES = ("model.pth", "last.pth", "classes.json", "label_groups.json", "thresholds.json", "predictions.csv",
              "probabilities.csv", "train_metadata.csv", "val_metadata.csv", "test_metadata.csv", "loss_curve.png",
-             "pr_curves.png", "reliability.png", "predictions.png", "history.csv", "metrics.json", "config.json")
+             "pr_curves.png", "reliability.png", "predictions.png", "history.csv", "metrics.json", "config.json",
+             "fold_thresholds.csv")
 
 
 def splits_digest(tables):
@@ -963,7 +976,8 @@ def remove_old_run(options):
     """Remove what an older run left in --out, and in the folders of its folds."""
     out = Path(options.out)
     old = []
-    for folder in [out, *out.glob("fold_*")]:
+    folds = list(out.glob("fold_[0-9]*"))
+    for folder in [out, *folds]:
         old += [folder / name for name in RUN_FILES]
         old += folder.glob("predictions_*_t-*.json")
         with contextlib.suppress(ValueError):
@@ -973,6 +987,9 @@ def remove_old_run(options):
     old = [path for path in old if path.exists()]
     for path in old:
         path.unlink()
+    for folder in folds:
+        with contextlib.suppress(OSError):  # there is something else in it
+            folder.rmdir()
     if old:
         print_once(options, f"the run that was in {out} is replaced")
 
@@ -986,6 +1003,8 @@ def write_inputs(options, tables):
     if table.groups:
         dataset.write_json(out / "label_groups.json", table.groups)
     for split, part in tables.items():
+        if len(part) == 0:
+            continue
         rows = [["ID", *part.classes]]
         for name, labels in zip(part.ids, part.targets.tolist()):
             rows.append([name, *("NA" if math.isnan(label) else int(label) for label in labels)])
@@ -1040,27 +1059,27 @@ def finish(run):
     report |= {f"val_{name}": value for name, value in best.scores.items()}
     report |= scores
     if is_leader():
-        write_report(options, best, report, table, probabilities)
+        write_report(options, best, report, table, probabilities, np.array(best.thresholds))
     print_once(options, f"\n{split} split, {len(table)} images, epoch {best.epoch}\n{metrics.format_report(report)}\n")
     return report
 
 
-def write_report(options, best, report, table, probabilities):
-    """Write the model and its report, and what else was asked for."""
+def write_report(options, best, report, table, probabilities, thresholds):
+    """Write the model and its report, and what else was asked for. thresholds: (C,), or (N, C), what was reported."""
     out = Path(options.out)
     best.options = dict(vars(options))
     inference.save_model(best, out / "model.pth")
     for name, style in (("predictions.csv", "csv"), ("probabilities.csv", "probabilities")):
-        text = inference.format_predictions(style, table.ids, probabilities, np.array(best.thresholds), best)
+        text = inference.format_predictions(style, table.ids, probabilities, thresholds, best)
         dataset.write_text(out / name, [text])
-    dataset.write_png(out / "predictions.png", inference.mistakes_sheet(table, probabilities, best.thresholds))
+    dataset.write_png(out / "predictions.png", inference.mistakes_sheet(table, probabilities, thresholds))
     dataset.write_png(out / "reliability.png", inference.reliability_chart(table.targets, probabilities))
     dataset.write_json(out / "thresholds.json", dict(zip(best.classes, best.thresholds)))
     dataset.write_json(out / "metrics.json", report)
     if options.thresholds == "global":
         name = (f"predictions_{options.backbone}_f1-{report['val_f1_weighted']:.4f}_epoch-{best.epoch}"
                 f"_b-{options.batch_size}_lr-{options.lr:g}_t-{best.thresholds[0]:.4f}.json")
-        text = inference.format_predictions("json", table.ids, probabilities, np.array(best.thresholds), best)
+        text = inference.format_predictions("json", table.ids, probabilities, thresholds, best)
         dataset.write_text(out / name, [text])
     if options.registry:
         register(options, report)

@@ -16,11 +16,12 @@ import numpy as np
 import PIL.ImageFile
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 import dataset
 import inference
+import metrics
 import train
 from conftest import SMALL, as_command, classifier_of
 from dataset import ImageError, InputError
@@ -806,3 +807,289 @@ def test_curves_of_few_and_of_many_classes():
     assert min(width, height, row) > 200
     assert sizes == {1: (width, height), 4: (4 * width, height), 6: (4 * width, height + row),
                      80: (4 * width, height + 4 * row)}  # the 20 worst
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Several models, mirrored images
+
+
+def spread_classifier(seed, backbone="resnet18", size=32, classes=("a", "b", "c"), thresholds=(0.5, 0.5, 0.5)):
+    """A classifier that nobody trained, whose probabilities differ from image to image."""
+    noise = np.random.default_rng(9).integers(0, 256, (16, 8, 8, 3), np.uint8)
+    pictures = [np.asarray(Image.fromarray(picture).resize((64, 64))) for picture in noise]
+    torch.manual_seed(seed)
+    network = inference.build_model(backbone, "linear", len(classes))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # the statistics are those of these pictures
+    with torch.no_grad():
+        network(dataset.normalize(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)))
+    made = classifier_of(network.eval(), backbone, "linear", [0.0], list(classes), {}, list(thresholds), size)
+    logits = metrics.logit(inference.predict(made, pictures, workers=0))
+    head = network.get_submodule(inference.BACKBONES[backbone])
+    factor = torch.tensor(1.5 / logits.std(axis=0), dtype=torch.float32)
+    with torch.no_grad():
+        head.weight.mul_(factor[:, None])
+        head.bias.mul_(factor).sub_(factor * torch.tensor(logits.mean(axis=0), dtype=torch.float32))
+    return made
+
+
+@pytest.fixture
+def two(tmp_path):
+    """The paths of two models of 32 pixels with the same classes."""
+    paths = []
+    for seed, thresholds in ((1, [0.2, 0.5, 0.6]), (2, [0.4, 0.5, 0.9])):
+        paths.append(str(tmp_path / f"model_{seed}.pth"))
+        inference.save_model(spread_classifier(seed, thresholds=thresholds), paths[-1])
+    return paths
+
+
+def probabilities_of(paths, images, **options):
+    return inference.predict(inference.load_model(paths, "cpu", "fp32"), images, workers=0, **options)
+
+
+def test_two_models_are_the_mean_of_both(two, images, capsys):
+    a, b = (probabilities_of(path, images) for path in two)
+    np.testing.assert_allclose(probabilities_of(two, images), (a + b) / 2, rtol=0, atol=1e-6)
+    assert np.abs(a - b).max() > 0.1
+    classifier = inference.load_model(two)
+    assert classifier.thresholds == pytest.approx([0.3, 0.5, 0.75])
+    np.testing.assert_allclose(probabilities_of([two[0]] * 2, images), a, rtol=0, atol=1e-6)
+    printed = inference.main([*map(str, images), "--model", *two, "--format", "probabilities", *CPU])
+    np.testing.assert_allclose(printed, (a + b) / 2, rtol=0, atol=1e-6)
+    rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
+    np.testing.assert_allclose(np.array([row[1:] for row in rows[1:]], float), printed, atol=1e-6)
+    both = run(capsys, images[0], "--model", *two)
+    assert [line.split()[2] for line in both.splitlines() if line[:2] in ("a ", "b ", "c ")] == [
+        "0.3000", "0.5000", "0.7500"]
+
+
+def test_models_of_other_networks_and_sizes_are_averaged(two, images, tmp_path):
+    large = str(tmp_path / "large.pth")
+    inference.save_model(spread_classifier(3, "mobilenet_v2", 64), large)
+    mixed = inference.load_model([two[0], large], "cpu", "fp32")
+    assert mixed.size == 64
+    small_part, large_part = (probabilities_of(path, images) for path in (two[0], large))
+    assert np.isfinite(large_part).all() and large_part.std(axis=0).max() > 0.05
+    np.testing.assert_allclose(inference.predict(mixed, images, workers=0), (small_part + large_part) / 2, rtol=0,
+                               atol=0.02)
+    with torch.no_grad():  # of the large one alone there is no difference
+        for member in mixed.members[:1]:
+            member.network.fc.weight.zero_()
+            member.network.fc.bias.zero_()
+    np.testing.assert_allclose(inference.predict(mixed, images, workers=0), (0.5 + large_part) / 2, rtol=0, atol=1e-6)
+    maps = inference.heatmaps(mixed, images[0], [0, 1])
+    assert maps.shape == (2, 64, 64) and np.isfinite(maps).all()
+
+
+def test_models_of_other_classes_are_an_error_that_names_the_file(two, model, images, tmp_path, capsys):
+    turned = str(tmp_path / "turned.pth")
+    inference.save_model(spread_classifier(1, classes=("b", "a", "c")), turned)
+    for other in (model, turned):
+        code, out, errors = as_command(capsys, inference.main, images[0], "--model", *two, other, *CPU)
+        assert (code, out, errors.count("\n")) == (2, "", 1)
+        assert errors.startswith(f"error: {other} has other classes")
+    code, _, errors = as_command(capsys, inference.main, images[0], "--model", two[0], tmp_path / "none.pth", *CPU)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "none.pth is not there" in errors
+
+
+def test_an_image_is_decoded_once_for_all_models_and_views(two, images, tmp_path, monkeypatch, capsys):
+    large = str(tmp_path / "large.pth")
+    inference.save_model(spread_classifier(3, size=64), large)
+    load = dataset.load_image
+    loaded = []
+
+    def counted(image, *more, **options):
+        loaded.append(str(image))
+        return load(image, *more, **options)
+
+    monkeypatch.setattr(dataset, "load_image", counted)
+    inference.main([*map(str, images), "--model", *two, large, "--tta", *CPU])
+    assert sorted(loaded) == sorted(map(str, images))
+
+
+def test_tta_is_the_mean_with_the_mirrored_image(two, images, capsys):
+    pictures = [np.array(dataset.load_image(path, 32)) for path in images]
+    for path in two:
+        straight = probabilities_of(path, [Image.fromarray(picture) for picture in pictures])
+        flipped = probabilities_of(path, [ImageOps.mirror(Image.fromarray(picture)) for picture in pictures])
+        assert np.abs(straight - flipped).max() > 0.01
+        mirrored = inference.load_model(path, "cpu", "fp32")
+        mirrored.mirrored = True
+        np.testing.assert_allclose(inference.predict(mirrored, pictures), (straight + flipped) / 2, rtol=0, atol=1e-5)
+        printed = inference.main([*map(str, images), "--model", path, "--tta", *CPU])
+        np.testing.assert_allclose(printed, (straight + flipped) / 2, rtol=0, atol=1e-5)
+    assert "mirrored too" in capsys.readouterr().err
+    singles = [inference.main([*map(str, images), "--model", path, "--tta", *CPU]) for path in two]
+    both = inference.main([*map(str, images), "--model", *two, "--tta", *CPU])
+    np.testing.assert_allclose(both, np.mean(singles, axis=0), rtol=0, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Calibration
+
+
+def write_labels(folder, demo, classes, targets, rows=slice(None)):
+    """A data folder with the images of the demo data and these labels -> its path."""
+    paths = sorted((demo / "images").iterdir())[rows]
+    lines = [" ".join(["image", *classes])]
+    for path, labels in zip(paths, targets):
+        lines.append(" ".join([path.name, *("NA" if label != label else str(int(label)) for label in labels)]))
+    (folder / "images").mkdir(parents=True)
+    for path in paths:
+        shutil.copy(path, folder / "images")
+    (folder / "labels.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def surveyed(demo, tmp_path_factory):
+    """60 images with labels that the first of `two` and chance have a say in; a tenth of them is NA."""
+    paths = sorted((demo / "images").iterdir())[:60]
+    rng = np.random.default_rng(0)
+    mean = np.mean([inference.predict(spread_classifier(seed), paths, workers=0) for seed in (1, 2)], axis=0)
+    targets = (rng.random(mean.shape) < metrics.calibrate(mean, 0.7, [-1, 0.5, 0])).astype(np.float32)
+    targets[rng.random(targets.shape) < 0.1] = np.nan
+    return write_labels(tmp_path_factory.mktemp("surveyed") / "data", demo, "abc", targets, slice(60))
+
+
+def evaluated(*arguments):
+    return inference.main(["--evaluate", *map(str, arguments), "--bootstrap", "0", *CPU])
+
+
+CALIBRATED = {"one": (1, []), "one mirrored": (1, ["--tta"]), "two": (2, []), "two mirrored": (2, ["--tta"])}
+
+
+@pytest.mark.parametrize("case", CALIBRATED)
+def test_calibrate_writes_one_model_that_is_more_honest_on_its_data(two, surveyed, tmp_path, capsys, case):
+    count, tta = CALIBRATED[case]
+    models = two[:count]
+    out = tmp_path / "calibrated.pth"
+    before = evaluated(surveyed, "--model", *models, *tta)
+    report = inference.main(["--calibrate", str(surveyed), "--model", *models, "--out", str(out), *tta, *CPU])
+    assert report["log_loss"] < before["log_loss"] - 0.01
+    assert "written: " in capsys.readouterr().err
+    classifier = inference.load_model(out, "cpu", "fp32")
+    assert (len(classifier.members), classifier.mirrored) == (count, bool(tta))
+    table = dataset.read_labels(surveyed)
+    probabilities = inference.predict(classifier, table.paths, workers=0)
+    soft = metrics.find_thresholds(table.targets, probabilities, "soft")
+    np.testing.assert_allclose(classifier.thresholds, soft, atol=1e-6)
+    expected = metrics.report(table.targets, probabilities, classifier.thresholds, table.classes)
+    for again in (report, evaluated(surveyed, "--model", out)):
+        for name in metrics.HEADLINES:
+            assert again[name] == pytest.approx(expected[name], abs=1e-6), name
+    for member, path in zip(classifier.members, models):
+        before = inference.load_model(path, "cpu").members[0].network.state_dict()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in member.network.state_dict().items())
+
+
+def test_calibrate_is_the_fit_of_metrics(two, surveyed, tmp_path):
+    table = dataset.read_labels(surveyed)
+    probabilities = probabilities_of(two[0], table.paths)
+    scale, offsets = metrics.fit_calibration(table.targets, probabilities)
+    inference.main(["--calibrate", str(surveyed), "--model", two[0], "--out", str(tmp_path / "new.pth"), *CPU])
+    (member,) = inference.load_model(tmp_path / "new.pth").members
+    assert member.scale == pytest.approx(scale, abs=1e-4)
+    np.testing.assert_allclose(member.offsets, offsets, atol=1e-4)
+    again = probabilities_of(tmp_path / "new.pth", table.paths)
+    np.testing.assert_allclose(again, metrics.calibrate(probabilities, scale, offsets), atol=1e-5)
+
+
+def test_an_ensemble_that_is_calibrated_is_never_less_honest_than_it_was(demo, tmp_path):
+    """Members that are sure, and whose mean is right: honest members would make the mean too careful."""
+    paths = sorted((demo / "images").iterdir())
+    models = []
+    each = []
+    for seed in range(4):
+        made = spread_classifier(seed)
+        made.members[0].scale = 2.0
+        models.append(str(tmp_path / f"{seed}.pth"))
+        inference.save_model(made, models[-1])
+        each.append(inference.predict(made, paths, workers=0))
+    mean = np.mean(each, axis=0)
+    targets = (np.random.default_rng(0).random(mean.shape) < mean).astype(np.float32)
+    data = write_labels(tmp_path / "data", demo, "abc", targets)
+    before = evaluated(data, "--model", *models)
+    report = inference.main(["--calibrate", str(data), "--model", *models, "--out", str(tmp_path / "new.pth"), *CPU])
+    assert report["log_loss"] <= before["log_loss"] + 1e-6
+
+
+def test_calibrate_ignores_what_is_not_known(two, surveyed, demo, tmp_path):
+    table = dataset.read_labels(surveyed)
+    unknown = np.full((20, 3), np.nan)
+    more = write_labels(tmp_path / "more", demo, "abc", np.concatenate([table.targets, unknown]))
+    column = table.targets.copy()
+    column[:, 1] = np.nan
+    lacking = write_labels(tmp_path / "lacking", demo, "abc", column, slice(60))
+    results = []
+    for number, data in enumerate((surveyed, more, lacking)):
+        out = tmp_path / f"new_{number}.pth"
+        inference.main(["--calibrate", str(data), "--model", two[0], "--out", str(out), *CPU])
+        classifier = inference.load_model(out)
+        results.append([classifier.members[0].scale, *classifier.members[0].offsets, *classifier.thresholds])
+    np.testing.assert_allclose(results[1], results[0], atol=1e-5)
+    assert results[2][2] == pytest.approx(0, abs=1e-9)  # the offset of a class of which nothing is known
+    assert results[2][5] == 0.5
+
+
+def test_what_is_calibrated_twice_stays_honest(two, surveyed, tmp_path):
+    table = dataset.read_labels(surveyed)
+    losses = []
+    model = two[0]
+    for number in range(3):
+        out = str(tmp_path / f"{number}.pth")
+        losses.append(inference.main(["--calibrate", str(surveyed), "--model", model, "--out", out, *CPU])["log_loss"])
+        model = out
+    assert losses == sorted(losses, reverse=True)
+    before = (tmp_path / "2.pth").read_bytes()
+    inference.main(["--calibrate", str(surveyed), "--model", model, "--out", model, *CPU])  # into its own file
+    assert (tmp_path / "2.pth").read_bytes() != before
+    assert metrics.log_loss(table.targets, probabilities_of(model, table.paths)) <= losses[-1] + 1e-6
+
+
+NO_CALIBRATION = [
+    (["--calibrate", "DATA"], "--out"),
+    (["--calibrate", "DATA", "--out", "OUT", "IMAGE"], "--calibrate is about its DATA"),
+    (["--calibrate", "DATA", "--out", "OUT", "--image", "IMAGE"], "--calibrate is about its DATA"),
+    (["--calibrate", "DATA", "--out", "OUT", "--save", "drawn"], "--calibrate is about its DATA"),
+    (["--calibrate", "DATA", "--out", "OUT", "--format", "csv"], "--calibrate is about its DATA"),
+    (["--calibrate", "DATA", "--out", "OUT", "--evaluate", "DATA"], "--evaluate and --calibrate"),
+    (["--calibrate", "DATA", "--out", "OUT", "--threshold", "0.3"], "--threshold"),
+    (["--calibrate", "DATA", "--out", "OUT", "--bootstrap", "5"], "--bootstrap goes with --evaluate"),
+    (["--calibrate", "/nowhere", "--out", "OUT"], "/nowhere is not a folder"),
+    (["--calibrate", "DEMO", "--out", "OUT"], "the data has no labels for a, b, c"),
+    (["--calibrate", "DATA", "--out", "FILE/model.pth"], "FILE"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", NO_CALIBRATION,
+                         ids=[" ".join(arguments[2:]) + arguments[1] for arguments, _ in NO_CALIBRATION])
+def test_wrong_calibrations_are_errors_of_one_line(two, surveyed, demo, images, in_folder, capsys, arguments, message):
+    (in_folder / "FILE").touch()
+    words = {"DATA": surveyed, "OUT": "new.pth", "IMAGE": images[0], "DEMO": demo}
+    arguments = [words.get(word, word) for word in arguments]
+    code, _, errors = as_command(capsys, inference.main, "--model", two[0], *arguments, *CPU)
+    last = errors.splitlines()[-1]
+    assert (code, last.startswith("error: ")) == (1 if "FILE" in message else 2, True)
+    assert message in last and "Traceback" not in errors
+    assert not (in_folder / "new.pth").exists() and not (in_folder / "drawn").exists()
+
+
+def test_intervals_come_by_default_for_few_images(two, surveyed, capsys):
+    text = run(capsys, "--evaluate", surveyed, "--model", two[0])
+    assert text.count("[0.") >= 6
+    assert "[0." not in run(capsys, "--evaluate", surveyed, "--model", two[0], "--bootstrap", 0)
+    report = inference.main(["--evaluate", str(surveyed), "--model", two[0], *CPU])
+    assert report["intervals"]["f1_macro"][0] <= report["f1_macro"] <= report["intervals"]["f1_macro"][1]
+    assert "intervals" not in evaluated(surveyed, "--model", two[0])
+
+
+def test_a_model_of_several_is_deployed_without_metrics(two, images, surveyed, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "metrics", None)
+    assert images[0].name in run(capsys, images[0], "--model", *two, "--tta")
+    code, _, errors = as_command(capsys, inference.main, "--calibrate", surveyed, "--model", *two, "--out",
+                                 tmp_path / "new.pth", *CPU)
+    assert (code, errors.splitlines()[-1][:7]) == (2, "error: ")
+    assert "--calibrate needs metrics.py" in errors

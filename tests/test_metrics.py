@@ -494,8 +494,9 @@ def soft_threshold_by_loops(targets, probabilities):
         f1 = 2 * sum(t * s for t, s in counted) / (sum(s for _, s in counted) + positives)
         best = max(best, (f1, -k))
     ranked = sorted((1 / (1 + math.exp(-z)) for _, z in known), reverse=True)
+    cut = max(-6 - 12 * best[1] / 240, min(z for _, z in known))
     half = max(sum(ranked[:k]) / (k + sum(ranked)) for k in range(1, len(ranked) + 1))
-    logit = (positives * (-6 - 12 * best[1] / 240) + 50 * math.log(half / (1 - half))) / (positives + 50)
+    logit = (positives * cut + 50 * math.log(half / (1 - half))) / (positives + 50)
     return 1 / (1 + math.exp(-logit))
 
 
@@ -653,6 +654,8 @@ def write_run(folder, ids, probabilities, thresholds, split="test"):
     (folder / f"{'train' if split == 'folds' else split}_metadata.csv").write_text("\n".join(labels))
     (folder / "probabilities.csv").write_text("\n".join(scores))
     (folder / "thresholds.json").write_text(json.dumps(dict(zip("abcd", thresholds))))
+    rows = [",".join([line.split(",")[0], *map(str, thresholds)]) for line in scores[1:]]
+    (folder / "fold_thresholds.csv").write_text("\n".join(["ID,a,b,c,d", *rows]))
     (folder / "metrics.json").write_text(json.dumps({"split": split}))
     return folder
 

@@ -686,7 +686,7 @@ ODD = {  # labels of 1.jpg, 2.jpg, ... -> more options, and what is wrong with t
                                      "BatchNorm needs two: raise -b, or add images"),
     "only NA": ("?" * 9, [], "no label of the train split is known: there is nothing to learn from"),
     "one image": ("1", [], "1 images are too few for 3 splits"),
-    "two images": ("10", [], "2 images are too few for 3 splits: add images, or change --split"),
+    "two images": ("10", [], "2 images are too few for 3 splits: add some, or change --split"),
     "two images, two splits": ("11", ["--split", "1", "1", "0", "--size", "64"], None),
 }
 

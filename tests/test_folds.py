@@ -1,0 +1,663 @@
+"""--folds: networks that are each tested on what they were not trained on, and the one model of all of them."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_stopping import KILLER, calls_at, interrupt
+
+import dataset
+import inference
+import metrics
+import train
+from conftest import ROOT, SMALL, as_command
+from dataset import InputError
+
+RUN = ["--epochs", "2", "--lr", "3e-3", *SMALL]
+FOLD_FILES = {"model.pth", "last.pth", "classes.json", "label_groups.json", "thresholds.json", "predictions.csv",
+              "probabilities.csv", "train_metadata.csv", "val_metadata.csv", "loss_curve.png", "history.csv",
+              "metrics.json", "config.json", "pr_curves.png", "predictions.png", "reliability.png"}
+OUT_FILES = FOLD_FILES - {"last.pth", "val_metadata.csv", "loss_curve.png", "history.csv"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blank_charts():
+    """Charts take half of the time of a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("loss_curves", "pr_curves", "mistakes_sheet", "reliability_chart"):
+            patch.setattr(inference, name, lambda *_: Image.new("RGB", (1, 1)))
+        yield
+
+
+def run(data, out, *more):
+    """Train on the data into `out` -> report."""
+    return train.main(["--data", str(data), "--out", str(out), *RUN, *map(str, more)])
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def names_in(path):
+    """The IDs in a CSV file of a run, in order."""
+    with open(path, encoding="utf-8") as file:
+        return [row["ID"] for row in csv.DictReader(file)]
+
+
+def networks(path):
+    """The networks of a model.pth -> list of state_dict."""
+    return [member["network"] for member in inference.read_checkpoint(path)["members"]]
+
+
+def same_networks(a, b):
+    if len(a) != len(b):
+        return False
+    return all(one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+               for one, other in zip(a, b))
+
+
+def load(path):
+    return inference.load_model(path, "cpu", "fp32")
+
+
+def contents(out):
+    """{path below the folder: bytes} of all files of a run."""
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def objects(demo, tmp_path_factory):
+    """The demo data as photographs of 40 objects, two of each, two images under another name and object too."""
+    folder = tmp_path_factory.mktemp("objects")
+    shutil.copytree(demo / "images", folder / "images")
+    shutil.copy(demo / "label_groups.json", folder)
+    table = dataset.read_labels(demo)
+    lines = [",".join(["image", "object", *table.classes])]
+    rows = [(name, number // 2, labels) for number, (name, labels) in enumerate(zip(table.ids, table.targets))]
+    for copied in (3, 41):
+        name = f"copy_{copied}.jpg"
+        shutil.copy(table.paths[copied], folder / "images" / name)
+        rows.append((name, 100 + copied, table.targets[copied]))
+    for name, number, labels in rows:
+        cells = ["NA" if label != label else str(int(label)) for label in labels]
+        lines.append(",".join([name, f"object_{number}", *cells]))
+    (folder / "labels.csv").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folded(objects, tmp_path_factory):
+    """A run of three folds on the objects, a fifth of which is the test split -> (its folder, its report)."""
+    out = tmp_path_factory.mktemp("folded")
+    return out, run(objects, out, "--folds", 3, "--group", "object", "--split", 0.6, 0.2, 0.2)
+
+
+@pytest.fixture(scope="module")
+def plain(demo, tmp_path_factory):
+    """A run of three folds on all of the demo data -> (its folder, its report)."""
+    out = tmp_path_factory.mktemp("plain")
+    return out, run(demo, out, "--folds", 3)
+
+
+def labels_of(path, data):
+    return dataset.read_labels(data, labels=str(path), images=str(data / "images"))
+
+
+def out_of_fold(out, data, calibrated=True):
+    """-> (table of the pool, the fold of each row, its raw probabilities), computed anew from the folds' files."""
+    pool = labels_of(out / "train_metadata.csv", data)
+    row_of = {name: row for row, name in enumerate(pool.ids)}
+    fold = np.full(len(pool), -1)
+    raw = np.full(pool.targets.shape, np.nan)
+    for k in range(3):
+        folder = out / f"fold_{k + 1}"
+        classifier = load(folder / "model.pth")
+        classifier.members[0].scale = 1.0
+        classifier.members[0].offsets = offsets_of(folder, data) if calibrated else [0.0] * len(pool.classes)
+        table = labels_of(folder / "val_metadata.csv", data)
+        rows = [row_of[name] for name in table.ids]
+        fold[rows] = k
+        raw[rows] = inference.predict(classifier, table.paths, workers=0)
+    assert not np.isnan(raw).any()
+    return pool, fold, raw
+
+
+def offsets_of(folder, data):
+    """-log(pos_weight) of a run, by the definition of sqrt and its clip."""
+    targets = labels_of(folder / "train_metadata.csv", data).targets
+    positives, negatives = (targets == 1).sum(axis=0), (targets == 0).sum(axis=0)
+    return (-np.log(np.clip(np.sqrt(negatives / positives), 1, 20))).tolist()
+
+
+def chosen_by(targets, raw):
+    """-> (scale, offsets, soft thresholds) of out-of-fold probabilities."""
+    scale, offsets = metrics.fit_calibration(targets, raw)
+    probabilities = metrics.calibrate(raw, scale, offsets)
+    soft = metrics.find_thresholds(targets, probabilities, "soft")
+    return scale, offsets, metrics.between_scores(soft, probabilities)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The folds and their files
+
+
+def test_every_fold_is_an_ordinary_run_and_out_has_the_model_of_all(folded, plain):
+    for out, report in (folded, plain):
+        files = {path.name for path in out.iterdir()} - {"test_metadata.csv"}
+        assert files == OUT_FILES | {"fold_1", "fold_2", "fold_3", "fold_thresholds.csv"}
+        for k in (1, 2, 3):
+            folder = out / f"fold_{k}"
+            assert {path.name for path in folder.iterdir()} - {"test_metadata.csv"} == FOLD_FILES
+            assert read_json(folder / "metrics.json")["split"] == "val"
+            assert len(load(folder / "model.pth").members) == 1
+        assert len(load(out / "model.pth").members) == 3
+        written = read_json(out / "metrics.json")
+        assert written["split"] == report["split"] == "folds"
+        assert written["f1_macro"] == report["f1_macro"]
+        assert set(written["folds"]) == set(metrics.HEADLINES)
+        assert written["intervals"]["f1_macro"][0] <= written["f1_macro"] <= written["intervals"]["f1_macro"][1]
+        pool = names_in(out / "train_metadata.csv")
+        assert report["images"] == len(pool)
+        for name in ("predictions.csv", "probabilities.csv"):
+            assert names_in(out / name) == pool
+        assert list(read_json(out / "thresholds.json").values()) == load(out / "model.pth").thresholds
+
+
+def test_the_parts_are_disjoint_cover_the_pool_and_keep_what_belongs_together(folded, objects):
+    out, _ = folded
+    pool = names_in(out / "train_metadata.csv")
+    test = names_in(out / "test_metadata.csv")
+    table = dataset.read_labels(objects, group="object")
+    assert sorted(pool + test) == sorted(table.ids) and len(pool) + len(test) == 82
+    fold_of = dict.fromkeys(test, "test")
+    for k in (1, 2, 3):
+        own = names_in(out / f"fold_{k}" / "val_metadata.csv")
+        others = names_in(out / f"fold_{k}" / "train_metadata.csv")
+        assert not set(own) & set(fold_of)
+        assert sorted(own + others) == sorted(pool)
+        assert len(pool) / 3 - 4 <= len(own) <= len(pool) / 3 + 4
+        fold_of |= dict.fromkeys(own, k)
+    assert fold_of.keys() == set(table.ids)
+    together = defaultdict(set)
+    for name, thing, path in zip(table.ids, table.objects, table.paths):
+        together[thing].add(fold_of[name])
+        with open(path, "rb") as file:
+            together[file.read()].add(fold_of[name])
+    assert all(len(folds) == 1 for folds in together.values())
+    assert len(together) == 42 + 80
+
+
+def test_the_folders_of_folds_are_data_that_is_already_divided(folded, plain, objects, demo):
+    table = dataset.read_labels(folded[0], images=str(objects / "images"))
+    assert {part: table.parts.count(part) for part in table.parts} == {
+        part: len(names_in(folded[0] / f"{part}_metadata.csv")) for part in ("train", "test")}
+    for k in (1, 2, 3):
+        table = dataset.read_labels(plain[0] / f"fold_{k}", images=str(demo / "images"))
+        assert {part: table.parts.count(part) for part in table.parts} == {
+            part: len(names_in(plain[0] / f"fold_{k}" / f"{part}_metadata.csv")) for part in ("train", "val")}
+
+
+def test_without_a_split_all_images_are_in_the_folds(plain, demo):
+    out, report = plain
+    assert sorted(names_in(out / "train_metadata.csv")) == sorted(dataset.read_labels(demo).ids)
+    assert "test" not in report
+    own = [name for k in (1, 2, 3) for name in names_in(out / f"fold_{k}" / "val_metadata.csv")]
+    assert sorted(own) == sorted(names_in(out / "train_metadata.csv"))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+@pytest.mark.parametrize("which", ["folded", "plain"])
+def test_the_report_is_of_predictions_that_nothing_was_chosen_by(request, which, demo, objects):
+    out, report = request.getfixturevalue(which)
+    pool, fold, raw = out_of_fold(out, objects if which == "folded" else demo)
+    probabilities, thresholds = np.empty_like(raw), np.empty_like(raw)
+    for k in range(3):
+        scale, offsets, thresholds[fold == k] = chosen_by(pool.targets[fold != k], raw[fold != k])
+        probabilities[fold == k] = metrics.calibrate(raw[fold == k], scale, offsets)
+    expected = metrics.report(pool.targets, probabilities, thresholds, pool.classes, metrics.RESAMPLES)
+    for name in metrics.HEADLINES:
+        assert report[name] == pytest.approx(expected[name], abs=1e-6), name
+    assert report["images"] == expected["rows"]
+    assert report["intervals"].keys() == expected["intervals"].keys()
+    for name, interval in expected["intervals"].items():
+        assert report["intervals"][name] == pytest.approx(interval, abs=1e-6)
+    for name, row in expected["per_class"].items():
+        assert report["per_class"][name] == pytest.approx(row, abs=1e-6, nan_ok=True)
+    parts = []
+    for k in range(3):
+        own = fold == k
+        parts.append(metrics.report(pool.targets[own], probabilities[own], thresholds[own], pool.classes))
+    for name, numbers in report["folds"].items():
+        values = [part[name] for part in parts]
+        assert numbers["mean"] == pytest.approx(np.mean(values), abs=1e-6, nan_ok=True)
+        assert numbers["deviation"] == pytest.approx(np.std(values, ddof=1), abs=1e-6, nan_ok=True)
+    with open(out / "probabilities.csv", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    np.testing.assert_allclose(np.array([row[1:] for row in rows[1:]], float), probabilities, atol=1e-6)
+
+
+def test_the_model_is_the_mean_of_the_networks_calibrated_by_all_predictions(folded, objects):
+    out, _ = folded
+    pool, _, raw = out_of_fold(out, objects)
+    scale, offsets, thresholds = chosen_by(pool.targets, raw)
+    classifier = load(out / "model.pth")
+    np.testing.assert_allclose(classifier.thresholds, thresholds, atol=1e-6)
+    each = []
+    for k, member in enumerate(classifier.members, 1):
+        folder = out / f"fold_{k}"
+        alone = load(folder / "model.pth")
+        assert same_networks([member.network.state_dict()], [alone.network.state_dict()])
+        assert member.scale == pytest.approx(scale, abs=1e-6)
+        before = np.array(offsets_of(folder, objects))
+        np.testing.assert_allclose(member.offsets, scale * before + offsets, atol=1e-5)
+        alone.members[0].scale = 1.0
+        alone.members[0].offsets = before.tolist()
+        each.append(metrics.calibrate(inference.predict(alone, pool.paths[:20], workers=0), scale, offsets))
+    predicted = inference.predict(classifier, pool.paths[:20], workers=0)
+    np.testing.assert_allclose(predicted, np.mean(each, axis=0), atol=1e-5)
+    assert np.abs(each[0] - each[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("more", [["--calibration", "none"], ["--preset", "assignment"]])
+def test_without_calibration_the_folds_have_none(demo, tmp_path, more):
+    report = run(demo, tmp_path, "--folds", 3, "--epochs", 1, *more)
+    pool, _, raw = out_of_fold(tmp_path, demo, calibrated=False)
+    for member in load(tmp_path / "model.pth").members:
+        assert (member.scale, set(member.offsets)) == (1.0, {0.0})
+    assert report["log_loss"] == pytest.approx(metrics.log_loss(pool.targets, raw), abs=1e-6)
+    if "assignment" in more:
+        assert set(read_json(tmp_path / "thresholds.json").values()) == {0.5}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Test splits, which no fold contains
+
+
+def test_the_test_split_is_reported_by_all_networks_together(folded, objects):
+    out, report = folded
+    test = labels_of(out / "test_metadata.csv", objects)
+    for k in (1, 2, 3):
+        in_fold = names_in(out / f"fold_{k}" / "train_metadata.csv") + names_in(out / f"fold_{k}" / "val_metadata.csv")
+        assert not set(in_fold) & set(test.ids)
+    classifier = load(out / "model.pth")
+    probabilities = inference.predict(classifier, test.paths, workers=0)
+    expected = metrics.report(test.targets, probabilities, classifier.thresholds, test.classes)
+    for name in metrics.HEADLINES:
+        assert report["test"][name] == pytest.approx(expected[name], abs=1e-6, nan_ok=True)
+    assert read_json(out / "metrics.json")["test"]["f1_macro"] == report["test"]["f1_macro"]
+    assert report["test"]["images"] == len(test) > 10
+
+
+@pytest.mark.parametrize("parts", [{"train": range(60), "test": range(60, 80)},
+                                   {"train": range(40), "val": range(40, 60), "test": range(60, 80)}],
+                         ids=lambda parts: "+".join(parts))
+def test_data_that_is_divided_keeps_its_test_split(demo, tmp_path, parts):
+    table = dataset.read_labels(demo)
+    data = tmp_path / "divided"
+    shutil.copytree(demo / "images", data / "images")
+    for part, rows in parts.items():
+        lines = [",".join(["image", *table.classes])]
+        for row in rows:
+            cells = ["NA" if label != label else str(int(label)) for label in table.targets[row]]
+            lines.append(",".join([table.ids[row], *cells]))
+        (data / f"{part}.csv").write_text("\n".join(lines))
+    report = run(data, tmp_path / "out", "--folds", 2, "--epochs", 1)
+    assert sorted(names_in(tmp_path / "out" / "test_metadata.csv")) == sorted(table.ids[60:])
+    assert sorted(names_in(tmp_path / "out" / "train_metadata.csv")) == sorted(table.ids[:60])
+    assert (report["images"], report["test"]["images"]) == (60, 20)
+    own = [name for k in (1, 2) for name in names_in(tmp_path / "out" / f"fold_{k}" / "val_metadata.csv")]
+    assert sorted(own) == sorted(table.ids[:60])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The model of the folds, in use
+
+
+def test_the_model_of_folds_is_one_to_predict_with(folded, demo, tmp_path, capsys):
+    model = folded[0] / "model.pth"
+    images = sorted((demo / "images").iterdir())[:2]
+    cpu = ["--model", model, "--device", "cpu", "-j", "0"]
+    drawn = tmp_path / "drawn"
+    code, out, errors = as_command(capsys, inference.main, *images, *cpu, "--threshold", 0, "--heatmap",
+                                   "--save", drawn)
+    assert code == 0 and images[1].name in out
+    assert "3 x resnet18, 32 px" in errors
+    assert {path.stem for path in drawn.iterdir()} == {path.stem for path in images}
+    alone = [load(folded[0] / f"fold_{k}" / "model.pth") for k in (1, 2, 3)]
+    mean = np.mean([inference.heatmaps(one, images[0], [0, 2]) for one in alone], axis=0)
+    maps = inference.heatmaps(load(model), images[0], [0, 2])
+    highest = mean.max(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(maps, np.divide(mean, highest, where=highest > 0, out=np.zeros_like(mean)), atol=1e-4)
+    code, out, _ = as_command(capsys, inference.main, "--evaluate", demo, *cpu)
+    assert code == 0 and "f1_macro" in out
+    code, _, _ = as_command(capsys, inference.main, "--calibrate", demo, *cpu, "--out", tmp_path / "new.pth")
+    assert code == 0
+    assert same_networks(networks(tmp_path / "new.pth"), networks(model))
+
+
+def test_weights_of_a_model_of_folds_are_those_of_its_first_network(folded, demo, tmp_path, capsys):
+    loud = [option for option in RUN if option != "-q"]
+    model = folded[0] / "model.pth"
+    train.main(["--data", str(demo), "--out", str(tmp_path), *loud, "--weights", str(model), "--lr", "0",
+                "--wd", "0", "--epochs", "1", "--train-layers", "head"])
+    assert "head rows taken by class name: bolt, bracket" in capsys.readouterr().out
+    assert same_networks(networks(tmp_path / "model.pth"), networks(model)[:1])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Options
+
+
+@pytest.mark.parametrize("folds", ["1", "-3", "x", "2.5"])
+def test_folds_that_are_none(demo, tmp_path, capsys, folds):
+    code, out, errors = as_command(capsys, train.main, "--data", demo, "--out", tmp_path / "out", *RUN,
+                                   "--folds", folds)
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("error: ") and "--folds" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_folds_than_images_are_an_error_of_one_line(make_data, tmp_path, capsys):
+    names = [f"{i}.jpg" for i in range(6)]
+    data = make_data("".join(f"{name} {i % 2}\n" for i, name in enumerate(names)), names)
+    code, _, errors = as_command(capsys, train.main, "--data", data, "--out", tmp_path / "out", *RUN, "--folds", 7)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "6 images are too few for 7" in errors and "--folds" in errors
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_folds_that_train_on_a_single_image_are_an_error_of_one_line(make_data, tmp_path, capsys, count):
+    names = [f"{i}.jpg" for i in range(count)]
+    data = make_data("".join(f"{name} {i % 2}\n" for i, name in enumerate(names)), names)
+    code, _, errors = as_command(capsys, train.main, "--data", data, "--out", tmp_path / "out", *RUN, "--folds", 2)
+    assert (code, errors.splitlines()[-1][:7]) == (2, "error: ")
+    assert "BatchNorm" in errors
+
+
+def test_weights_of_the_run_that_is_replaced_are_refused(plain, demo, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(plain[0], out)
+    before = (out / "model.pth").read_bytes()
+    arguments = ["--data", demo, "--out", out, *RUN, "--folds", 2, "--weights", out / "model.pth"]
+    code, _, errors = as_command(capsys, train.main, *arguments)
+    assert code == 2
+    assert errors.splitlines()[-1].startswith("error: --weights") and "name another --out" in errors
+    assert (out / "model.pth").read_bytes() == before
+
+
+def epochs(out):
+    """Of each fold (epochs trained, epoch kept)."""
+    result = []
+    for k in (1, 2):
+        folder = out / f"fold_{k}"
+        with open(folder / "history.csv") as file:
+            result.append((len(list(csv.DictReader(file))), load(folder / "model.pth").epoch))
+    return result
+
+
+@pytest.mark.parametrize("preset", [[], ["--preset", "inspection", "--wd", "0"]], ids=["default", "preset"])
+def test_under_folds_every_epoch_is_trained_and_the_last_one_kept(demo, tmp_path, preset):
+    still = ["--folds", 2, "--lr", 0, "--wd", 0, "--train-layers", "head", "--epochs", 5, *preset]
+    run(demo, tmp_path, *still)
+    assert epochs(tmp_path) == [(5, 5), (5, 5)]
+
+
+def test_a_monitor_and_patience_that_are_given_hold_under_folds_too(demo, tmp_path):
+    run(demo, tmp_path, "--folds", 2, "--lr", 0, "--wd", 0, "--train-layers", "head", "--epochs", 5,
+        "--monitor", "map", "--patience", 2)
+    assert epochs(tmp_path) == [(3, 1), (3, 1)]
+
+
+def test_splits_that_folds_do_not_have_are_not_exported(demo, tmp_path, capsys):
+    arguments = ["--data", demo, "--out", tmp_path / "out", *RUN, "--folds", 2, "--export-splits", tmp_path / "export"]
+    code, _, errors = as_command(capsys, train.main, *arguments)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "leave out one of the two" in errors
+    assert not (tmp_path / "export").exists()
+
+
+def test_the_registry_gets_the_model_of_all_folds(demo, tmp_path):
+    run(demo, tmp_path / "out", "--folds", 2, "--epochs", 1, "--registry", tmp_path / "registry")
+    (folder,) = (tmp_path / "registry").iterdir()
+    assert len(load(folder / "model.pth").members) == 2
+    assert read_json(folder / "metrics.json")["split"] == "folds"
+
+
+def test_a_bad_image_is_left_out_of_the_report(demo, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(demo, data)
+    bad = sorted((data / "images").iterdir())[7]
+    bad.write_bytes(b"no image")
+    report = run(data, tmp_path / "out", "--folds", 2, "--epochs", 1)
+    assert report["images"] == 79
+    assert bad.name not in names_in(tmp_path / "out" / "predictions.csv")
+    assert bad.name in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Stopped, killed, resumed, replaced
+
+
+def test_a_run_of_folds_that_is_killed_many_times_ends_as_one_that_never_was(make_data, tmp_path):
+    names = [f"{i:02}.png" for i in range(24)]
+    data = make_data("".join(f"{name} {i % 2} {int(i % 5 == 0)}\n" for i, name in enumerate(names)), names)
+    script = KILLER.replace('"parts/last.pth"', '"parts/fold_1/last.pth"')
+    script = script.replace('os.listdir("parts")', '[name for _, _, names in os.walk("parts") for name in names]')
+    blank = "conftest.use_small_networks()\nimport inference\nfrom PIL import Image\n"
+    for name in ("loss_curves", "pr_curves", "mistakes_sheet", "reliability_chart"):
+        blank += f"inference.{name} = lambda *_: Image.new('RGB', (1, 1))\n"
+    script = script.replace("conftest.use_small_networks()\n", blank)
+    arguments = ["--data", str(data), "--folds", "3", *RUN]
+    script = script.replace("sleep(0.01)", "sleep(0.004)")
+    script = script.format(tests=str(ROOT / "tests"), arguments=arguments, seed=0, kills=10)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    whole, parts = (contents(tmp_path / name) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name, content in whole.items():
+        if name.endswith("model.pth"):
+            one, other = (inference.read_checkpoint(tmp_path / folder / name) for folder in ("whole", "parts"))
+            assert same_networks(networks(tmp_path / "whole" / name), networks(tmp_path / "parts" / name))
+            assert [[member["scale"], member["offsets"]] for member in one["members"]] == [
+                [member["scale"], member["offsets"]] for member in other["members"]]
+            assert one["thresholds"] == other["thresholds"]
+        elif not name.endswith(("last.pth", "config.json", "history.csv")):  # which say when, where and whether resumed
+            assert parts[name] == content, name
+
+
+def test_a_stopped_run_goes_on_at_the_fold_that_was_stopped(plain, demo, tmp_path):
+    with calls_at({10: interrupt}) as first, pytest.raises(KeyboardInterrupt):
+        run(demo, tmp_path, "--folds", 3)
+    assert not (tmp_path / "model.pth").exists() and not (tmp_path / "fold_3").exists()
+    before = (tmp_path / "fold_1" / "last.pth").stat().st_mtime_ns
+    with calls_at({}) as second:
+        report = run(demo, tmp_path, "--folds", 3, "--resume")
+    steps = 0
+    for k in (1, 2, 3):
+        with open(plain[0] / f"fold_{k}" / "history.csv") as file:
+            steps += sum(int(row["steps"]) for row in csv.DictReader(file))
+    assert (len(first), len(second)) == (10, steps - 10)
+    assert (tmp_path / "fold_1" / "last.pth").stat().st_mtime_ns == before
+    assert report == plain[1]
+    assert same_networks(networks(tmp_path / "model.pth"), networks(plain[0] / "model.pth"))
+
+
+def test_resuming_a_finished_run_of_folds_changes_nothing(plain, demo, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(plain[0], out)
+    before = contents(out)
+    report = run(demo, out, "--folds", 3, "--resume")
+    assert report == plain[1]
+    after = contents(out)
+    assert after.keys() == before.keys()
+    for name, content in after.items():
+        if name.endswith("model.pth"):
+            one, other = (inference.read_checkpoint(folder / name) for folder in (plain[0], out))
+            assert same_networks(networks(plain[0] / name), networks(out / name))
+            assert one["thresholds"] == other["thresholds"]
+        elif not name.endswith("config.json"):  # it has "resume" and "out"
+            assert content == before[name], name
+
+
+def test_resuming_with_other_folds_or_labels_is_an_error_and_does_no_harm(plain, demo, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(plain[0], out)
+    before = contents(out)
+    for more in (["--folds", 2], ["--folds", 4], ["--folds", 3, "--seed", 1]):
+        with pytest.raises(InputError, match=r"last\.pth is of other splits"):
+            run(demo, out, "--resume", *more)
+        assert contents(out) == before
+    with pytest.raises(InputError, match=r"last\.pth is not there"):
+        run(demo, tmp_path / "none", "--resume", "--folds", 3)
+    with pytest.raises(InputError, match=r"last\.pth is not there"):
+        run(demo, out, "--resume")
+    assert contents(out) == before
+
+
+def test_resuming_with_more_epochs_trains_each_fold_on(plain, demo, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(plain[0], out)
+    run(demo, out, "--folds", 3, "--resume", "--epochs", 3)
+    assert epochs(out) == [(3, 3), (3, 3)]
+    assert not same_networks(networks(out / "model.pth"), networks(plain[0] / "model.pth"))
+
+
+def test_resuming_with_other_thresholds_changes_those_of_the_model(plain, demo, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(plain[0], out)
+    report = run(demo, out, "--folds", 3, "--resume", "--thresholds", 0.9)
+    assert set(load(out / "model.pth").thresholds) == {0.9}
+    assert {row["threshold"] for row in report["per_class"].values()} == {0.9}
+    assert same_networks(networks(out / "model.pth"), networks(plain[0] / "model.pth"))
+
+
+def test_a_fresh_run_removes_the_folds_of_the_one_before(plain, demo, tmp_path, capsys):
+    loud = [option for option in RUN if option != "-q"]
+    out = tmp_path / "out"
+    shutil.copytree(plain[0], out)
+    (out / "notes.txt").write_text("mine")
+
+    def look():
+        left = [name for name in contents(out) if not name.startswith("fold_1/")]
+        seen.append(sorted(set(left) - {"config.json", "classes.json", "label_groups.json", "train_metadata.csv",
+                                        "test_metadata.csv"}))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    seen = []
+    with calls_at({2: look}), pytest.raises(KeyboardInterrupt):
+        train.main(["--data", str(demo), "--out", str(out), *loud, "--folds", "2", "--epochs", "1"])
+    assert seen == [["notes.txt"]]
+    assert f"the run that was in {out} is replaced" in capsys.readouterr().out
+    assert not (out / "fold_3").exists()
+
+
+def test_an_ordinary_run_removes_the_folds_of_the_one_before(plain, demo, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(plain[0], out)
+    run(demo, out, "--epochs", 1)
+    assert not any(name.startswith("fold_") for name in contents(out))
+    assert not list(out.glob("fold_*"))
+
+
+def test_the_folder_of_folds_holds_one_run_at_a_time(demo, tmp_path, capsys):
+    ended = []
+
+    def start_another():
+        for more in ([], ["--resume"], ["--folds", 2], ["--folds", 2, "--resume"]):
+            before = contents(tmp_path)
+            ended.append(as_command(capsys, train.main, "--data", demo, "--out", tmp_path, *RUN, *more))
+            assert contents(tmp_path) == before
+
+    with calls_at({4: start_another}):
+        run(demo, tmp_path, "--folds", 2, "--epochs", 1)
+    assert len(ended) == 4
+    for code, _, errors in ended:
+        assert (code, errors.splitlines()[-1][:7]) == (2, "error: ")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Calibration of an ordinary run
+
+
+def val_split(out, data):
+    """-> (model, targets, plain sigmoids of the logits) of a run's val split."""
+    classifier = load(out / "model.pth")
+    table = labels_of(out / "val_metadata.csv", data)
+    images = dataset.ImageDataset(table, 32)
+    logits = inference.compute_logits(classifier, images, torch.float32, workers=0)
+    assert logits.shape == (1, len(table), len(table.classes))
+    return classifier, table, logits[0].double().numpy()
+
+
+@pytest.mark.parametrize("more", [["--calibration", "none"], *(["--preset", name] for name in train.PRESETS
+                                                               if name not in ("default", "resnet50"))])
+def test_without_calibration_probabilities_are_the_sigmoid_of_the_logits(demo, tmp_path, more):
+    run(demo, tmp_path, *more, "--epochs", 1, "--train-layers", "all")
+    classifier, table, logits = val_split(tmp_path, demo)
+    assert classifier.members[0].scale == 1
+    assert set(classifier.members[0].offsets) == {0.0}
+    probabilities = inference.predict(classifier, table.paths, workers=0)
+    np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits)), atol=1e-6)
+
+
+def test_calibration_takes_pos_weight_back_and_lowers_the_log_loss_on_val(demo, tmp_path):
+    run(demo, tmp_path)
+    classifier, table, logits = val_split(tmp_path, demo)
+    offsets = np.array(offsets_of(tmp_path, demo))
+    assert np.abs(offsets).max() > 0.2
+    honest = metrics.sigmoid(logits + offsets)
+    scale, more = metrics.fit_calibration(table.targets, honest)
+    member = classifier.members[0]
+    assert member.scale == pytest.approx(scale, abs=1e-5)
+    np.testing.assert_allclose(member.offsets, scale * offsets + more, atol=1e-4)
+    probabilities = inference.predict(classifier, table.paths, workers=0)
+    log_loss = metrics.log_loss(table.targets, probabilities)
+    assert log_loss <= metrics.log_loss(table.targets, honest) + 1e-6
+    assert log_loss <= metrics.log_loss(table.targets, metrics.sigmoid(logits))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Two runs, compared
+
+
+def compare(capsys, folders, reports):
+    """Check that metrics.py A B --paired shows what the two runs reported."""
+    text = metrics.main([*map(str, folders), "--paired"])
+    assert capsys.readouterr().out == text + "\n"
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines()[1:]}
+    assert {"f1_macro", "map", "log_loss"} <= lines.keys()
+    for name, cells in lines.items():
+        shown = [float(cell) for cell in cells[:3]]
+        assert shown[:2] == pytest.approx([report[name] for report in reports], abs=6e-4), name
+        assert shown[2] == pytest.approx(reports[1][name] - reports[0][name], abs=6e-4), name
+        low, high = (float(cell.strip("[],")) for cell in cells[3:5])
+        assert low <= high
+        assert (cells[-1] == "noise") == (low <= 0 <= high)
+
+
+def test_two_runs_of_the_same_data_are_compared_by_what_they_report(trained, demo, tmp_path, capsys):
+    report = run(demo, tmp_path / "b", "--lr", 1e-2, "--head", "mlp")
+    compare(capsys, [trained[0], tmp_path / "b"], [trained[1], report])
+    run(demo, tmp_path / "c", "--epochs", 1, "--seed", 1)
+    with pytest.raises(ValueError, match="other images"):
+        metrics.main([str(trained[0]), str(tmp_path / "c"), "--paired"])
+
+
+def test_two_runs_of_folds_are_compared_by_what_they_report(plain, demo, tmp_path, capsys):
+    report = run(demo, tmp_path, "--folds", 3, "--epochs", 1, "--thresholds", "pr_curve")
+    compare(capsys, [plain[0], tmp_path], [plain[1], report])
