@@ -158,7 +158,8 @@ def data_options(options):
 
 
 def find_labels(data_dir):
-    """Look for label files -> {part: Path}; a single one, or one of .cls files, has part "". Raises InputError."""
+    """Look for label files -> {part: Path}; a single one, or one of .cls files, has part "". Raises
+    InputError."""
     for name in ("labels.txt", "labels.csv", "labels.tsv", "image_data.csv"):
         if (data_dir / name).is_file():
             return {"": data_dir / name}
@@ -466,7 +467,8 @@ class Column:
 
 
 def _looks_like_lists(columns, groups):
-    """Whether there are words below a title of lists and at most one column of labels, or words and no labels."""
+    """Whether there are words below a title of lists and at most one column of labels, or words and
+    no labels."""
     words = [column for column in columns if column.words]
     others = [column for column in columns if not column.words and not column.is_other]
     if any(column.title in groups for column in words):
@@ -758,7 +760,8 @@ class ImageFolder:
         return None
 
     def find_loosely(self, name, origin, taken):
-        """The image with a name or a stem, in any folder, but none of `taken` for a name with a folder, or None."""
+        """The image with a name or a stem, in any folder, but none of `taken` for a name with a
+        folder, or None."""
         stem, suffix = os.path.splitext(os.path.normpath(name.replace("\\", "/")))
         if suffix.lower() not in IMAGE_SUFFIXES:  # a dot of the name itself
             stem, suffix = stem + suffix, ""
@@ -1255,7 +1258,8 @@ def has_letters(font, text):
 
 
 def picture_names(classes):
-    """Class names as pictures show them: "class 3", with a warning, where no font has the letters."""
+    """Class names as pictures show them: "class 3", with a warning, where no font has the
+    letters."""
     names = [name if has_letters(load_font(13, name), name) else f"class {c}" for c, name in enumerate(classes)]
     lacking = [name for name, shown in zip(classes, names) if name != shown]
     if lacking:
@@ -1326,7 +1330,8 @@ def label_sheet(table, count=24, seed=0):
 
 
 def distinct_names(paths):
-    """A file name for each path: its own, or with the folder's name or a number where another has the same stem."""
+    """A file name for each path: its own, or with the folder's name or a number where another has
+    the same stem."""
     taken = set()
     names = []
     for path in map(Path, paths):
@@ -1341,8 +1346,9 @@ def distinct_names(paths):
 
 
 def summary(table, title="data", most=30):
-    """A LabelTable as text: how its files were read, and per class positives, negatives, NA, prevalence, and a bar of
-    # positives, - negatives, blank NA. Of more than `most` classes those with fewest and most positives."""
+    """A LabelTable as text: how its files were read, and per class positives, negatives, NA,
+    prevalence, and a bar of # positives, - negatives, blank NA. Of more than `most` classes those
+    with fewest and most positives."""
     positives = np.count_nonzero(table.targets == 1, axis=0)
     negatives = np.count_nonzero(table.targets == 0, axis=0)
     lines = [f"{title}: {len(table) + len(table.missing)} rows, {len(table)} images, {len(table.missing)} missing, "

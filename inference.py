@@ -56,10 +56,12 @@ FORMAT = 2  # of model.pth and last.pth
 
 
 def build_model(backbone, head, num_classes, dropout=None):
-    """A torchvision network with a new head, randomly initialised -> nn.Module, images (B, 3, H, W) -> logits (B, C).
+    """A torchvision network with a new head, randomly initialised -> nn.Module, images (B, 3, H, W)
+    -> logits (B, C).
 
-    backbone: a name of BACKBONES. head: "linear"; "mlp" (BatchNorm, Dropout, Linear to a quarter, ReLU, Dropout,
-    Linear); or "bn" (Linear, BatchNorm). dropout: one rate, or two for "mlp"; by default those of HEADS.
+    backbone: a name of BACKBONES. head: "linear"; "mlp" (BatchNorm, Dropout, Linear to a quarter,
+    ReLU, Dropout, Linear); or "bn" (Linear, BatchNorm). dropout: one rate, or two for "mlp"; by
+    default those of HEADS.
     """
     network = torchvision_models().get_model(backbone, weights=None)
     parent, _, name = BACKBONES[backbone].rpartition(".")
@@ -109,10 +111,12 @@ FEW = 16  # images, up to which it does not pay to measure what is fastest
 
 
 def choose_precision(name, device, images=math.inf):
-    """ "auto", "fp32", "bf16" or "fp16" -> (the dtype that the network computes in, the reason in words).
+    """ "auto", "fp32", "bf16" or "fp16" -> (the dtype that the network computes in, the reason in
+    words).
 
-    auto: on a CUDA GPU bf16 from compute capability 8.0 on, fp16 from 7.0 on, else fp32. On a CPU that has bf16
-    instructions bf16 where a convolution is at least 1.3 times as fast in it, for more than FEW images; else fp32.
+    auto: on a CUDA GPU bf16 from compute capability 8.0 on, fp16 from 7.0 on, else fp32. On a CPU
+    that has bf16 instructions bf16 where a convolution is at least 1.3 times as fast in it, for
+    more than FEW images; else fp32.
     """
     if name != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name], "as asked for"
@@ -205,10 +209,12 @@ def fold_batchnorm(network):
 
 @torch.inference_mode()
 def compute_logits(classifier, images, precision, batch_size=32, workers=2, rows=None):
-    """Logits of the given rows of an ImageDataset (default: all), in order -> float32 (V, N, C) on the device.
+    """Logits of the given rows of an ImageDataset (default: all), in order -> float32 (V, N, C) on
+    the device.
 
-    There is a view for each member of the Classifier, and when it is `mirrored` a second one of the mirrored image. An
-    image is decoded once, at images.size, and scaled down for members of a smaller size.
+    There is a view for each member of the Classifier, and when it is `mirrored` a second one of the
+    mirrored image. An image is decoded once, at images.size, and scaled down for members of a
+    smaller size.
     """
     device = classifier.device
     rows = np.arange(len(images)) if rows is None else rows
@@ -248,8 +254,8 @@ class Member:
 
 @dataclass
 class Classifier:
-    """One or several networks, whose probabilities are averaged, with all that is needed to use them: what model.pth
-    holds."""
+    """One or several networks, whose probabilities are averaged, with all that is needed to use
+    them: what model.pth holds."""
 
     members: list  # of Member
     classes: list  # C names
@@ -324,8 +330,9 @@ def read_checkpoint(path):
 
 
 def load_model(path="outputs/model.pth", device="auto", precision="auto"):
-    """Read a model.pth -> Classifier, ready for predict(). A list of paths gives one with the networks of all, and the
-    mean of their thresholds; their classes must be the same. Raises InputError."""
+    """Read a model.pth -> Classifier, ready for predict(). A list of paths gives one with the
+    networks of all, and the mean of their thresholds; their classes must be the same. Raises
+    InputError."""
     if not isinstance(path, (str, os.PathLike)):
         return _join([load_model(one, device, precision) for one in path], path)
     if not Path(path).exists():
@@ -366,11 +373,12 @@ def _join(classifiers, paths):
 
 
 def load_weights(network, weights, backbone, classes=()):
-    """Load every tensor whose name and shape match -> (names taken, {name: why not} of the others, classes taken).
+    """Load every tensor whose name and shape match -> (names taken, {name: why not} of the others,
+    classes taken).
 
-    weights: "imagenet" (torchvision's default weights of the backbone), or the path of a state_dict or a model.pth. Of
-    a model.pth the head's last layers are taken row by row, for the classes that it and `classes` both name. Raises
-    InputError when the weights cannot be had or nothing matches.
+    weights: "imagenet" (torchvision's default weights of the backbone), or the path of a state_dict
+    or a model.pth. Of a model.pth the head's last layers are taken row by row, for the classes that
+    it and `classes` both name. Raises InputError when the weights cannot be had or nothing matches.
     """
     state, known = _read_weights(weights, backbone)
     own = network.state_dict()
@@ -420,7 +428,8 @@ def _read_weights(weights, backbone):
 
 
 def _class_tensors(network, backbone):
-    """The names of the tensors with a row per class: those of the head behind its ReLU, or all of it."""
+    """The names of the tensors with a row per class: those of the head behind its ReLU, or all of
+    it."""
     root = BACKBONES[backbone]
     names = []
     for path, layer in network.get_submodule(root).named_modules(prefix=root):
@@ -445,10 +454,11 @@ def _download(backbone):
 
 
 def predict(classifier, images, batch_size=32, workers=None):
-    """Probabilities of the labels of images -> float32 (N, C), columns in the order of classifier.classes.
+    """Probabilities of the labels of images -> float32 (N, C), columns in the order of
+    classifier.classes.
 
-    images: an image or a list of them, each a path, a PIL image, the bytes of a file, a file object, or a uint8 array
-    (H, W, 3). Raises ImageError for the first image that cannot be read.
+    images: an image or a list of them, each a path, a PIL image, the bytes of a file, a file
+    object, or a uint8 array (H, W, 3). Raises ImageError for the first image that cannot be read.
     """
     single = isinstance(images, (str, os.PathLike, bytes)) or hasattr(images, "mode") or hasattr(images, "read")
     if single or (isinstance(images, np.ndarray) and images.ndim == 3):
@@ -460,7 +470,8 @@ def predict(classifier, images, batch_size=32, workers=None):
 
 
 def predict_all(classifier, images, batch_size=32, workers=None):
-    """predict() that goes on past bad images -> (probabilities (N, C), NaN for a bad image; {row: message})."""
+    """predict() that goes on past bad images -> (probabilities (N, C), NaN for a bad image; {row:
+    message})."""
     logits, errors = _logits_of(classifier, images, batch_size, workers)
     probabilities = to_probabilities(classifier, logits)
     probabilities[list(errors)] = np.nan
@@ -480,7 +491,8 @@ def _logits_of(classifier, images, batch_size, workers):
 
 
 def to_probabilities(classifier, logits):
-    """Logits (V, N, C) of compute_logits() -> the mean of the members' probabilities, float32 (N, C)."""
+    """Logits (V, N, C) of compute_logits() -> the mean of the members' probabilities, float32 (N,
+    C)."""
     views = logits.double().cpu().unflatten(0, (len(classifier.members), -1))  # (members, 1 or 2 if mirrored, N, C)
     scales = torch.tensor([member.scale for member in classifier.members]).double().view(-1, 1, 1, 1)
     offsets = torch.tensor([member.offsets for member in classifier.members]).double()[:, None, None, :]
@@ -488,8 +500,9 @@ def to_probabilities(classifier, logits):
 
 
 def fit_calibration(classifier, logits, targets):
-    """Improve the calibration of a classifier by metrics.fit_calibration(). logits: (V, N, C) of compute_logits();
-    targets (N, C) with 1, 0, NaN. What is fitted to the mean of several members is given to each, so it takes turns."""
+    """Improve the calibration of a classifier by metrics.fit_calibration(). logits: (V, N, C) of
+    compute_logits(); targets (N, C) with 1, 0, NaN. What is fitted to the mean of several members
+    is given to each, so it takes turns."""
     import metrics
 
     for _ in range(1 if len(classifier.members) == 1 else 3):
@@ -497,15 +510,17 @@ def fit_calibration(classifier, logits, targets):
 
 
 def add_calibration(classifier, scale, offsets):
-    """Calibrate what comes out of each member by a scale and offsets (C,), as metrics.calibrate() does."""
+    """Calibrate what comes out of each member by a scale and offsets (C,), as metrics.calibrate()
+    does."""
     for member in classifier.members:
         member.scale *= scale
         member.offsets = (scale * np.array(member.offsets) + offsets).tolist()
 
 
 def targets_for(classifier, table):
-    """The labels of a LabelTable in the order of the classifier's classes -> (N, C). Other classes are ignored; one
-    that the data does not name is absent where the data lists what is there, else an InputError."""
+    """The labels of a LabelTable in the order of the classifier's classes -> (N, C). Other classes
+    are ignored; one that the data does not name is absent where the data lists what is there, else
+    an InputError."""
     lacking = [name for name in classifier.classes if name not in table.classes]
     if lacking and math.isnan(table.absent):
         raise InputError(f"the data has no labels for {', '.join(lacking)}; it has {', '.join(table.classes)}")
@@ -517,7 +532,8 @@ def targets_for(classifier, table):
 
 
 def _readable(table, errors):
-    """The rows of a table whose images could be read; the others are told. Raises InputError when there is none."""
+    """The rows of a table whose images could be read; the others are told. Raises InputError when
+    there is none."""
     for message in errors.values():
         print_text(f"skipped: {message}", file=sys.stderr)
     if len(errors) == len(table):
@@ -526,7 +542,8 @@ def _readable(table, errors):
 
 
 def evaluate(classifier, table, batch_size=32, workers=None, bootstrap="auto"):
-    """Report a classifier on a LabelTable, as targets_for() reads it -> metrics.report() dict. bootstrap: as there."""
+    """Report a classifier on a LabelTable, as targets_for() reads it -> metrics.report() dict.
+    bootstrap: as there."""
     metrics = import_metrics("--evaluate")
     targets = targets_for(classifier, table)
     probabilities, errors = predict_all(classifier, table.paths, batch_size, workers)
@@ -535,8 +552,8 @@ def evaluate(classifier, table, batch_size=32, workers=None, bootstrap="auto"):
 
 
 def calibrate(classifier, table, batch_size=32, workers=None):
-    """Choose the calibration of a classifier's members and its soft thresholds anew on a LabelTable, as targets_for()
-    reads it."""
+    """Choose the calibration of a classifier's members and its soft thresholds anew on a
+    LabelTable, as targets_for() reads it."""
     metrics = import_metrics("--calibrate")
     logits, errors = _logits_of(classifier, table.paths, batch_size, workers)
     good = _readable(table, errors)
@@ -560,8 +577,9 @@ def import_metrics(option):
 
 
 def prediction_rows(ids, probabilities, thresholds, classes, groups):
-    """The rows of predictions.csv, the header first: per image and group the labels present, most confident first, the
-    same with their probabilities (label:0.1234), and the mean of those; ; separates the labels of a cell."""
+    """The rows of predictions.csv, the header first: per image and group the labels present, most
+    confident first, the same with their probabilities (label:0.1234), and the mean of those; ;
+    separates the labels of a cell."""
     groups = groups or {"labels": classes}
     averages = [f"avg_{group.removesuffix('s')}_confidence" for group in groups] + ["overall_avg_confidence"]
     if list(groups) == ["labels"]:
@@ -584,8 +602,9 @@ def prediction_rows(ids, probabilities, thresholds, classes, groups):
 
 
 def format_predictions(style, ids, probabilities, thresholds, classifier):
-    """Predictions as text. style: "table" (the whole table for one image, a line each for several), "csv" (labels and
-    confidences), "probabilities" (CSV with a column per class) or "json" ({ID: indices of the labels present})."""
+    """Predictions as text. style: "table" (the whole table for one image, a line each for several),
+    "csv" (labels and confidences), "probabilities" (CSV with a column per class) or "json" ({ID:
+    indices of the labels present})."""
     classes = classifier.classes
     present = probabilities >= thresholds
     if style == "json":
@@ -614,8 +633,9 @@ def format_predictions(style, ids, probabilities, thresholds, classifier):
 
 
 def find_images(arguments):
-    """Files and folders -> (IDs, paths): of a folder all images below it, sorted, each named by its path from there; of
-    a file its name, or what was given where two have the same. Raises InputError."""
+    """Files and folders -> (IDs, paths): of a folder all images below it, sorted, each named by its
+    path from there; of a file its name, or what was given where two have the same. Raises
+    InputError."""
     ids = []
     paths = []
     for argument in map(Path, arguments):
@@ -645,12 +665,13 @@ PICTURE_SIDE = 360  # pixels, the longer side of an image that --save draws
 
 
 def heatmaps(classifier, image, labels):
-    """Where in an image the network sees each of the labels -> float32 (len(labels), size, size), 0 to 1 each.
+    """Where in an image the network sees each of the labels -> float32 (len(labels), size, size), 0
+    to 1 each.
 
-    image: as of predict(). labels: column numbers. Grad-CAM: Selvaraju et al. (2017), "Grad-CAM: Visual Explanations
-    from Deep Networks via Gradient-based Localization": the last feature maps, weighted by the mean gradient of the
-    logit; for a linear head that is CAM (Zhou et al. 2016). Of several networks the mean. All 0 where no region was
-    found. Raises ImageError.
+    image: as of predict(). labels: column numbers. Grad-CAM: Selvaraju et al. (2017), "Grad-CAM:
+    Visual Explanations from Deep Networks via Gradient-based Localization": the last feature maps,
+    weighted by the mean gradient of the logit; for a linear head that is CAM (Zhou et al. 2016). Of
+    several networks the mean. All 0 where no region was found. Raises ImageError.
     """
     pixels = torch.from_numpy(np.array(dataset.load_image(image, classifier.size))).permute(2, 0, 1)[None]
     images = dataset.normalize(pixels.to(classifier.device))
@@ -675,8 +696,8 @@ def _member_heatmaps(member, images, labels):
 
 
 def upsample(maps, size):
-    """Feature maps (1, 1, h, w) -> (1, size, size). With zeros around them a cell at the edge is highest in its middle,
-    not along the edge of the image."""
+    """Feature maps (1, 1, h, w) -> (1, size, size). With zeros around them a cell at the edge is
+    highest in its middle, not along the edge of the image."""
     height, width = maps.shape[2:]
     axis = torch.linspace(-1 + 1 / size, 1 - 1 / size, size, device=maps.device)
     points = torch.meshgrid(axis * width / (width + 2), axis * height / (height + 2), indexing="xy")
@@ -686,7 +707,8 @@ def upsample(maps, size):
 
 
 def draw_heatmap(image, heat):
-    """A PIL image in grey, a heatmap (H, W) over it in yellow to red, and a ring where it is highest."""
+    """A PIL image in grey, a heatmap (H, W) over it in yellow to red, and a ring where it is
+    highest."""
     grey = image.convert("L").convert("RGB")
     heat = Image.fromarray(heat).resize(image.size, Image.Resampling.BILINEAR)
     values = np.asarray(heat).clip(0, 1)
@@ -701,8 +723,9 @@ def draw_heatmap(image, heat):
 
 
 def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
-    """Draw each image with its labels under it, and with `heatmap` where the network sees each label present, into
-    folder/NAME.png -> the paths written. probabilities: (N, C), of predict()."""
+    """Draw each image with its labels under it, and with `heatmap` where the network sees each
+    label present, into folder/NAME.png -> the paths written. probabilities: (N, C), of
+    predict()."""
     written = []
     names = dataset.picture_names(classifier.classes)
     for path, file_name, row in zip(paths, dataset.distinct_names(paths), probabilities):
@@ -723,8 +746,9 @@ def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
 def mistakes_sheet(table, probabilities, thresholds, count=24):
     """The images with the most confident mistakes first -> PIL image.
 
-    table: a LabelTable of N images; probabilities (N, C); thresholds (C,) or (N, C). A mistake is as confident as the
-    probability of what was predicted: p for a false alarm, 1 - p for a missed label.
+    table: a LabelTable of N images; probabilities (N, C); thresholds (C,) or (N, C). A mistake is
+    as confident as the probability of what was predicted: p for a false alarm, 1 - p for a missed
+    label.
     """
     thresholds = np.broadcast_to(thresholds, probabilities.shape)
     predicted = probabilities >= thresholds
@@ -766,8 +790,8 @@ INK = "#333333"
 
 
 def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=()):
-    """A line chart -> PIL image. series: a list of (name, x values, y values, colour); points that are not finite are
-    left out. marks: a list of (x, text) of vertical lines."""
+    """A line chart -> PIL image. series: a list of (name, x values, y values, colour); points that
+    are not finite are left out. marks: a list of (x, text) of vertical lines."""
     lines = []
     for _, xs, ys, _ in series:
         points = np.array([xs, ys], float).T
@@ -860,8 +884,8 @@ def loss_curves(losses, history, marks=(), title=""):
 
 
 def reliability_chart(targets, probabilities):
-    """How often labels were there, by the probability that was predicted, beside the ideal -> PIL image. Arguments as
-    of metrics.reliability_curve()."""
+    """How often labels were there, by the probability that was predicted, beside the ideal -> PIL
+    image. Arguments as of metrics.reliability_curve()."""
     import metrics
 
     mean, share, _ = metrics.reliability_curve(targets, probabilities)
@@ -870,8 +894,9 @@ def reliability_chart(targets, probabilities):
 
 
 def pr_curves(targets, probabilities, thresholds, classes, most=20):
-    """Precision over recall of each class on val, with a line at its threshold; of many classes the `most` with the
-    lowest average precision -> PIL image. targets (N, C) with 1, 0, NaN; probabilities (N, C); thresholds (C,)."""
+    """Precision over recall of each class on val, with a line at its threshold; of many classes the
+    `most` with the lowest average precision -> PIL image. targets (N, C) with 1, 0, NaN;
+    probabilities (N, C); thresholds (C,)."""
     import metrics
 
     scores = metrics.average_precision(targets, probabilities, None)
@@ -950,7 +975,8 @@ def parse_options(argv=None):
 
 
 def main(argv=None):
-    """The command line; returns the probabilities (N, C), or the report with --evaluate and --calibrate."""
+    """The command line; returns the probabilities (N, C), or the report with --evaluate and
+    --calibrate."""
     options = parse_options(argv)
     if not options.evaluate and not options.calibrate:
         ids, paths = find_images(options.paths + options.image)
@@ -981,7 +1007,8 @@ def main(argv=None):
 
 
 def use_labels(classifier, options, described):
-    """--evaluate, or --calibrate and what the classifier, described in words, is worth on the same data -> report."""
+    """--evaluate, or --calibrate and what the classifier, described in words, is worth on the same
+    data -> report."""
     data = options.evaluate or options.calibrate
     metrics = import_metrics("--evaluate" if options.evaluate else "--calibrate")
     table = dataset.read_labels(data, **dataset.data_options(options))

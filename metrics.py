@@ -55,14 +55,16 @@ def _check_array(values, name, ndim):
 
 
 def _refuse(wrong, array, name, what):
-    """Raise a ValueError that names the first place where `wrong` (boolean, the shape of `array`) is True."""
+    """Raise a ValueError that names the first place where `wrong` (boolean, the shape of `array`)
+    is True."""
     if wrong.any():
         place = np.unravel_index(np.argmax(wrong), wrong.shape)
         raise ValueError(f"{name}[{', '.join(map(str, place))}] is {array[place]}: it must be {what}")
 
 
 def _check_both(targets, values, name, ndim=2):
-    """-> (positive, known, values): two boolean arrays, and the "scores", "probabilities" or "predictions"."""
+    """-> (positive, known, values): two boolean arrays, and the "scores", "probabilities" or
+    "predictions"."""
     targets = _check_array(targets, "targets", ndim)
     positive = targets == 1
     known = positive | (targets == 0)
@@ -124,9 +126,11 @@ def hamming_loss(targets, predictions):
 
 
 def subset_accuracy(targets, predictions):
-    """The share of rows whose known labels are all predicted right, in [0, 1]; 0 when no label is known.
+    """The share of rows whose known labels are all predicted right, in [0, 1]; 0 when no label is
+    known.
 
-    targets (N, C) with 0, 1, NaN; predictions (N, C) with 0, 1. Rows without a known label are left out.
+    targets (N, C) with 0, 1, NaN; predictions (N, C) with 0, 1. Rows without a known label are left
+    out.
 
     >>> subset_accuracy([[1, 0], [1, float("nan")]], [[1, 1], [1, 1]])
     0.5
@@ -141,11 +145,13 @@ def _subset_accuracy(positive, known, present):
 
 
 def precision_recall_f1(targets, predictions, average):
-    """Precision, recall and F1 -> (precision, recall, f1), each a float, or (C,) when `average` is None.
+    """Precision, recall and F1 -> (precision, recall, f1), each a float, or (C,) when `average` is
+    None.
 
-    targets (N, C) with 0, 1, NaN; predictions (N, C) with 0, 1. average: "micro" counts all labels together, "macro" is
-    the mean over classes, "weighted" weighs each class by its positives, "samples" is the mean over rows, None gives
-    the values per class. F1 = 2 tp / (2 tp + fp + fn); 0 / 0 is 0.
+    targets (N, C) with 0, 1, NaN; predictions (N, C) with 0, 1. average: "micro" counts all labels
+    together, "macro" is the mean over classes, "weighted" weighs each class by its positives,
+    "samples" is the mean over rows, None gives the values per class. F1 = 2 tp / (2 tp + fp + fn);
+    0 / 0 is 0.
 
     >>> precision_recall_f1([[1, 0], [1, 1]], [[1, 1], [0, 1]], "micro")
     (0.6666666666666666, 0.6666666666666666, 0.6666666666666666)
@@ -200,7 +206,8 @@ def _at_least(ascending, thresholds):
 
 
 def _average_precision(positives, negatives):
-    """The mean over the positives of the precision at their score: the same sum as AP = sum (R_n - R_n-1) P_n."""
+    """The mean over the positives of the precision at their score: the same sum as AP = sum (R_n -
+    R_n-1) P_n."""
     if len(positives) == 0:
         return 0.0
     hits = _at_least(positives, positives)
@@ -208,7 +215,8 @@ def _average_precision(positives, negatives):
 
 
 def _roc_auc(positives, negatives):
-    """The probability that a positive scores higher than a negative, a tie counting half (Mann-Whitney U)."""
+    """The probability that a positive scores higher than a negative, a tie counting half
+    (Mann-Whitney U)."""
     if len(positives) == 0 or len(negatives) == 0:
         return float("nan")
     lower = np.searchsorted(negatives, positives, side="left") + np.searchsorted(negatives, positives, side="right")
@@ -225,10 +233,12 @@ def _ranking_score(function, targets, scores, average):
 
 
 def average_precision(targets, scores, average="macro"):
-    """Average precision, the area under the precision-recall curve as steps: sum over n of (R_n - R_(n-1)) P_n.
+    """Average precision, the area under the precision-recall curve as steps: sum over n of (R_n -
+    R_(n-1)) P_n.
 
-    targets (N, C) with 0, 1, NaN; scores (N, C), finite, higher for a likelier label. average: "macro" (the mean over
-    classes, mAP), "micro", "weighted" by positives, or None -> (C,). 0 for a class without a known positive.
+    targets (N, C) with 0, 1, NaN; scores (N, C), finite, higher for a likelier label. average:
+    "macro" (the mean over classes, mAP), "micro", "weighted" by positives, or None -> (C,). 0 for a
+    class without a known positive.
 
     >>> average_precision([[1], [0], [1]], [[0.9], [0.8], [0.7]])
     0.8333333333333333
@@ -239,7 +249,8 @@ def average_precision(targets, scores, average="macro"):
 def roc_auc(targets, scores, average="macro"):
     """Area under the ROC curve. Arguments as in average_precision().
 
-    NaN for a class without a known positive or without a known negative; so is then the mean over classes.
+    NaN for a class without a known positive or without a known negative; so is then the mean over
+    classes.
 
     >>> roc_auc([[1], [0], [1]], [[0.9], [0.8], [0.7]])
     0.5
@@ -248,11 +259,13 @@ def roc_auc(targets, scores, average="macro"):
 
 
 def precision_recall_curve(targets, scores):
-    """The precision-recall curve of one class -> (precision (K+1,), recall (K+1,), thresholds (K,)).
+    """The precision-recall curve of one class -> (precision (K+1,), recall (K+1,), thresholds
+    (K,)).
 
-    targets (N,) with 0, 1, NaN; scores (N,), finite. `thresholds` are the K distinct scores of the known rows,
-    ascending; precision[k] and recall[k] are those of `scores >= thresholds[k]`; the last point is precision 1,
-    recall 0. Without a known positive recall is 1 before that point, as in scikit-learn; without a known label K is 0.
+    targets (N,) with 0, 1, NaN; scores (N,), finite. `thresholds` are the K distinct scores of the
+    known rows, ascending; precision[k] and recall[k] are those of `scores >= thresholds[k]`; the
+    last point is precision 1, recall 0. Without a known positive recall is 1 before that point, as
+    in scikit-learn; without a known label K is 0.
 
     >>> precision, recall, thresholds = precision_recall_curve([1, 0, 1], [0.9, 0.8, 0.7])
     >>> recall
@@ -282,17 +295,18 @@ def sigmoid(logits):
 
 
 def calibrate(probabilities, scale, offsets):
-    """Probabilities (N, C) with logits z -> those with the logits scale * z + offsets, float64 (N, C)."""
+    """Probabilities (N, C) with logits z -> those with the logits scale * z + offsets, float64 (N,
+    C)."""
     return sigmoid(scale * logit(probabilities) + offsets)
 
 
 def fit_calibration(targets, probabilities):
     """What makes probabilities honest -> (scale, a float; offsets (C,)) for calibrate().
 
-    targets (N, C) with 0, 1, NaN; probabilities (N, C). The two minimise the log loss, summed over the known labels,
-    plus twice the squares of log(scale) and of the offsets: normal priors with a standard deviation of 0.5, which keep
-    a class with few labels near offset 0. It is temperature scaling (Guo et al. 2017) with a bias per class; the steps
-    are Gauss-Newton.
+    targets (N, C) with 0, 1, NaN; probabilities (N, C). The two minimise the log loss, summed over
+    the known labels, plus twice the squares of log(scale) and of the offsets: normal priors with a
+    standard deviation of 0.5, which keep a class with few labels near offset 0. It is temperature
+    scaling (Guo et al. 2017) with a bias per class; the steps are Gauss-Newton.
 
     >>> scale, offsets = fit_calibration([[1], [0], [0], [0]], [[0.9], [0.9], [0.8], [0.8]])
     >>> calibrate([[0.9], [0.8]], scale, offsets).round(2).tolist()
@@ -318,8 +332,9 @@ def fit_calibration(targets, probabilities):
 
 
 def reliability_curve(targets, probabilities, bins=15):
-    """How often labels were there, by the probability that was predicted -> (mean probability, share of positives,
-    number of labels), each (bins,), for equal steps of probability over all known labels; NaN where there are none.
+    """How often labels were there, by the probability that was predicted -> (mean probability,
+    share of positives, number of labels), each (bins,), for equal steps of probability over all
+    known labels; NaN where there are none.
 
     targets (N, C) with 0, 1, NaN; probabilities (N, C).
     """
@@ -335,13 +350,15 @@ def _reliability(positive, known, scores, bins=15):
 
 
 def calibration_error(targets, probabilities):
-    """Expected calibration error (Guo et al. 2017), in [0, 1]: the mean distance between the two curves of
-    reliability_curve(), weighted by the number of labels; 0 when no label is known. Arguments as there."""
+    """Expected calibration error (Guo et al. 2017), in [0, 1]: the mean distance between the two
+    curves of reliability_curve(), weighted by the number of labels; 0 when no label is known.
+    Arguments as there."""
     return _honesty(*_check_both(targets, probabilities, "probabilities"))["ece"]
 
 
 def brier_score(targets, probabilities):
-    """The mean squared distance of the known labels from their probabilities, in [0, 1]; 0 when no label is known.
+    """The mean squared distance of the known labels from their probabilities, in [0, 1]; 0 when no
+    label is known.
 
     targets (N, C) with 0, 1, NaN; probabilities (N, C).
 
@@ -352,8 +369,8 @@ def brier_score(targets, probabilities):
 
 
 def log_loss(targets, probabilities):
-    """The mean binary cross-entropy of the known labels; 0 when no label is known. Arguments as of brier_score();
-    probabilities are kept 1e-7 away from 0 and 1."""
+    """The mean binary cross-entropy of the known labels; 0 when no label is known. Arguments as of
+    brier_score(); probabilities are kept 1e-7 away from 0 and 1."""
     return _honesty(*_check_both(targets, probabilities, "probabilities"))["log_loss"]
 
 
@@ -392,7 +409,8 @@ def find_thresholds(targets, scores, method="soft", max_threshold=None):
       "global"    one value for all classes, by F1 weighted by positives, among the scores of positives (evenly thinned
                   to 1,000 when there are more).
       a number    that number, for all classes.
-    By the others a class without a known positive gets 0.5. A threshold beyond `max_threshold` becomes 0.5.
+    By the others a class without a known positive gets 0.5. A threshold beyond `max_threshold`
+    becomes 0.5.
 
     >>> find_thresholds([[1, 0], [0, 0], [1, 0]], [[0.9, 0.1], [0.3, 0.2], [0.6, 0.3]], "pr_curve")
     array([0.6, 0.5])
@@ -446,7 +464,8 @@ def _f1_at(positives, negatives, thresholds):
 
 
 def _best_threshold(positives, negatives, grid=None):
-    """The lowest of the values with the best F1 of one class: on the grid, or among the scores of positives."""
+    """The lowest of the values with the best F1 of one class: on the grid, or among the scores of
+    positives."""
     if len(positives) == 0:
         return FALLBACK
     candidates = np.unique(positives) if grid is None else grid
@@ -454,7 +473,8 @@ def _best_threshold(positives, negatives, grid=None):
 
 
 def _best_global(positive, known, scores):
-    """The score with the best F1 weighted by positives, among those of positives, or 1,000 of them."""
+    """The score with the best F1 weighted by positives, among those of positives, or 1,000 of
+    them."""
     candidates = np.unique(scores[positive])
     if len(candidates) == 0:
         return FALLBACK
@@ -467,10 +487,11 @@ def _best_global(positive, known, scores):
 
 
 def between_scores(thresholds, scores):
-    """Thresholds that lie on a score, moved halfway to the next lower one of their class, or to 0 -> (C,) float64.
+    """Thresholds that lie on a score, moved halfway to the next lower one of their class, or to 0
+    -> (C,) float64.
 
-    The decisions on these scores (N, C), probabilities, stay as they are, and no longer depend on how a processor
-    rounds. Thresholds (C,) that are not among the scores stay too.
+    The decisions on these scores (N, C), probabilities, stay as they are, and no longer depend on
+    how a processor rounds. Thresholds (C,) that are not among the scores stay too.
 
     >>> between_scores([0.8, 0.5], [[0.2, 0.1], [0.8, 0.9], [0.4, 0.3]])
     array([0.6, 0.5])
@@ -490,14 +511,15 @@ def between_scores(thresholds, scores):
 def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
     """Everything about one split -> dict of plain Python values, ready for JSON but for NaN.
 
-    targets (N, C) with 0, 1, NaN; scores (N, C), finite; thresholds (C,), one number, or (N, C) where they differ by
-    row, of which per_class has the median; classes: C different names.
+    targets (N, C) with 0, 1, NaN; scores (N, C), finite; thresholds (C,), one number, or (N, C)
+    where they differ by row, of which per_class has the median; classes: C different names.
 
-    Keys: rows, the names in HEADLINES (floats; ece, brier and log_loss are NaN where scores are no probabilities), and
-    per_class: name -> precision, recall, f1, average_precision, roc_auc, threshold, positives, negatives, na (counts),
-    prevalence (positives among the known). With `bootstrap` resamples ("auto": 1,000 for fewer than 1,000 rows, else
-    none) "intervals" holds name -> [low, high] for the headlines but ROC AUC and ECE: the 95 % percentile interval
-    (Efron 1979) over resampled rows.
+    Keys: rows, the names in HEADLINES (floats; ece, brier and log_loss are NaN where scores are no
+    probabilities), and per_class: name -> precision, recall, f1, average_precision, roc_auc,
+    threshold, positives, negatives, na (counts), prevalence (positives among the known). With
+    `bootstrap` resamples ("auto": 1,000 for fewer than 1,000 rows, else none) "intervals" holds
+    name -> [low, high] for the headlines but ROC AUC and ECE: the 95 % percentile interval (Efron
+    1979) over resampled rows.
 
     >>> report([[1, 0], [0, 1]], [[0.9, 0.2], [0.1, 0.4]], 0.5, ["cat", "dog"])["f1_macro"]
     0.5
@@ -525,8 +547,8 @@ def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
 
 
 def _intervals(measure, headlines, count, resamples, seed):
-    """95 % intervals of the headlines of measure(rows) over resampled rows -> {name: [low, high]}; none of ROC AUC,
-    which may be NaN there, and of the ECE, which is higher in every resample."""
+    """95 % intervals of the headlines of measure(rows) over resampled rows -> {name: [low, high]};
+    none of ROC AUC, which may be NaN there, and of the ECE, which is higher in every resample."""
     rng = np.random.default_rng(seed)
     names = [name for name, value in headlines.items() if name not in ("roc_auc_macro", "ece") and value == value]
     drawn = []
@@ -537,8 +559,9 @@ def _intervals(measure, headlines, count, resamples, seed):
 
 
 def paired_differences(targets, scores, thresholds, other_scores, other_thresholds, resamples=RESAMPLES, seed=0):
-    """Two models on the same images -> {headline: (value, other value, difference, low, high)}: other - value, and its
-    95 % interval over rows that are resampled for both alike; none of ROC AUC and ECE.
+    """Two models on the same images -> {headline: (value, other value, difference, low, high)}:
+    other - value, and its 95 % interval over rows that are resampled for both alike; none of ROC
+    AUC and ECE.
 
     targets (N, C) with 0, 1, NaN; both scores (N, C), finite; both thresholds as of report().
     """
@@ -609,9 +632,11 @@ REPORT_COLUMNS = {  # column of the report's table -> its title, as wide as the 
 
 
 def format_report(report, most=30):
-    """A report() as text: the headline numbers and an aligned table of the classes, at most 100 columns wide.
+    """A report() as text: the headline numbers and an aligned table of the classes, at most 100
+    columns wide.
 
-    Of more than `most` classes the table has those with the lowest and those with the highest average precision.
+    Of more than `most` classes the table has those with the lowest and those with the highest
+    average precision.
 
     >>> numbers = report([[1], [0]], [[0.9], [0.1]], 0.5, ["cat"])
     >>> print(format_report(numbers).splitlines()[0])
@@ -648,9 +673,11 @@ def format_report(report, most=30):
 
 
 def read_run(folder):
-    """What a run left in `folder` (config.json and metrics.json) -> dict of options and scores, its name as "run".
+    """What a run left in `folder` (config.json and metrics.json) -> dict of options and scores, its
+    name as "run".
 
-    Raises ValueError that names the file when metrics.json is missing or one of them is not a JSON object.
+    Raises ValueError that names the file when metrics.json is missing or one of them is not a JSON
+    object.
     """
     folder = Path(folder)
     if not (folder / "metrics.json").exists():
@@ -674,8 +701,8 @@ def read_json(path):
 
 
 def read_predictions(folder):
-    """What a run predicted for the images it reports -> (IDs, classes, targets (N, C), scores (N, C), thresholds (C,),
-    or (N, C) of folds). Raises ValueError."""
+    """What a run predicted for the images it reports -> (IDs, classes, targets (N, C), scores (N,
+    C), thresholds (C,), or (N, C) of folds). Raises ValueError."""
     folder = Path(folder)
     split = read_run(folder).get("split")
     ids, classes, scores = _read_numbers(folder / "probabilities.csv")
@@ -693,7 +720,8 @@ def read_predictions(folder):
 
 
 def _read_numbers(path):
-    """A CSV file of a run with an ID and numbers -> (IDs, titles of the columns, float64 (N, C)), NaN for NA."""
+    """A CSV file of a run with an ID and numbers -> (IDs, titles of the columns, float64 (N, C)),
+    NaN for NA."""
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             header, *rows = csv.reader(file)
@@ -733,11 +761,12 @@ SCORE_COLUMNS = ("split", "val_loss", "val_f1_weighted", *HEADLINES)
 
 
 def results_table(rows, sort="f1_macro", ascending=False, group_by=(), group_mode="best"):
-    """Runs as rows -> the text of a table, sorted by a score or an option; the best of each score has a *.
+    """Runs as rows -> the text of a table, sorted by a score or an option; the best of each score
+    has a *.
 
-    rows: dicts of read_run(). Options are shown where runs differ in them. group_by: names of options; one row is kept
-    for each combination of their values: the first in the sort order, or, with group_mode "mean", the mean of the
-    scores. Raises ValueError for a name that no run has.
+    rows: dicts of read_run(). Options are shown where runs differ in them. group_by: names of
+    options; one row is kept for each combination of their values: the first in the sort order, or,
+    with group_mode "mean", the mean of the scores. Raises ValueError for a name that no run has.
     """
     for name in [sort, *group_by]:
         if not any(name in row for row in rows):
@@ -760,7 +789,8 @@ def results_table(rows, sort="f1_macro", ascending=False, group_by=(), group_mod
 
 
 def _in_order(rows, name, ascending):
-    """Rows by the value of `name`: numbers by size, words by alphabet, and what is not there last."""
+    """Rows by the value of `name`: numbers by size, words by alphabet, and what is not there
+    last."""
 
     def key(row):
         number = isinstance(row[name], (int, float))
@@ -785,7 +815,8 @@ def _numbers(values):
 
 
 def _result_cells(name, values):
-    """A column of the results table: scores with three decimals and * at the best, options as they were given."""
+    """A column of the results table: scores with three decimals and * at the best, options as they
+    were given."""
     if name not in SCORE_COLUMNS:
         return [f"{value:g}" if isinstance(value, float) else _cell(value) for value in values]
     numbers = _numbers(values)

@@ -158,7 +158,8 @@ def option_parser():
 
 
 def parse_options(argv=None):
-    """The command line -> Namespace. An explicit option wins over --folds, that over --preset, that over --demo."""
+    """The command line -> Namespace. An explicit option wins over --folds, that over --preset, that
+    over --demo."""
     parser = option_parser()
     first = parser.parse_known_args(argv)[0]
     parser.set_defaults(**(DEMO if first.demo else {}) | PRESETS[first.preset] | (FOLDS if first.folds else {}))
@@ -253,8 +254,8 @@ def select_parameters(network, backbone, layers):
 
 
 def train_mode(network, backbone):
-    """Train mode, but eval mode for layers that are frozen: BatchNorm, whose statistics would drift,
-    and dropout, which is frozen with the layer before it, or as part of the head."""
+    """Train mode, but eval mode for layers that are frozen: BatchNorm, whose statistics would
+    drift, and dropout, which is frozen with the layer before it, or as part of the head."""
     head = network.get_submodule(BACKBONES[backbone])
     trained = True
     for module in network.modules():
@@ -335,8 +336,8 @@ def read_data(options):
 
 
 def check_batches(options, count, smallest):
-    """Raise an InputError when a process would have too few of the `count` images to train on, or of the smallest
-    split."""
+    """Raise an InputError when a process would have too few of the `count` images to train on, or
+    of the smallest split."""
     ranks = rank_and_ranks()[1]
     share = count // steps_per_epoch(options, count) // ranks
     if ranks > smallest or share == 0:
@@ -540,8 +541,9 @@ def train_step(run, images, targets):
 
 
 def draw_batches(run):
-    """The batches left of the epoch -> [(this process's rows, images used after it by all), ...]. The
-    order depends on the seed and the epoch alone; a batch of which no label is known is left out."""
+    """The batches left of the epoch -> [(this process's rows, images used after it by all), ...].
+    The order depends on the seed and the epoch alone; a batch of which no label is known is left
+    out."""
     options, state = run.options, run.state
     targets = run.tables["train"].targets
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + state.epoch + 1)
@@ -709,7 +711,8 @@ def evaluate_split(run, split, bootstrap=0):
 
 
 def start_calibration(run):
-    """Take back what pos_weight did to the odds, which are higher by that factor; with --calibration none nothing."""
+    """Take back what pos_weight did to the odds, which are higher by that factor; with
+    --calibration none nothing."""
     run.member.scale = 1.0
     run.member.offsets = [0.0] * len(run.classifier.classes)
     if run.options.calibration == "fit":
@@ -747,7 +750,8 @@ def report_bad_images(run, split):
 
 @contextlib.contextmanager
 def signals_noted(run):
-    """Within the block the first Ctrl-C or SIGTERM only sets run.signal; the second acts at once."""
+    """Within the block the first Ctrl-C or SIGTERM only sets run.signal; the second acts at
+    once."""
 
     def note(signal_number, _):
         run.signal = signal_number
@@ -789,10 +793,11 @@ def save_and_stop(run):
 
 
 def cross_validate(options, tables):
-    """--folds: a run in OUT/fold_k for each part of the data, trained on all other parts -> report dict.
+    """--folds: a run in OUT/fold_k for each part of the data, trained on all other parts -> report
+    dict.
 
-    Each image is predicted by the network that was not trained on it. By these predictions the calibration and the
-    thresholds of OUT/model.pth are chosen, which holds all the networks.
+    Each image is predicted by the network that was not trained on it. By these predictions the
+    calibration and the thresholds of OUT/model.pth are chosen, which holds all the networks.
     """
     pool = tables["train"]
     out = Path(options.out)
@@ -840,7 +845,8 @@ def cross_validate(options, tables):
 
 
 def build_fold(options, pool, own, out):
-    """The run of a fold, into the folder `out`: it validates on the rows that are its `own` (N,), boolean."""
+    """The run of a fold, into the folder `out`: it validates on the rows that are its `own` (N,),
+    boolean."""
     fold = argparse.Namespace(**vars(options))
     fold.out = str(out)
     fold.folds = 0
@@ -853,8 +859,9 @@ def build_fold(options, pool, own, out):
 
 
 def report_folds(options, classifier, table, parts, raw):
-    """Choose the calibration and the thresholds of a classifier by the predictions of its folds, and report these:
-    those of a part (N,) by what the other parts would choose -> (report dict, probabilities, thresholds, (N, C))."""
+    """Choose the calibration and the thresholds of a classifier by the predictions of its folds,
+    and report these: those of a part (N,) by what the other parts would choose -> (report dict,
+    probabilities, thresholds, (N, C))."""
     probabilities = np.empty_like(raw)
     thresholds = np.empty_like(raw)
     for k in range(options.folds):
@@ -878,7 +885,8 @@ def report_folds(options, classifier, table, parts, raw):
 
 
 def fit_to(options, targets, raw):
-    """What --calibration and --thresholds choose for probabilities (N, C) -> (scale, offsets, thresholds)."""
+    """What --calibration and --thresholds choose for probabilities (N, C) -> (scale, offsets,
+    thresholds)."""
     scale, offsets = 1.0, np.zeros(targets.shape[1])
     if options.calibration == "fit":
         scale, offsets = metrics.fit_calibration(targets, raw)
@@ -1042,7 +1050,8 @@ def title_path(out, title):
 
 
 def finish(run):
-    """Choose the best model's calibration and thresholds on val, and report it on test if there is one -> dict."""
+    """Choose the best model's calibration and thresholds on val, and report it on test if there is
+    one -> dict."""
     options = run.options
     wait_for_leader()
     best = inference.load_model(run.out / "model.pth", run.classifier.device)
@@ -1065,7 +1074,8 @@ def finish(run):
 
 
 def write_report(options, best, report, table, probabilities, thresholds):
-    """Write the model and its report, and what else was asked for. thresholds: (C,), or (N, C), what was reported."""
+    """Write the model and its report, and what else was asked for. thresholds: (C,), or (N, C),
+    what was reported."""
     out = Path(options.out)
     best.options = dict(vars(options))
     inference.save_model(best, out / "model.pth")
