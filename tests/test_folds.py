@@ -30,8 +30,8 @@ OUT_FILES = FOLD_FILES - {"last.pth", "val_metadata.csv", "loss_curve.png", "his
 
 
 @pytest.fixture(scope="module", autouse=True)
-def blank_charts():
-    """Charts take half of the time of a small run."""
+def blank_charts(trained):
+    """Charts take half of the time of a small run. `trained`, which other tests share, has its own."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("loss_curves", "pr_curves", "mistakes_sheet", "reliability_chart"):
             patch.setattr(inference, name, lambda *_: Image.new("RGB", (1, 1)))
