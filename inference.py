@@ -493,7 +493,7 @@ def _logits_of(classifier, images, batch_size, workers):
 def to_probabilities(classifier, logits):
     """Logits (V, N, C) of compute_logits() -> the mean of the members' probabilities, float32 (N,
     C)."""
-    views = logits.double().cpu().unflatten(0, (len(classifier.members), -1))  # (members, 1 or 2 if mirrored, N, C)
+    views = logits.cpu().double().unflatten(0, (len(classifier.members), -1))  # (members, 1 or 2 if mirrored, N, C)
     scales = torch.tensor([member.scale for member in classifier.members]).double().view(-1, 1, 1, 1)
     offsets = torch.tensor([member.offsets for member in classifier.members]).double()[:, None, None, :]
     return torch.sigmoid(scales * views + offsets).mean(dim=(0, 1)).float().numpy()

@@ -716,7 +716,7 @@ def start_calibration(run):
     run.member.scale = 1.0
     run.member.offsets = [0.0] * len(run.classifier.classes)
     if run.options.calibration == "fit":
-        run.member.offsets = (-run.pos_weight.double().log()).tolist()
+        run.member.offsets = (-run.pos_weight.cpu().double().log()).tolist()
 
 
 def choose_thresholds(options, targets, probabilities):
@@ -804,7 +804,7 @@ def cross_validate(options, tables):
     parts = dataset.divide(pool, [1] * options.folds, options.split_method, options.seed)
     sizes = np.bincount(parts)
     check_batches(options, len(pool) - sizes.max(), sizes.min())
-    if Path(options.weights).resolve().parent == out.resolve():
+    if Path(options.weights).is_file() and Path(options.weights).resolve().parent == out.resolve():
         raise InputError(f"--weights {options.weights} lies in --out, and would be replaced: name another --out")
     members = []
     raw = np.full(pool.targets.shape, np.nan)  # probabilities that are not calibrated yet
@@ -825,21 +825,16 @@ def cross_validate(options, tables):
         good = np.flatnonzero(~np.isnan(raw).any(axis=1))
         table = pool.subset(good)
         report, probabilities, thresholds = report_folds(options, classifier, table, parts[good], raw[good])
-        text = f"\n{options.folds} folds, {len(table)} images\n{metrics.format_report(report)}\n"
-        for name in ("f1_macro", "map"):
-            text += "\n{}: {mean:.3f} +- {deviation:.3f} over the folds".format(name, **report["folds"][name])
         if len(tables["test"]):
             report["test"] = inference.evaluate(classifier, tables["test"], 2 * options.batch_size, options.workers)
             report["test"]["images"] = report["test"].pop("rows")
-            text += f"\n\ntest split, {report['test']['images']} images, all networks together\n"
-            text += metrics.format_report(report["test"])
         if is_leader():
             write_report(options, classifier, report, table, probabilities, thresholds)
             rows = [[name, *row] for name, row in zip(table.ids, thresholds.tolist())]
             dataset.write_csv(out / "fold_thresholds.csv", [["ID", *table.classes], *rows])
             curves = inference.pr_curves(table.targets, probabilities, classifier.thresholds, classifier.classes)
             dataset.write_png(out / "pr_curves.png", curves)
-        print_once(options, text + "\n")
+        print_once(options, format_folds(report))
         wait_for_leader()
     return report
 
@@ -882,6 +877,17 @@ def report_folds(options, classifier, table, parts, raw):
     scale, offsets, classifier.thresholds = fit_to(options, table.targets, raw)
     inference.add_calibration(classifier, scale, offsets)
     return report, probabilities, thresholds
+
+
+def format_folds(report):
+    """The report of cross_validate() as text."""
+    text = f"\nall folds, {report['images']} images\n{metrics.format_report(report)}\n"
+    for name in ("f1_macro", "map"):
+        text += "\n{}: {mean:.3f} +- {deviation:.3f} over the folds".format(name, **report["folds"][name])
+    if "test" in report:
+        text += f"\n\ntest split, {report['test']['images']} images, all networks together\n"
+        text += metrics.format_report(report["test"])
+    return text + "\n"
 
 
 def fit_to(options, targets, raw):
