@@ -342,11 +342,22 @@ def reliability_curve(targets, probabilities, bins=15):
 
 
 def _reliability(positive, known, scores, bins=15):
-    p = scores[known].astype(float)
-    step = np.minimum((p * bins).astype(int), bins - 1)
-    counts = np.bincount(step, minlength=bins)
+    counts, predicted, there = np.zeros((3, bins))
+    for p, label in _known_labels(positive, known, scores):
+        step = np.minimum((p * bins).astype(int), bins - 1)
+        counts += np.bincount(step, minlength=bins)
+        predicted += np.bincount(step, p, bins)
+        there += np.bincount(step, label, bins)
     with np.errstate(invalid="ignore"):
-        return np.bincount(step, p, bins) / counts, np.bincount(step, positive[known], bins) / counts, counts
+        return predicted / counts, there / counts, counts.astype(int)
+
+
+def _known_labels(positive, known, scores):
+    """Yield (scores as float64, whether they are positive) of the known labels of some rows at a
+    time, which takes less memory than all."""
+    for start in range(0, len(known), 4096):
+        rows = slice(start, start + 4096)
+        yield scores[rows][known[rows]].astype(float), positive[rows][known[rows]]
 
 
 def calibration_error(targets, probabilities):
@@ -378,15 +389,18 @@ def _honesty(positive, known, scores):
     """The three of them -> dict; NaN for scores that are no probabilities."""
     if scores.min() < 0 or scores.max() > 1:
         return dict.fromkeys(("ece", "brier", "log_loss"), float("nan"))
-    if not known.any():
-        return dict.fromkeys(("ece", "brier", "log_loss"), 0.0)
     mean, share, counts = _reliability(positive, known, scores)
-    p = np.clip(scores[known].astype(float), 1e-7, 1 - 1e-7)
-    label = positive[known]
+    squares = 0.0
+    losses = 0.0
+    for p, label in _known_labels(positive, known, scores):
+        squares += np.sum((p - label) ** 2)
+        p = np.clip(p, 1e-7, 1 - 1e-7)
+        losses -= np.sum(np.log(np.where(label, p, 1 - p)))
+    total = counts.sum()
     return {
-        "ece": float(np.nansum(counts * np.abs(mean - share)) / counts.sum()),
-        "brier": float(np.mean((scores[known] - label) ** 2.0)),
-        "log_loss": float(-np.mean(np.log(np.where(label, p, 1 - p)))),
+        "ece": float(_divide(np.nansum(counts * np.abs(mean - share)), total)),
+        "brier": float(_divide(squares, total)),
+        "log_loss": float(_divide(losses, total)),
     }
 
 
@@ -529,10 +543,10 @@ def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
         raise ValueError(f"classes has {len(classes)} names, but targets has {positive.shape[1]} columns")
     if len(set(classes)) < len(classes):
         raise ValueError(f"classes has a name twice: {', '.join(map(str, classes))}")
-    thresholds = np.broadcast_to(np.asarray(thresholds, float), scores.shape)
+    thresholds = np.atleast_2d(np.asarray(thresholds, float))  # a row for all, or one for each
     present = scores >= thresholds
     headlines, columns = _measure(positive, known, scores, present)
-    columns["threshold"] = np.median(thresholds, axis=0)
+    columns["threshold"] = np.broadcast_to(np.median(thresholds, axis=0), len(classes))
     result = {"rows": len(known)} | headlines | {"per_class": {}}
     for c, name in enumerate(classes):
         result["per_class"][name] = {key: values[c].item() for key, values in columns.items()}
