@@ -551,9 +551,9 @@ def evaluate(classifier, table, batch_size=32, workers=None, bootstrap="auto"):
     return metrics.report(targets[good], probabilities[good], classifier.thresholds, classifier.classes, bootstrap)
 
 
-def calibrate(classifier, table, batch_size=32, workers=None):
+def calibrate(classifier, table, batch_size=32, workers=None, bootstrap="auto"):
     """Choose the calibration of a classifier's members and its soft thresholds anew on a
-    LabelTable, as targets_for() reads it."""
+    LabelTable, as targets_for() reads it -> its report there, as of evaluate()."""
     metrics = import_metrics("--calibrate")
     logits, errors = _logits_of(classifier, table.paths, batch_size, workers)
     good = _readable(table, errors)
@@ -561,6 +561,7 @@ def calibrate(classifier, table, batch_size=32, workers=None):
     fit_calibration(classifier, logits[:, good], targets)
     probabilities = to_probabilities(classifier, logits[:, good])
     classifier.thresholds = metrics.find_thresholds(targets, probabilities, "soft").tolist()
+    return metrics.report(targets, probabilities, classifier.thresholds, classifier.classes, bootstrap)
 
 
 def import_metrics(option):
@@ -1013,12 +1014,12 @@ def use_labels(classifier, options, described):
     metrics = import_metrics("--evaluate" if options.evaluate else "--calibrate")
     table = dataset.read_labels(data, **dataset.data_options(options))
     print_text(described, file=sys.stderr)
+    measure = evaluate if options.evaluate else calibrate
+    bootstrap = "auto" if options.bootstrap is None else options.bootstrap
+    report = measure(classifier, table, options.batch_size, options.workers, bootstrap)
     if options.calibrate:
-        calibrate(classifier, table, options.batch_size, options.workers)
         save_model(classifier, options.out)
         print_text(f"written: {options.out}; on the data that it was calibrated with:", file=sys.stderr)
-    bootstrap = "auto" if options.bootstrap is None else options.bootstrap
-    report = evaluate(classifier, table, options.batch_size, options.workers, bootstrap)
     if options.format == "json":
         text = dataset.to_json(report)
     else:

@@ -364,7 +364,14 @@ def calibration_error(targets, probabilities):
     """Expected calibration error (Guo et al. 2017), in [0, 1]: the mean distance between the two
     curves of reliability_curve(), weighted by the number of labels; 0 when no label is known.
     Arguments as there."""
-    return _honesty(*_check_both(targets, probabilities, "probabilities"))["ece"]
+    return _calibration_error(*_check_both(targets, probabilities, "probabilities"))
+
+
+def _calibration_error(positive, known, scores):
+    if not _are_probabilities(scores):
+        return float("nan")
+    mean, share, counts = _reliability(positive, known, scores)
+    return float(_divide(np.nansum(counts * np.abs(mean - share)), counts.sum()))
 
 
 def brier_score(targets, probabilities):
@@ -385,20 +392,22 @@ def log_loss(targets, probabilities):
     return _honesty(*_check_both(targets, probabilities, "probabilities"))["log_loss"]
 
 
+def _are_probabilities(scores):
+    return scores.min() >= 0 and scores.max() <= 1
+
+
 def _honesty(positive, known, scores):
-    """The three of them -> dict; NaN for scores that are no probabilities."""
-    if scores.min() < 0 or scores.max() > 1:
-        return dict.fromkeys(("ece", "brier", "log_loss"), float("nan"))
-    mean, share, counts = _reliability(positive, known, scores)
+    """The two of them -> dict; NaN for scores that are no probabilities."""
+    if not _are_probabilities(scores):
+        return {"brier": float("nan"), "log_loss": float("nan")}
     squares = 0.0
     losses = 0.0
     for p, label in _known_labels(positive, known, scores):
         squares += np.sum((p - label) ** 2)
         p = np.clip(p, 1e-7, 1 - 1e-7)
         losses -= np.sum(np.log(np.where(label, p, 1 - p)))
-    total = counts.sum()
+    total = np.count_nonzero(known)
     return {
-        "ece": float(_divide(np.nansum(counts * np.abs(mean - share)), total)),
         "brier": float(_divide(squares, total)),
         "log_loss": float(_divide(losses, total)),
     }
@@ -547,7 +556,7 @@ def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
     present = scores >= thresholds
     headlines, columns = _measure(positive, known, scores, present)
     columns["threshold"] = np.broadcast_to(np.median(thresholds, axis=0), len(classes))
-    result = {"rows": len(known)} | headlines | {"per_class": {}}
+    result = {"rows": len(known)} | headlines | {"ece": _calibration_error(positive, known, scores), "per_class": {}}
     for c, name in enumerate(classes):
         result["per_class"][name] = {key: values[c].item() for key, values in columns.items()}
     if bootstrap == "auto":
@@ -562,9 +571,9 @@ def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
 
 def _intervals(measure, headlines, count, resamples, seed):
     """95 % intervals of the headlines of measure(rows) over resampled rows -> {name: [low, high]};
-    none of ROC AUC, which may be NaN there, and of the ECE, which is higher in every resample."""
+    none of ROC AUC, which may be NaN there."""
     rng = np.random.default_rng(seed)
-    names = [name for name, value in headlines.items() if name not in ("roc_auc_macro", "ece") and value == value]
+    names = [name for name, value in headlines.items() if name != "roc_auc_macro" and value == value]
     drawn = []
     for _ in range(resamples):
         sample = measure(rng.integers(0, count, count))
@@ -584,21 +593,26 @@ def paired_differences(targets, scores, thresholds, other_scores, other_threshol
     present = scores >= thresholds
     other_present = other_scores >= other_thresholds
 
+    def subtract(one, other):
+        return {name: other[name] - one[name] for name in one}
+
     def difference(rows):
         one = _measure(positive[rows], known[rows], scores[rows], present[rows])[0]
         other = _measure(positive[rows], known[rows], other_scores[rows], other_present[rows])[0]
-        return {name: other[name] - one[name] for name in one}
+        return subtract(one, other)
 
     one = _measure(positive, known, scores, present)[0]
-    differences = difference(np.arange(len(known)))
+    other = _measure(positive, known, other_scores, other_present)[0]
+    differences = subtract(one, other)
     result = {}
     for name, interval in _intervals(difference, differences, len(known), resamples, seed).items():
-        result[name] = (one[name], one[name] + differences[name], differences[name], *interval)
+        result[name] = (one[name], other[name], differences[name], *interval)
     return result
 
 
 def _measure(positive, known, scores, present):
-    """-> the headlines of a report, and its columns, (C,) each: two dicts."""
+    """-> the headlines of a report but the ECE, which is higher in every resample, and its columns,
+    (C,) each: two dicts."""
     present = present & known
     precision, recall, f1 = _precision_recall_f1(positive, known, present, None)
     ranking = [(_average_precision(*pair), _roc_auc(*pair)) for pair in _sorted_scores(positive, known, scores)]
