@@ -874,7 +874,7 @@ def main(argv=None):
     add("--ascending", action="store_true", help="lowest first")
     add("--group-by", default="", metavar="A,B", help="one row for each combination of these options")
     add("--group-mode", choices=("best", "mean"), default="best", help="what a group shows (default: %(default)s)")
-    parser.add_argument("--paired", action="store_true", help="compare two runs that report the same images")
+    add("--paired", action="store_true", help="compare two runs that report the same images")
     options = parser.parse_args(argv)
     if options.paired and len(options.runs) != 2:
         raise ValueError("--paired compares two runs: name two")

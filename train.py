@@ -101,7 +101,7 @@ def option_parser():
     add("--data", default="data", metavar="DIR", help="folder of labels and images")
     dataset.add_data_options(group)
     add("--split", type=float, nargs=3, default=[0.7, 0.15, 0.15], metavar=("TRAIN", "VAL", "TEST"), help="ratios")
-    add("--folds", type=number(int), default=0, metavar="K", help="train K networks, each on all of K parts but "
+    add("--folds", type=whole, default=0, metavar="K", help="train K networks, each on all of K parts but "
         "one, and report it on that one (and, where --split names a test ratio, all together on test)")
     add("--split-method", choices=("stratified", "random"), default="stratified", help="how rows are divided")
     add("--demo", action="store_true", help="draw data (data/demo) when not there, and train on it")
@@ -677,26 +677,11 @@ def best_epoch(history, monitor, min_delta=0.0):
 
 
 def evaluate_split(run, split, bootstrap=0):
-    """-> (LabelTable, probabilities, report) of a split's readable images, of which each process
-    takes a share. Calibration and thresholds are chosen on val, before its report."""
-    images = run.images[split]
+    """-> (LabelTable, probabilities, report) of a split's readable images. Calibration and
+    thresholds are chosen on val, before its report."""
     classifier = run.classifier
-    rank, ranks = rank_and_ranks()
-    if ranks > 1:  # all take the leader's BatchNorm statistics, which are those that are saved
-        for buffer in run.member.network.buffers():
-            distributed.broadcast(buffer, 0)
-    share = np.array_split(np.arange(len(images)), ranks)[rank]
-    part = inference.compute_logits(classifier, images, classifier.precision, 2 * run.options.batch_size,
-                                    run.options.workers, share)[0]
-    logits = part.new_zeros(len(images), part.shape[1])
-    logits[share] = part
-    logits = sum_over_ranks(logits).cpu()
-    report_bad_images(run, split)
-    good = np.array([row for row in range(len(images)) if row not in images.errors], int)
-    table = run.tables[split].subset(good)
-    logits = logits[good]
-    if not logits.isfinite().all():
-        raise RuntimeError(f"the outputs on {split} are not all finite: try a lower --lr, or --precision fp32")
+    rows, logits = predict_split(run, split)
+    table = run.tables[split].subset(rows)
     if split == "val":
         start_calibration(run)
         if run.options.calibration == "fit":
@@ -708,6 +693,27 @@ def evaluate_split(run, split, bootstrap=0):
     total, known = masked_bce(logits, torch.from_numpy(table.targets), run.pos_weight.cpu())
     report["loss"] = (total / known).item()
     return table, probabilities, report
+
+
+def predict_split(run, split):
+    """-> (the rows of a split's readable images, their logits (n, C)), of which each process
+    computes a share."""
+    images = run.images[split]
+    rank, ranks = rank_and_ranks()
+    if ranks > 1:  # all take the leader's BatchNorm statistics, which are those that are saved
+        for buffer in run.member.network.buffers():
+            distributed.broadcast(buffer, 0)
+    share = np.array_split(np.arange(len(images)), ranks)[rank]
+    part = inference.compute_logits(run.classifier, images, run.classifier.precision, 2 * run.options.batch_size,
+                                    run.options.workers, share)[0]
+    logits = part.new_zeros(len(images), part.shape[1])
+    logits[share] = part
+    logits = sum_over_ranks(logits).cpu()
+    report_bad_images(run, split)
+    good = np.array([row for row in range(len(images)) if row not in images.errors], int)
+    if not logits[good].isfinite().all():
+        raise RuntimeError(f"the outputs on {split} are not all finite: try a lower --lr, or --precision fp32")
+    return good, logits[good]
 
 
 def start_calibration(run):
@@ -818,8 +824,8 @@ def cross_validate(options, tables):
                 write_inputs(options, {"train": pool, "test": tables["test"]})
             train(run)
             start_calibration(run)
-            raw[parts == k], _ = inference.predict_all(run.classifier, run.tables["val"].paths,
-                                                       2 * options.batch_size, options.workers)
+            rows, logits = predict_split(run, "val")
+            raw[np.flatnonzero(parts == k)[rows]] = inference.to_probabilities(run.classifier, logits[None])
             members += run.classifier.members
         classifier = replace(run.classifier, members=members, epoch=0, scores={})
         good = np.flatnonzero(~np.isnan(raw).any(axis=1))
