@@ -1160,6 +1160,31 @@ def augment(images, operations, noise):
     return images
 
 
+MIXES = ("mixup", "cutmix")
+
+
+def mix(images, kind, rng):
+    """Mix each image of a batch (B, 3, H, W), float32, with the one before it -> (images, the share
+    of each in its mixture, 0 to 1).
+
+    kind: "mixup" adds the pixels (Zhang et al. 2018, alpha 0.2), "cutmix" takes over a box (Yun et
+    al. 2019, alpha 1). rng: numpy's random generator; share and box are the same for the batch.
+    """
+    others = images.roll(1, 0)
+    if kind == "mixup":
+        share = rng.beta(0.2, 0.2)
+        return torch.lerp(others, images, share), share
+    height, width = images.shape[2:]
+    side = math.sqrt(rng.random())  # the box's share of the area is uniform
+    box_height, box_width = round(side * height), round(side * width)
+    top = rng.integers(height - box_height + 1)
+    left = rng.integers(width - box_width + 1)
+    box = (..., slice(top, top + box_height), slice(left, left + box_width))
+    images = images.clone()
+    images[box] = others[box]
+    return images, 1 - box_height * box_width / (height * width)
+
+
 def _geometry(operations, noise):
     """(B, 3, 3): where in the input, in [-1, 1], each point of the output comes from."""
     signed = {name: 2 * values - 1 for name, values in noise.items()}

@@ -127,7 +127,10 @@ def option_parser():
     add("--unfreeze-epoch", type=count, default=3, metavar="N", help="counted from 1")
     add("--unfreeze-lr", type=real, metavar="LR", help="learning rate of all layers from then on")
     add("--augment", default="light", metavar="A", help=f"none, light, rich, or some of {','.join(dataset.OPERATIONS)}")
+    add("--mix", choices=("none", *dataset.MIXES), default="none", help="each image with another: pixels, or a box")
     add = parser.add_argument_group("imbalance").add_argument
+    add("--loss", choices=LOSSES, default="bce", help="asymmetric: easy negatives count little (Ridnik 2021)")
+    add("--sampler", choices=("shuffle", "balanced"), default="shuffle", help="balanced: rare labels more often")
     add("--pos-weight", choices=("none", "linear", "sqrt"), default="sqrt", help="of positives in the loss")
     add("--pos-weight-clip", type=real, nargs=2, default=[1, 20], metavar=("LO", "HI"), help="its bounds")
     add = parser.add_argument_group("stopping").add_argument
@@ -215,6 +218,21 @@ def masked_bce(logits, targets, pos_weight):
     return torch.where(known, loss, 0.0).sum(), known.sum()
 
 
+def masked_asymmetric(logits, targets, pos_weight):
+    """The asymmetric loss (Ridnik et al. 2021, equation 7) over the known labels, with its
+    parameters: easy negatives weigh little (gamma 4, probability margin 0.05), positives are not
+    focused on (gamma 0). Takes and returns what masked_bce() does."""
+    known = ~torch.isnan(targets)
+    positive = nn.functional.softplus(-logits) * pos_weight.to(logits.dtype)  # -log p
+    shifted = (torch.sigmoid(logits) - 0.05).clamp(min=0)
+    negative = -(shifted**4) * torch.log1p(-shifted)
+    loss = torch.where(targets == 1, positive, negative)
+    return torch.where(known, loss, 0.0).sum(), known.sum()
+
+
+LOSSES = {"bce": masked_bce, "asymmetric": masked_asymmetric}
+
+
 def compute_pos_weight(targets, mode="sqrt", clip=(1, 20)):
     """The weight of a class's positives in the loss: negatives / positives -> float32 (C,).
 
@@ -232,6 +250,17 @@ def compute_pos_weight(targets, mode="sqrt", clip=(1, 20)):
         weight = np.clip(weight, *clip)
     weight[(positives == 0) | (negatives == 0)] = 1
     return weight.astype(np.float32)
+
+
+def sampling_weights(targets):
+    """How often --sampler balanced draws each image, relative to the others -> (N,), at least 1.
+
+    An image weighs what its rarest known positive label does: known labels / positives of the
+    class. targets (N, C) with 1, 0, NaN.
+    """
+    known = np.count_nonzero(~np.isnan(targets), axis=0)
+    positives = np.count_nonzero(targets == 1, axis=0)
+    return np.where(targets == 1, known / np.maximum(positives, 1), 1.0).max(axis=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -510,7 +539,7 @@ def train_epoch(run, progress):
     train_mode(run.member.network, options.backbone)
     started = time.perf_counter() - state.seconds
     losses = []
-    for (_, used), batch in zip(order, load_batches(run, order)):
+    for (*_, used), batch in zip(order, load_batches(run, order)):
         rates = learning_rates(options, state.epoch + used / count)
         for group, rate in zip(run.optimizer.param_groups, rates):
             group.update(lr=rate, weight_decay=options.wd)
@@ -527,10 +556,14 @@ def train_epoch(run, progress):
     gather_losses(run, losses)
 
 
-def train_step(run, images, targets):
-    """One step of the optimiser -> the loss of the whole batch, over all processes."""
+def train_step(run, images, targets, share):
+    """One step of the optimiser -> the loss of the whole batch, over all processes. `share` is that
+    of an image's own labels in its loss; the rest is for those of the one before it."""
+    masked_loss = LOSSES[run.options.loss]
     logits = inference.forward(run.model, images, run.classifier.precision)
-    total, known = masked_bce(logits, targets, run.pos_weight)
+    total, known = masked_loss(logits, targets, run.pos_weight)
+    if share < 1:  # as many labels are known
+        total = share * total + (1 - share) * masked_loss(logits, targets.roll(1, 0), run.pos_weight)[0]
     all_total, all_known = sum_over_ranks(torch.stack([total.detach(), known]))
     loss = total * rank_and_ranks()[1] / all_known.clamp(min=1)  # DDP averages, it should sum
     run.optimizer.zero_grad(set_to_none=True)
@@ -541,35 +574,43 @@ def train_step(run, images, targets):
 
 
 def draw_batches(run):
-    """The batches left of the epoch -> [(this process's rows, images used after it by all), ...].
-    The order depends on the seed and the epoch alone; a batch of which no label is known is left
-    out."""
+    """The batches left of the epoch -> [(this process's rows, their places in the epoch, images used
+    after it by all), ...]. The order depends on the seed and the epoch alone; a batch of which no
+    label is known is left out."""
     options, state = run.options, run.state
     targets = run.tables["train"].targets
+    count = len(targets)
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + state.epoch + 1)
-    rest = torch.randperm(len(targets), generator=generator).numpy()[state.images :]
+    if options.sampler == "balanced":
+        weights = torch.from_numpy(sampling_weights(targets))
+        rows = torch.multinomial(weights, count, replacement=True, generator=generator).numpy()
+    else:
+        rows = torch.randperm(count, generator=generator).numpy()
     rank, ranks = rank_and_ranks()
     order = []
-    used = state.images
-    for rows in np.array_split(rest, steps_per_epoch(options, len(rest))):
-        used += len(rows)
-        if not np.isnan(targets[rows]).all():
-            order.append((np.array_split(rows, ranks)[rank], used))
+    for places in np.array_split(np.arange(state.images, count), steps_per_epoch(options, count - state.images)):
+        if not np.isnan(targets[rows[places]]).all():
+            own = np.array_split(places, ranks)[rank]
+            order.append((rows[own], own, int(places[-1]) + 1))
     return order
 
 
 def load_batches(run, order):
-    """Yield (images, targets) on the device for each batch, augmented and normalised."""
-    options = run.options
+    """Yield (images, targets, share) on the device for each batch, augmented, mixed and normalised;
+    share: see train_step()."""
+    options, epoch = run.options, run.state.epoch + 1
     device = run.classifier.device
     images = run.images["train"]
-    shares = [rows for rows, _ in order]
     operations = dataset.read_operations(options.augment)
-    noise = dataset.draw_noise(len(images), options.seed, run.state.epoch + 1)
-    for batch, targets, rows in dataset.batches(images, shares, options.workers, pin=device.type == "cuda"):
+    noise = dataset.draw_noise(len(images), options.seed, epoch)
+    batches = dataset.batches(images, [rows for rows, *_ in order], options.workers, pin=device.type == "cuda")
+    for (_, places, used), (batch, targets, _) in zip(order, batches):
         batch = batch.to(device, non_blocking=True)
-        batch = dataset.augment(batch, operations, noise[rows].to(device, non_blocking=True))
-        yield dataset.normalize(batch), targets.to(device, non_blocking=True)
+        batch = dataset.augment(batch, operations, noise[places].to(device, non_blocking=True))
+        share = 1.0
+        if options.mix != "none":
+            batch, share = dataset.mix(batch, options.mix, np.random.default_rng([options.seed, epoch, used]))
+        yield dataset.normalize(batch), targets.to(device, non_blocking=True), share
 
 
 def rate_factor(options, progress):
@@ -690,7 +731,7 @@ def evaluate_split(run, split, bootstrap=0):
     if split == "val":
         classifier.thresholds = choose_thresholds(run.options, table.targets, probabilities)
     report = metrics.report(table.targets, probabilities, classifier.thresholds, table.classes, bootstrap)
-    total, known = masked_bce(logits, torch.from_numpy(table.targets), run.pos_weight.cpu())
+    total, known = LOSSES[run.options.loss](logits, torch.from_numpy(table.targets), run.pos_weight.cpu())
     report["loss"] = (total / known).item()
     return table, probabilities, report
 

@@ -1117,6 +1117,22 @@ def test_flips_are_exact_also_beside_an_operation_that_samples():
     torch.testing.assert_close(sampled, flipped, atol=1e-2, rtol=0)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_mixed_images_hold_the_share_that_is_told_of_each(seed):
+    images = torch.tensor([0.0, 100.0, 200.0]).view(3, 1, 1, 1).expand(3, 3, 20, 30).contiguous()
+    for kind in dataset.MIXES:
+        before = images.clone()
+        mixed, share = dataset.mix(images, kind, np.random.default_rng(seed))
+        assert torch.equal(images, before) and mixed.shape == images.shape and 0 <= share <= 1
+        expected = share * images + (1 - share) * images.roll(1, 0)
+        if kind == "cutmix":  # whole pixels of one or the other, in one box
+            assert set(mixed.unique().tolist()) <= {0.0, 100.0, 200.0}
+            other = mixed[1, 0] == 0
+            assert other.sum() == other.any(0).sum() * other.any(1).sum()
+            mixed, expected = mixed.mean((1, 2, 3)), expected.mean((1, 2, 3))
+        torch.testing.assert_close(mixed, expected, atol=1e-3, rtol=1e-4)
+
+
 def test_operations_are_read_and_unknown_ones_are_named():
     assert dataset.read_operations("flip,jitter") == ("flip", "jitter")
     assert dataset.read_operations("rich") == dataset.LEVELS["rich"]

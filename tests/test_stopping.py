@@ -633,17 +633,16 @@ def test_states_that_are_none(trained, demo, tmp_path, capsys, case):
 
 def test_a_loss_that_is_not_a_number_stops_the_run(demo, tmp_path, monkeypatch):
     options = ["--data", str(demo), "--out", str(tmp_path), "--epochs", "3", *SMALL]
-    masked_bce = train.masked_bce
     count = itertools.count(1)
 
     def broken(logits, targets, pos_weight):
-        total, known = masked_bce(logits, targets, pos_weight)
+        total, known = train.masked_bce(logits, targets, pos_weight)
         if next(count) == 7:  # after 4 iterations, val, and an iteration more
             total = total * math.nan
         return total, known
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "masked_bce", broken)
+        patch.setitem(train.LOSSES, "bce", broken)
         message = r"the loss is nan at iteration 6, in epoch 2: .*lr.*is that after epoch 1"
         with pytest.raises(RuntimeError, match=message):
             train.main(options)

@@ -88,27 +88,122 @@ def few_images(make_data):
 # Loss
 
 
+LABELS = st.sampled_from([0.0, 1.0, np.nan])
+
+
+def element_loss(name, x, y, weight):
+    """The loss of one logit x with the known label y, from the formula, by math alone."""
+    p = 1 / (1 + math.exp(-x))
+    if name == "bce":
+        return -(weight * y * math.log(p) + (1 - y) * math.log1p(-p))
+    shifted = max(p - 0.05, 0)
+    return -(weight * y * math.log(p) + (1 - y) * shifted**4 * math.log1p(-shifted))
+
+
+@pytest.mark.parametrize("name", train.LOSSES)
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_masked_loss_is_that_of_the_known_elements_one_by_one(data):
+def test_masked_loss_is_that_of_the_known_elements_one_by_one(name, data):
     shape = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
-    targets = data.draw(arrays(np.float32, shape, elements=st.sampled_from([0.0, 1.0, np.nan])))
+    targets = data.draw(arrays(np.float32, shape, elements=LABELS))
     logits = data.draw(arrays(np.float32, shape, elements=st.floats(-30, 30, width=32)))
     weight = data.draw(arrays(np.float32, shape[1], elements=st.floats(0.5, 20, width=32)))
-    logits = torch.tensor(logits, requires_grad=True)
-    total, known = train.masked_bce(logits, torch.tensor(targets), torch.tensor(weight))
+    logits = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    total, known = train.LOSSES[name](logits, torch.tensor(targets), torch.tensor(weight))
     expected = 0.0
     for i, j in np.argwhere(~np.isnan(targets)):
-        x = logits[i, j].item()
-        y = targets[i, j].item()
-        log_p = -math.log1p(math.exp(-x))
-        log_q = -math.log1p(math.exp(x))
-        expected -= weight[j] * y * log_p + (1 - y) * log_q
+        expected += element_loss(name, logits[i, j].item(), targets[i, j], weight[j])
     assert total.item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert known.item() == (~np.isnan(targets)).sum()
     total.backward()
     assert torch.isfinite(logits.grad).all()
     assert (logits.grad[torch.isnan(torch.tensor(targets))] == 0).all()
+
+
+class Outputs(torch.nn.Module):
+    """A network whose logits are its parameters."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(logits))
+
+    def forward(self, images):
+        return self.logits * 1.0
+
+
+@pytest.mark.parametrize("loss", train.LOSSES)
+@pytest.mark.parametrize("mix", dataset.MIXES)
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_mixed_images_mix_their_losses_and_unknown_labels_give_no_gradient(mix, loss, data):
+    shape = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
+    targets = data.draw(arrays(np.float32, shape, elements=LABELS))
+    logits = data.draw(arrays(np.float32, shape, elements=st.floats(-4, 4, width=32)))
+    images, share = dataset.mix(torch.zeros(len(targets), 3, 8, 8), mix, np.random.default_rng(shape[0]))
+    network = Outputs(logits)
+    run = SimpleNamespace(
+        options=SimpleNamespace(loss=loss), model=network, classifier=SimpleNamespace(precision=torch.float32),
+        pos_weight=torch.tensor([2.0] * shape[1]), optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
+        scaler=torch.amp.GradScaler("cpu", enabled=False))
+    shown = train.train_step(run, images, torch.tensor(targets), share)
+    gradient = network.logits.grad.numpy()
+    before = np.roll(targets, 1, axis=0)
+    assert np.isfinite(gradient).all()
+    assert (gradient[np.isnan(targets) & np.isnan(before)] == 0).all()
+    expected, slope = 0.0, np.zeros(shape)
+    for labels, part in ((targets, share), (before, 1 - share)):
+        for i, j in np.argwhere(~np.isnan(labels)):
+            x, y = float(logits[i, j]), labels[i, j]
+            expected += part * element_loss(loss, x, y, 2.0)
+            rise = element_loss(loss, x + 1e-4, y, 2.0) - element_loss(loss, x - 1e-4, y, 2.0)
+            slope[i, j] += part * rise / 2e-4
+    known = max(1, (~np.isnan(targets)).sum())
+    assert shown.item() == pytest.approx(expected / known, rel=1e-3, abs=1e-5)
+    np.testing.assert_allclose(gradient, slope / known, rtol=1e-2, atol=1e-3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(arrays(np.float32, st.tuples(st.integers(1, 8), st.integers(1, 4)), elements=LABELS))
+def test_sampling_weights_are_those_of_the_rarest_known_positive(targets):
+    weights = train.sampling_weights(targets)
+    for row, weight in zip(targets, weights):
+        expected = 1.0
+        for j, label in enumerate(row):
+            if label == 1:
+                column = targets[:, j]
+                expected = max(expected, sum(column >= 0) / sum(column == 1))
+        assert weight == pytest.approx(expected)
+
+
+def test_the_balanced_sampler_draws_rare_labels_as_often_and_unknown_ones_no_more():
+    nan = np.nan
+    targets = np.zeros((1000, 2), np.float32)
+    targets[:20, 0] = 1
+    targets[20:40, 0] = nan
+    table = dataset.LabelTable([str(i) for i in range(1000)], [""] * 1000, targets, ["rare", "never"])
+    options = train.parse_options(["--sampler", "balanced", "--seed", "3"])
+    run = SimpleNamespace(options=options, tables={"train": table}, state=train.State())
+
+    def rows(epoch, images=0):
+        run.state = train.State(epoch=epoch, images=images)
+        return np.concatenate([own for own, *_ in train.draw_batches(run)])
+
+    drawn = np.concatenate([rows(epoch) for epoch in range(20)])
+    assert len(drawn) == 20_000
+    share = np.bincount(drawn, minlength=1000) / len(drawn)
+    assert share[:20].sum() == pytest.approx(980 / (980 + 980), abs=0.02)  # a positive weighs 980 / 20
+    assert share[20:40].mean() == pytest.approx(share[40:].mean(), rel=0.3)
+    assert np.array_equal(rows(5), rows(5)) and not np.array_equal(rows(5), rows(6))
+    assert np.array_equal(rows(5, images=320), rows(5)[320:])
+
+
+@pytest.mark.parametrize("options", [["--mix", "mixup"], ["--mix", "cutmix", "--loss", "asymmetric"],
+                                     ["--sampler", "balanced", "--mix", "cutmix"]])
+def test_the_options_of_the_recipe_train_on_unknown_labels(demo, tmp_path, options):
+    report = run("--data", demo, "--out", tmp_path, "--epochs", "2", *options)
+    assert math.isfinite(report["loss"])
+    for row in read_rows(tmp_path / "history.csv"):
+        assert math.isfinite(float(row["train_loss"])) and math.isfinite(float(row["val_loss"]))
 
 
 # D8
