@@ -41,14 +41,30 @@ from dataset import PARTS, InputError, number, print_text
 from inference import BACKBONES, HEADS
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Recipe: the options' defaults are the one that measured best; these change them
+# Recipe: the options' defaults, and what changes them
 
 
-# Small drawn images, and no pretrained weights to start from, for which another rate is best.
-DEMO = {"data": "data/demo", "weights": "none", "size": 96, "epochs": 18, "augment": "flip,vflip", "lr": 1e-3,
-        "pos_weight": "none"}
+# What measured best on small sets of photographs (tests/bench.py recipe).
+RECIPE = {
+    "epochs": 20,
+    "batch_size": 16,
+    "lr": 1e-3,
+    "wd": 1e-2,
+    "schedule": "cosine",
+    "train_layers": "new",
+    "augment": "rich",
+    "mix": "none",
+    "loss": "bce",
+    "sampler": "shuffle",
+    "pos_weight": "sqrt",
+    "pos_weight_clip": [1, 20],
+    "patience": 0,
+}
 
-# Every epoch is trained, and the last one kept: to choose one by the part that is reported would flatter it.
+# Small drawn images, and no pretrained weights to start from.
+DEMO = {"data": "data/demo", "weights": "none", "size": 96, "epochs": 18, "augment": "flip,vflip", "pos_weight": "none"}
+
+# The last epoch is kept, also by presets: to choose one by the part that is reported would flatter it.
 FOLDS = {"split": [0.85, 0.15, 0], "monitor": "last", "patience": 0}
 
 # Published recipes; the README says what each reproduces.
@@ -78,9 +94,9 @@ PRESETS = {
         "calibration": "none", "thresholds": "0.5",
     },
     "coco": {
-        "head": "bn", "train_layers": "head", "unfreeze": "all", "lr": 1e-3, "wd": 0.0, "schedule": "multistep",
-        "monitor": "f1", "pos_weight": "linear", "pos_weight_clip": None, "augment": "flip", "calibration": "none",
-        "thresholds": "global",
+        "head": "bn", "train_layers": "head", "unfreeze": "all", "unfreeze_epoch": 3, "lr": 1e-3, "wd": 0.0,
+        "schedule": "multistep", "monitor": "f1", "patience": 10, "pos_weight": "linear", "pos_weight_clip": None,
+        "augment": "flip", "calibration": "none", "thresholds": "global",
     },
 }
 
@@ -114,28 +130,30 @@ def option_parser():
     add("--size", type=number(int, 32), default=224, help="images are resized to SIZE x SIZE")
     add = parser.add_argument_group("recipe").add_argument
     add("--preset", choices=PRESETS, default="default", help="a published recipe: other defaults")
-    add("--epochs", type=count, default=20, help="at most")
-    add("-b", "--batch-size", type=count, default=16, help="images per step")
-    add("--lr", type=real, default=3e-4, help="learning rate of the head")
+    add("--epochs", type=count, help="at most")
+    add("-b", "--batch-size", type=count, help="images per step")
+    add("--lr", type=real, help="learning rate of the head")
     add("--lr-backbone", type=real, help="that of the backbone (default: that of the head)")
-    add("--wd", type=real, default=1e-2, help="weight decay of AdamW; 0 makes it Adam")
-    add("--schedule", choices=("constant", "cosine", "multistep"), default="cosine", help="of the learning rates")
+    add("--wd", type=real, help="weight decay of AdamW; 0 makes it Adam")
+    add("--schedule", choices=("constant", "cosine", "multistep"), help="of the learning rates")
     add("--milestones", type=count, nargs="+", metavar="EPOCH", help="of multistep (default: half, 3/4 of the epochs)")
     add("--lr-decay", type=real, default=0.1, help="factor at each milestone")
-    add("--train-layers", default="all", metavar="LAYERS", help="all, head, or names: layer3,layer4,head")
-    add("--unfreeze", metavar="LAYERS", help="layers to train too from --unfreeze-epoch on")
-    add("--unfreeze-epoch", type=count, default=3, metavar="N", help="counted from 1")
+    add("--train-layers", metavar="LAYERS", help="all, head, new (what no weights were loaded for; from scratch: "
+        "all), late (all but the first layers), or names: layer3,layer4,head")
+    add("--unfreeze", metavar="LAYERS", help="layers to train too from --unfreeze-epoch on (new: late)")
+    add("--unfreeze-epoch", type=count, metavar="N", help="counted from 1 (default: after a quarter of the epochs)")
     add("--unfreeze-lr", type=real, metavar="LR", help="learning rate of all layers from then on")
-    add("--augment", default="light", metavar="A", help=f"none, light, rich, or some of {','.join(dataset.OPERATIONS)}")
-    add("--mix", choices=("none", *dataset.MIXES), default="none", help="each image with another: pixels, or a box")
+    add("--augment", metavar="A", help=f"none, light, rich, or some of {','.join(dataset.OPERATIONS)}")
+    add("--mix", choices=("none", *dataset.MIXES), help="each image with another: pixels, or a box")
     add = parser.add_argument_group("imbalance").add_argument
-    add("--loss", choices=LOSSES, default="bce", help="asymmetric: easy negatives count little (Ridnik 2021)")
-    add("--sampler", choices=("shuffle", "balanced"), default="shuffle", help="balanced: rare labels more often")
-    add("--pos-weight", choices=("none", "linear", "sqrt"), default="sqrt", help="of positives in the loss")
-    add("--pos-weight-clip", type=real, nargs=2, default=[1, 20], metavar=("LO", "HI"), help="its bounds")
+    add("--loss", choices=LOSSES, help="asymmetric: easy negatives count little (Ridnik 2021)")
+    add("--sampler", choices=("shuffle", "balanced"), help="balanced: rare labels more often")
+    add("--pos-weight", choices=("none", "linear", "sqrt"), help="of positives in the loss")
+    add("--pos-weight-clip", type=real, nargs=2, metavar=("LO", "HI"), help="its bounds")
     add = parser.add_argument_group("stopping").add_argument
-    add("--monitor", choices=MONITORED, default="map", help="what is best on val (f1: weighted; last: the last epoch)")
-    add("--patience", type=whole, default=10, help="validations without improvement to stop after; 0: never")
+    add("--monitor", choices=MONITORED, help="what is best on val (f1: weighted; last: the last epoch, which is the "
+        "default without --patience; with it: map)")
+    add("--patience", type=whole, help="validations without improvement to stop after; 0: never")
     add("--min-delta", type=real, default=0.0, help="what counts as an improvement")
     add("--val-every", type=count, default=1, metavar="N", help="epochs between validations")
     add("--train-metrics-every", type=whole, default=0, metavar="N", help="epochs between scores on train; 0: never")
@@ -157,6 +175,7 @@ def option_parser():
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: what is measured faster")
     add("--cache", type=cache_size, default="auto", metavar="GB", help="of decoded images: auto, off, or GB")
     add("--resume", action="store_true", help="go on from OUT/last.pth")
+    parser.set_defaults(**RECIPE)
     return parser
 
 
@@ -179,6 +198,12 @@ def parse_options(argv=None):
     options.dropout = options.dropout or HEADS[options.head]
     if len(options.dropout) > len(HEADS[options.head]):
         raise InputError(f"--dropout: the {options.head} head takes {len(HEADS[options.head])} of them")
+    if options.train_layers == "new" and options.weights == "none":
+        options.train_layers = "all"
+    if options.train_layers == "new" and options.unfreeze is None:
+        options.unfreeze = "late"
+    options.monitor = options.monitor or ("map" if options.patience else "last")
+    options.unfreeze_epoch = options.unfreeze_epoch or 1 + options.epochs // 4
     options.milestones = options.milestones or [max(1, options.epochs // 2), max(1, options.epochs * 3 // 4)]
     return options
 
@@ -267,19 +292,37 @@ def sampling_weights(targets):
 # Layers
 
 
-def select_parameters(network, backbone, layers):
-    """The names of the parameters in `layers`, names separated by commas. Raises InputError."""
-    parts = dict(network.named_children())
-    parts |= {f"features.{name}": layer for name, layer in parts.get("features", nn.Module()).named_children()}
-    prefixes = {"all": "", "head": BACKBONES[backbone] + "."}
-    for name, layer in parts.items():
-        if name != BACKBONES[backbone] and any(True for _ in layer.parameters()):
-            prefixes[name] = name + "."
+def select_parameters(network, backbone, layers, fresh=()):
+    """The names of the parameters in `layers`, names separated by commas: of layers, or "all",
+    "head", "new" (the head, and `fresh`: parameters that no weights were loaded for), or "late" (all
+    but the first layers). Raises InputError."""
+    sizes = layer_sizes(network, backbone)
+    head = BACKBONES[backbone] + "."
+    prefixes = {"all": ("",), "head": (head,), "new": (head, *fresh), "late": (head, *late_layers(sizes))}
+    prefixes |= {name: (name + ".",) for name in sizes}
     wrong = [name for name in layers.split(",") if name not in prefixes]
     if wrong:
         raise InputError(f"{backbone} has no layer {', '.join(wrong)}; it has {', '.join(prefixes)}")
-    chosen = tuple(prefixes[name] for name in layers.split(","))
+    chosen = tuple(prefix for name in layers.split(",") for prefix in prefixes[name])
     return {name for name, _ in network.named_parameters() if name.startswith(chosen)}
+
+
+def layer_sizes(network, backbone):
+    """{name of each layer of the backbone, the first one first: number of its weights}."""
+    layers = dict(network.named_children())
+    if "features" in layers:
+        inner = layers["features"].named_children()
+        layers = {"features": layers["features"]} | {f"features.{name}": layer for name, layer in inner} | layers
+    sizes = {name: sum(weight.numel() for weight in layer.parameters()) for name, layer in layers.items()}
+    return {name: size for name, size in sizes.items() if size and name != BACKBONES[backbone]}
+
+
+def late_layers(sizes):
+    """The prefixes of the layers behind the first ones, which hold at most 7 % of the weights and
+    see edges and textures: for a ResNet layer3 and layer4."""
+    names = [name for name in sizes if name != "features"]
+    up_to = np.cumsum([sizes[name] for name in names])
+    return tuple(name + "." for name, weights in zip(names, up_to) if weights > 0.07 * up_to[-1])
 
 
 def train_mode(network, backbone):
@@ -430,6 +473,7 @@ class Run:
     classifier: inference.Classifier
     tables: dict  # "train", "val" and "test" -> LabelTable
     images: dict  # the same -> ImageDataset
+    fresh: tuple  # names of the parameters that no weights were loaded for
     pos_weight: torch.Tensor
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -459,7 +503,7 @@ def build(options, tables):
     network = inference.build_model(options.backbone, options.head, len(table.classes), options.dropout)
     for layers in (options.train_layers, options.unfreeze or "all"):
         select_parameters(network, options.backbone, layers)  # a wrong name is an error now, not in epoch N
-    print_once(options, load_weights(network, options, table.classes))
+    fresh = load_weights(network, options, table.classes)
     network = inference.to_device(network, device)
     count = len(table.classes)
     member = inference.Member(network, options.backbone, options.head, options.dropout, options.size, [0.0] * count)
@@ -474,25 +518,27 @@ def build(options, tables):
                                   fused=device.type != "mps")  # torch 2.4 has no fused one there
     scaler = torch.amp.GradScaler(device.type, enabled=classifier.precision == torch.float16)
     pos_weight = torch.from_numpy(pos_weight).to(device)
-    run = Run(options, classifier, tables, images, pos_weight, optimizer, scaler, board=open_board(options))
+    run = Run(options, classifier, tables, images, fresh, pos_weight, optimizer, scaler, board=open_board(options))
     if last:
         load_state(run, last)
     return run
 
 
 def load_weights(network, options, classes):
-    """Load --weights into the network -> what to tell the user."""
+    """Load --weights into the network -> the names of the parameters that it has nothing for."""
+    names = [name for name, _ in network.named_parameters()]
     if options.weights == "none":
-        return "weights: none, training from scratch"
+        print_once(options, "weights: none, training from scratch")
+        return tuple(names)
     taken, skipped, common = inference.load_weights(network, options.weights, options.backbone, classes)
-    lines = [f"weights: {len(taken)} tensors taken from {options.weights}"]
+    print_once(options, f"weights: {len(taken)} tensors taken from {options.weights}")
     if common:
-        lines.append(f"  head rows taken by class name: {', '.join(common)}")
+        print_once(options, f"  head rows taken by class name: {', '.join(common)}")
     for reason in sorted(set(skipped.values())):
-        names = [name for name, why in skipped.items() if why == reason]
-        layers = dict.fromkeys(name.rpartition(".")[0] or name for name in names)
-        lines.append(f"  {len(names)} not taken, {reason}: {', '.join(layers)}")
-    return "\n".join(lines)
+        tensors = [name for name, why in skipped.items() if why == reason]
+        layers = dict.fromkeys(name.rpartition(".")[0] or name for name in tensors)
+        print_once(options, f"  {len(tensors)} not taken, {reason}: {', '.join(layers)}")
+    return tuple(name for name in names if name not in taken)
 
 
 def choose_precision(options, device, last):
@@ -638,7 +684,7 @@ def choose_layers(run):
     layers = options.train_layers
     if options.unfreeze and run.state.epoch + 1 >= options.unfreeze_epoch:
         layers += f",{options.unfreeze}"
-    trained = select_parameters(network, options.backbone, layers)
+    trained = select_parameters(network, options.backbone, layers, run.fresh)
     before = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     if run.model is None or trained != before:
         for name, parameter in network.named_parameters():
@@ -1083,7 +1129,7 @@ def write_history(run):
     dataset.write_csv(run.out / "history.csv", [HISTORY, *rows])
     marks = []
     best = best_epoch(history, options.monitor, options.min_delta)[0]
-    if best:
+    if best and options.monitor != "last":
         marks.append((best, f"best epoch: {best}"))
     if options.unfreeze and run.state.epoch >= options.unfreeze_epoch:
         marks.append((options.unfreeze_epoch, f"{options.unfreeze} unfrozen"))
@@ -1223,12 +1269,15 @@ def print_warning(text):
 
 def print_configuration(options):
     """Print what will be trained and how, and which options differ from the defaults."""
+    kept = f"the best epoch by {options.monitor} on val is kept, patience {options.patience}"
+    if options.monitor == "last":
+        kept = "the last epoch is kept"
     lines = [
         f"model: {options.backbone}, {options.head} head, {options.size} px, trained: {options.train_layers}",
-        f"recipe: at most {options.epochs} epochs, batch {options.batch_size}, lr {options.lr:g}"
+        f"recipe: {options.epochs} epochs, batch {options.batch_size}, lr {options.lr:g}"
         f" (backbone {options.lr_backbone:g}), weight decay {options.wd:g}, {options.schedule}, "
         f"augment {options.augment}, pos_weight {options.pos_weight}",
-        f"best epoch by {options.monitor} on val, patience {options.patience}; thresholds: {options.thresholds}",
+        f"{kept}; thresholds: {options.thresholds}",
     ]
     if options.unfreeze:
         lines[0] += f", from epoch {options.unfreeze_epoch} {options.unfreeze} too"
@@ -1280,7 +1329,8 @@ class ProgressLine:
         if "val_loss" in row:
             line += "  val loss {val_loss:.4f}  f1 macro {val_f1_macro:.3f}  map {val_map:.3f}"
         line += "  {images_per_second:.0f} images/s  {seconds:.1f} s"
-        if best_epoch(history, options.monitor, options.min_delta)[0] == row["epoch"]:
+        best = best_epoch(history, options.monitor, options.min_delta)[0]
+        if best == row["epoch"] and options.monitor != "last":
             line += "  best"
         line = line.format(width=len(str(options.epochs)), epochs=options.epochs, **row)
         print_once(options, f"\r{line:<90}" if self.live else line)

@@ -4,6 +4,7 @@
     python tests/bench.py baseline           # a linear classifier on the pixels of the demo data
     python tests/bench.py train DATA         # images/s beside a plain loop, and beside the compute ceiling
     python tests/bench.py learn [DATA [WEIGHTS [EPOCHS]]]  # time to the plain loop's best val mAP on the demo data
+    python tests/bench.py recipe PHOTOS SMALL WEIGHTS [VARIANT...]  # recipes at equal minutes, hours of them
     python tests/bench.py infer MODEL DIR    # inference.py beside the bare imports, and beside a plain loop
     python tests/bench.py labels             # read_labels beside pandas (pip install pandas)
     python tests/bench.py cache              # peak memory with and without a cache of 2 GiB
@@ -15,6 +16,7 @@ import dataclasses
 import os
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -259,7 +261,7 @@ def ceilings(run):
     return found
 
 
-def start_run(data, *options):
+def start_run(*options):
     """A Run that is ready to train, and a function that trains one epoch of it."""
     import train
 
@@ -267,7 +269,7 @@ def start_run(data, *options):
         def step(self, *_):
             pass
 
-    options = train.parse_options(["--data", data, "--weights", "none", "-q", "--out", tempfile.mkdtemp(), *options])
+    options = train.parse_options([*options, "-q", "--out", tempfile.mkdtemp()])
     run = train.build(options, train.read_data(options))
     train.choose_layers(run)
 
@@ -290,7 +292,8 @@ def bench_train(data, *options):
     import train
 
     describe_machine()
-    run, ours = start_run(data, *options)
+    options = ["--data", data, "--weights", "none", *options]
+    run, ours = start_run(*options)
     count = len(run.tables["train"])
     batch = run.options.batch_size
     plain, _ = plain_loop(run.tables["train"], run.options.size, batch)
@@ -300,7 +303,7 @@ def bench_train(data, *options):
     print("a step on tensors in memory, images/s: "
           + ", ".join(f"{name} {batch / tops[name][1]:.1f}" for name in fastest))
     cold = count / seconds(ours)
-    layers = start_run(data, *options, "--train-layers", "layer4,head")[1]
+    layers = start_run(*options, "--train-layers", "layer4,head")[1]
     layers()  # its cache is warm too
     work = {"ours": (ours, count), "plain loop": (plain, count), "layer4 and head only": (layers, count)}
     for name in dict.fromkeys([*fastest[:2], chosen]):  # what can be the ceiling, and what was chosen
@@ -329,7 +332,7 @@ def bench_learn(data="data/demo", weights="none", epochs=18):
 
     epochs = int(epochs)
     recipe = ["--demo"] if weights == "none" else ["--size", "96", "--weights", weights]
-    run, ours = start_run(data, "--epochs", str(epochs), *recipe)
+    run, ours = start_run(*recipe, "--data", data, "--epochs", str(epochs))
     plain, _ = plain_loop(run.tables["train"], run.options.size)
     if weights != "none":
         inference.load_weights(plain.network, weights, "resnet18")
@@ -350,6 +353,57 @@ def bench_learn(data="data/demo", weights="none", epochs=18):
     there = next((spent for score, spent in rows if score >= best), float("nan"))
     print(f"plain loop: best val mAP {best:.3f} after {when:.0f} s of {theirs[-1][1]:.0f} s")
     print(f"ours: there after {there:.0f} s, ratio {there / when:.2f}; best {max(rows)[0]:.3f} of {rows[-1][1]:.0f} s")
+
+
+# What `recipe` compares at equal minutes: what each changes of the default, or "NAME=OPTIONS" on the command line.
+FORMER = "--lr 3e-4 --lr-backbone 3e-4 --augment light --train-layers all --monitor map --patience 10"
+VARIANTS = {"former default": FORMER, "default": ""}
+
+
+def recipe_tasks(photographs, small, weights):
+    """Where variants are compared -> {name: options of train.py}."""
+    tasks = {}
+    for start, size in ((weights, 128), ("none", 96)):
+        origin = "from scratch" if start == "none" else "pretrained"
+        common = f"--weights {start} --size {size}"
+        for share in (0.1, 0.2, 0.4):
+            tasks[f"{share:.0%} of {Path(photographs).name}, {origin}"] = (
+                f"--data {photographs} --split {share} 0.05 {0.95 - share:.2f} {common}")
+        tasks[f"{Path(small).name}, 5 folds, {origin}"] = f"--data {small} --folds 5 {common}"
+        tasks[f"demo, {origin}"] = f"--demo {common}"
+    return tasks
+
+
+def bench_recipe(photographs, small, weights, *variants, seeds=3):
+    """Variants of the recipe at equal minutes, those of the first's --epochs: test mAP and F1-macro, mean and standard
+    deviation over seeds, on 10, 20 and 40 % of a folder of photographs (the rest is the test), on a small folder in
+    five folds, and on the demo, each with weights and from scratch."""
+    import train
+
+    describe_machine()
+    chosen = {name: options if given else VARIANTS[name]
+              for name, given, options in (variant.partition("=") for variant in variants or VARIANTS)}
+    print(f"{'':40} {'variant':20} epochs  seconds  mAP           F1-macro")
+    for task, where in recipe_tasks(photographs, small, weights).items():
+        budget = None
+        for name, options in chosen.items():
+            command = f"{where} {options}".split()
+            run, epoch = start_run(*command)
+            epoch()  # fills the cache
+            own = min(seconds(epoch), seconds(epoch))
+            budget = budget or run.options.epochs * own
+            epochs = max(1, round(budget / own))
+            rows = []
+            for seed in range(seeds):
+                out = tempfile.mkdtemp()
+                with_seed = [*command, "--epochs", str(epochs), "--seed", str(seed), "-q", "--out", out]
+                spent = seconds(lambda: rows.append(train.main(with_seed)))  # noqa: B023
+                rows[-1]["seconds"] = spent
+                shutil.rmtree(out)
+            columns = [np.array([row[key] for row in rows]) for key in ("map", "f1_macro")]
+            text = "  ".join(f"{values.mean():.3f} +- {values.std(ddof=1):.3f}" for values in columns)
+            spent = np.mean([row["seconds"] for row in rows])
+            print(f"{task:40} {name:20} {epochs:6} {spent:8.0f}  {text}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,7 +581,7 @@ def bench_thresholds(*folders):
 
 
 BENCHES = {"metrics": bench_metrics, "baseline": bench_baseline, "train": bench_train, "learn": bench_learn,
-           "infer": bench_infer, "labels": bench_labels, "cache": bench_cache,
+           "recipe": bench_recipe, "infer": bench_infer, "labels": bench_labels, "cache": bench_cache,
            "thresholds": bench_thresholds, "pointing": bench_pointing}
 
 if __name__ == "__main__":

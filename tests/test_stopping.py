@@ -263,7 +263,7 @@ def test_resume_says_what_changed_and_refuses_what_must_not(trained, demo, tmp_p
     options = ["--data", str(demo), "--out", str(tmp_path / "run"), "--resume", *SMALL]
     train.main([*options, "--epochs", "3", "--lr", "1e-4", "-b", "8"])
     errors = capsys.readouterr().err
-    for change in ("epochs 2 -> 3", "batch_size 16 -> 8", "lr 0.0003 -> 0.0001"):
+    for change in ("epochs 2 -> 3", "batch_size 16 -> 8", "lr 0.001 -> 0.0001"):
         assert change in errors
     assert [row["epoch"] for row in history(tmp_path / "run")] == ["1", "2", "3"]
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}

@@ -309,7 +309,7 @@ def test_the_best_epoch_follows_from_the_history_and_the_monitor():
 @pytest.mark.parametrize("patience, epochs", [(2, 3), (0, 5)])
 def test_a_run_stops_when_patience_is_at_its_end(few_images, tmp_path, patience, epochs):
     report = run("--data", few_images, "--out", tmp_path / "out", "--train-layers", "head", "--lr", 0,
-                 "--wd", 0, "--patience", patience, "--epochs", 5)
+                 "--wd", 0, "--patience", patience, "--monitor", "map", "--epochs", 5)
     assert len(read_rows(tmp_path / "out" / "history.csv")) == epochs
     assert report["epoch"] == 1
 
@@ -368,6 +368,59 @@ def test_a_wrong_layer_is_named_with_those_that_there_are(few_images, tmp_path, 
     names = str(error.value).split(", ")
     assert set(LAYERS[backbone]) <= set(names)
     assert not (tmp_path / "out").exists()
+
+
+def test_late_layers_are_those_after_the_first_percents_of_the_weights(real_networks):
+    for backbone, name in inference.BACKBONES.items():
+        with torch.device("meta"):
+            network = inference.build_model(backbone, "linear", 3)
+        late = train.select_parameters(network, backbone, "late")
+        sizes = {key: weight.numel() for key, weight in network.named_parameters()}
+        assert {f"{name}.weight", f"{name}.bias"} <= late
+        early = [key for key in sizes if key not in late]
+        assert early == list(sizes)[:len(early)]  # they come first
+        assert 0.01 < sum(sizes[key] for key in early) / sum(sizes.values()) < 0.07
+        if backbone.startswith("resnet"):
+            assert {key.split(".")[0] for key in late} == {"layer3", "layer4", "fc"}
+
+
+def test_the_recipe_trains_what_is_new_and_then_the_late_layers(trained, demo, tmp_path):
+    source = {name: tensor for name, tensor in tensors(trained[0] / "model.pth").items() if "layer4" not in name}
+    torch.save(source, tmp_path / "weights.pth")
+    options = ["--data", demo, "--out", tmp_path / "out", "--weights", tmp_path / "weights.pth", "--unfreeze-epoch", 2]
+    run(*options, "--epochs", 1)
+    first = tensors(tmp_path / "out" / "last.pth")
+    before = {name: source.get(name, torch.zeros(())) for name in first}
+    assert changed_layers(before, first) == {"layer4", "fc"}
+    run(*options, "--epochs", 2, "--resume")
+    late = train.select_parameters(inference.build_model("resnet18", "linear", 6), "resnet18", "late")
+    after = tensors(tmp_path / "out" / "last.pth")
+    assert changed_layers(first, after) == {name.split(".")[0] for name in late}
+    assert torch.equal(after["conv1.weight"], source["conv1.weight"])
+
+
+def test_layers_that_are_given_are_all_that_is_trained():
+    def layers(*argv):
+        options = train.parse_options(argv)
+        return options.train_layers, options.unfreeze, options.unfreeze_epoch
+
+    assert layers() == ("new", "late", 6)
+    assert layers("--epochs", "3") == ("new", "late", 1)
+    assert layers("--weights", "none") == layers("--train-layers", "all") == ("all", None, 6)
+    assert layers("--train-layers", "layer4,head") == ("layer4,head", None, 6)
+    assert layers("--train-layers", "new", "--unfreeze", "layer4") == ("new", "layer4", 6)
+
+
+def test_patience_needs_a_score_that_waits():
+    def stopping(*argv):
+        options = train.parse_options(argv)
+        return options.monitor, options.patience
+
+    assert stopping() == stopping("--folds", "3") == stopping("--demo") == ("last", 0)
+    assert stopping("--patience", "3") == ("map", 3)
+    assert stopping("--monitor", "f1") == ("f1", 0)
+    assert stopping("--preset", "coco") == ("f1", 10)
+    assert stopping("--preset", "coco", "--folds", "3") == ("last", 0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -894,7 +947,7 @@ def test_a_configuration_has_readable_tokens_and_a_folder_of_its_own(demo, regis
     registry = tmp_path / "registry"
     shutil.copytree(registered, registry)
     (first,) = registry.iterdir()
-    assert first.name.startswith("resnet18-linear_b-16_lr-0.0003_")
+    assert first.name.startswith("resnet18-linear_b-16_lr-0.001_")
     assert {path.name for path in first.iterdir()} == {"model.pth", "config.json", "metrics.json"}
     options = ["--data", demo, "--registry", registry, "--epochs", 1]
     run(*options, "--out", tmp_path / "another", "--seed", 3, "-j", 1)
@@ -1074,7 +1127,7 @@ def test_the_configuration_is_printed_before_training(demo, tmp_path, capsys):
     before, _, after = capsys.readouterr().out.partition("epoch 1/1")
     count = len(read_rows(tmp_path / "train_metadata.csv"))
     for text in ("80 images", f"{count} train", "resnet18", "linear head", "32 px", "layer4,head",
-                 "1 epochs", "batch 20", "lr 0.0007", "cosine", "light", "pos_weight sqrt", "patience 10", "soft",
+                 "1 epochs", "batch 20", "lr 0.0007", "cosine", "rich", "pos_weight sqrt", "last epoch", "soft",
                  "batch_size=20", "device: cpu", "precision: fp32", "weights: none"):
         assert text in before, text
     assert "epochs=1" in before and "seed=" not in before
@@ -1100,7 +1153,7 @@ def test_progress_updates_in_place_on_a_terminal(few_images, tmp_path, monkeypat
 
 
 def test_elsewhere_progress_is_a_line_per_epoch(few_images, tmp_path, capsys):
-    train.main(["--data", str(few_images), "--out", str(tmp_path / "out"), "--epochs", "2", *LOUD])
+    train.main(["--data", str(few_images), "--out", str(tmp_path / "out"), "--epochs", "2", "--monitor", "map", *LOUD])
     text = capsys.readouterr().out
     assert "\r" not in text
     lines = [line for line in text.splitlines() if line.startswith("epoch ")]
