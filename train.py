@@ -9,8 +9,9 @@
 
     report = train.main(["--data", "data/", "--epochs", "10"])     # in a notebook; inference.py uses the model
 
-A run reads the labels, divides them, trains with a masked loss, keeps the epoch that is best on val, makes the
-probabilities honest and chooses a threshold per class on val, and reports on test. All its files are in --out.
+A run reads the labels, divides them, trains with a masked loss, keeps the last epoch (with --patience the one that is
+best on val), makes the probabilities honest and chooses a threshold per class on val, and reports on test. All its
+files are in --out.
 """
 
 import argparse
@@ -286,6 +287,17 @@ def sampling_weights(targets):
     known = np.count_nonzero(~np.isnan(targets), axis=0)
     positives = np.count_nonzero(targets == 1, axis=0)
     return np.where(targets == 1, known / np.maximum(positives, 1), 1.0).max(axis=1)
+
+
+def sampling_shift(targets):
+    """By how much drawing with sampling_weights() raises the log odds of each class -> (C,)."""
+    weights = sampling_weights(targets)[:, None]
+    present, absent = targets == 1, targets == 0
+    drawn = (weights * present).sum(axis=0), (weights * absent).sum(axis=0)
+    both = present.any(axis=0) & absent.any(axis=0)
+    odds = np.divide(*drawn, out=np.ones_like(drawn[0]), where=both)
+    plain = np.divide(present.sum(axis=0), absent.sum(axis=0), out=np.ones_like(odds), where=both)
+    return np.log(odds / plain)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -804,12 +816,14 @@ def predict_split(run, split):
 
 
 def start_calibration(run):
-    """Take back what pos_weight did to the odds, which are higher by that factor; with
-    --calibration none nothing."""
-    run.member.scale = 1.0
-    run.member.offsets = [0.0] * len(run.classifier.classes)
+    """Take back what pos_weight did to the odds, which are higher by that factor, and what the
+    sampler did; with --calibration none nothing."""
+    offsets = np.zeros(len(run.classifier.classes))
     if run.options.calibration == "fit":
-        run.member.offsets = (-run.pos_weight.cpu().double().log()).tolist()
+        offsets -= np.log(run.pos_weight.cpu().numpy().astype(float))
+        if run.options.sampler == "balanced":
+            offsets -= sampling_shift(run.tables["train"].targets)
+    run.member.scale, run.member.offsets = 1.0, offsets.tolist()
 
 
 def choose_thresholds(options, targets, probabilities):

@@ -175,6 +175,19 @@ def test_sampling_weights_are_those_of_the_rarest_known_positive(targets):
         assert weight == pytest.approx(expected)
 
 
+@settings(max_examples=100, deadline=None)
+@given(arrays(np.float32, st.tuples(st.integers(1, 8), st.integers(1, 4)), elements=LABELS))
+def test_the_shift_of_sampling_is_that_of_the_odds_in_what_is_drawn(targets):
+    weights = train.sampling_weights(targets)
+    for j, shift in enumerate(train.sampling_shift(targets)):
+        present, absent = targets[:, j] == 1, targets[:, j] == 0
+        if present.any() and absent.any():
+            drawn = weights[present].sum() / weights[absent].sum()
+            assert shift == pytest.approx(math.log(drawn / (present.sum() / absent.sum())))
+        else:
+            assert shift == 0
+
+
 def test_the_balanced_sampler_draws_rare_labels_as_often_and_unknown_ones_no_more():
     nan = np.nan
     targets = np.zeros((1000, 2), np.float32)
