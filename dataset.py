@@ -1137,8 +1137,8 @@ def read_operations(text):
 
 
 def draw_noise(count, seed, epoch):
-    """Random numbers for the augmentation of `count` images -> (count, len(NOISE)) in [0, 1), which
-    depend on the seed, the epoch and the row alone, not on loading order and threads."""
+    """Random numbers for the augmentation of the `count` images of an epoch, by their places in it ->
+    (count, len(NOISE)) in [0, 1), which depend on the seed and the epoch alone, not on threads."""
     return torch.rand(count, len(NOISE), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 

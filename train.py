@@ -45,8 +45,8 @@ from inference import BACKBONES, HEADS
 # Recipe: the options' defaults, and what changes them
 
 
-# What measured best on photographs. The comments: mAP with another value instead, on 200 photographs at the same
-# number of epochs, one seed, where 0.01 is noise (tests/bench.py recipe measures it again).
+# What measured best on photographs. The comments: test mAP with another value instead, after training on 200 of them
+# for as many epochs, one seed, where 0.01 is noise. tests/bench.py recipe compares most of them at equal minutes.
 RECIPE = {
     "epochs": 20,
     "batch_size": 16,  # 32 with rate 1.5e-3 and 24 epochs, which takes as long: +0.007
@@ -56,7 +56,7 @@ RECIPE = {
     "train_layers": "new",  # the late layers from the first epoch on: -0.017; the first layers too: -0.088
     "augment": "rich",  # light: -0.007
     "mix": "none",  # mixup: -0.015 (100 photographs, three seeds); cutmix: -0.021 (100, one seed)
-    "loss": "bce",  # asymmetric: -0.009 (100 photographs, three seeds)
+    "loss": "bce",  # asymmetric, without pos_weight: -0.009 (100 photographs, three seeds)
     "sampler": "shuffle",  # balanced, without pos_weight: -0.003 (100 photographs)
     "pos_weight": "sqrt",  # none: -0.004
     "pos_weight_clip": [1, 20],
@@ -68,6 +68,9 @@ DEMO = {"data": "data/demo", "weights": "none", "size": 96, "epochs": 18, "augme
 
 # The last epoch is kept, also by presets: to choose one by the part that is reported would flatter it.
 FOLDS = {"split": [0.85, 0.15, 0], "monitor": "last", "patience": 0}
+
+# With what lifts rare positives in another way, or plays down negatives.
+NO_WEIGHT = {"pos_weight": "none"}
 
 # Published recipes; the README says what each reproduces.
 PRESETS = {
@@ -140,9 +143,9 @@ def option_parser():
     add("--schedule", choices=("constant", "cosine", "multistep"), help="of the learning rates")
     add("--milestones", type=count, nargs="+", metavar="EPOCH", help="of multistep (default: half, 3/4 of the epochs)")
     add("--lr-decay", type=real, default=0.1, help="factor at each milestone")
-    add("--train-layers", metavar="LAYERS", help="all, head, new (what no weights were loaded for; from scratch: "
-        "all), late (all but the first layers), or names: layer3,layer4,head")
-    add("--unfreeze", metavar="LAYERS", help="layers to train too from --unfreeze-epoch on (new: late)")
+    add("--train-layers", metavar="LAYERS", help="all, head, new (the head and what no weights were loaded for, "
+        "then --unfreeze too; from scratch: all), late (all but the first layers), or names: layer3,layer4,head")
+    add("--unfreeze", metavar="LAYERS", help="to train too from --unfreeze-epoch on (default: late with new)")
     add("--unfreeze-epoch", type=count, metavar="N", help="counted from 1 (default: after a quarter of the epochs)")
     add("--unfreeze-lr", type=real, metavar="LR", help="learning rate of all layers from then on")
     add("--augment", metavar="A", help=f"none, light, rich, or some of {','.join(dataset.OPERATIONS)}")
@@ -186,7 +189,9 @@ def parse_options(argv=None):
     over --demo."""
     parser = option_parser()
     first = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**(DEMO if first.demo else {}) | PRESETS[first.preset] | (FOLDS if first.folds else {}))
+    lifted = first.sampler == "balanced" or first.loss == "asymmetric"
+    parser.set_defaults(**(DEMO if first.demo else {}) | PRESETS[first.preset] | (FOLDS if first.folds else {})
+                        | (NO_WEIGHT if lifted else {}))
     options = parser.parse_args(argv)
     if options.folds == 1:
         raise InputError("--folds 1: each network needs a part that it is not trained on: give 2 or more")
@@ -205,6 +210,8 @@ def parse_options(argv=None):
     if options.train_layers == "new" and options.unfreeze is None:
         options.unfreeze = "late"
     options.monitor = options.monitor or ("map" if options.patience else "last")
+    if options.patience and options.monitor == "last":
+        raise InputError("--patience waits for a better epoch, but the last is kept: name a --monitor, or leave it out")
     options.unfreeze_epoch = options.unfreeze_epoch or 1 + options.epochs // 4
     options.milestones = options.milestones or [max(1, options.epochs // 2), max(1, options.epochs * 3 // 4)]
     return options
@@ -256,6 +263,10 @@ def masked_asymmetric(logits, targets, pos_weight):
     loss = torch.where(targets == 1, positive, negative)
     return torch.where(known, loss, 0.0).sum(), known.sum()
 
+
+# A label that is there in 1, 10, 50 or 90 % of cases gets the probability 0.32, 0.48, 0.68 or 0.92 by this loss, as its
+# derivative there is 0. This line through the logits leads nearly back: to 0.02, 0.10, 0.48 and 0.98.
+ASYMMETRIC_SCALE, ASYMMETRIC_OFFSET = 2.5, -2.0
 
 LOSSES = {"bce": masked_bce, "asymmetric": masked_asymmetric}
 
@@ -322,12 +333,16 @@ def select_parameters(network, backbone, layers, fresh=()):
 
 def layer_sizes(network, backbone):
     """{name of each layer of the backbone, the first one first: number of its weights}."""
-    layers = dict(network.named_children())
-    if "features" in layers:
-        inner = layers["features"].named_children()
-        layers = {"features": layers["features"]} | {f"features.{name}": layer for name, layer in inner} | layers
-    sizes = {name: sum(weight.numel() for weight in layer.parameters()) for name, layer in layers.items()}
-    return {name: size for name, size in sizes.items() if size and name != BACKBONES[backbone]}
+    layers = {}
+    for name, layer in network.named_children():
+        layers[name] = layer
+        if name == "features":
+            layers |= {f"features.{inner}": part for inner, part in layer.named_children()}
+    head = {id(weight) for weight in network.get_submodule(BACKBONES[backbone]).parameters()}
+    sizes = {}
+    for name, layer in layers.items():
+        sizes[name] = sum(weight.numel() for weight in layer.parameters() if id(weight) not in head)
+    return {name: size for name, size in sizes.items() if size}
 
 
 def late_layers(sizes):
@@ -635,7 +650,7 @@ def train_step(run, images, targets, share):
 def draw_batches(run):
     """The batches left of the epoch -> [(this process's rows, their places in the epoch, images used
     after it by all), ...]. The order depends on the seed and the epoch alone; a batch of which no
-    label is known is left out."""
+    label is known is left out. An image that is drawn twice is augmented by its place, differently."""
     options, state = run.options, run.state
     targets = run.tables["train"].targets
     count = len(targets)
@@ -817,14 +832,16 @@ def predict_split(run, split):
 
 
 def start_calibration(run):
-    """Take back what pos_weight did to the odds, which are higher by that factor, and what the
-    sampler did; with --calibration none nothing."""
-    offsets = np.zeros(len(run.classifier.classes))
+    """Take back what pos_weight did to the odds, which are higher by that factor, and what sampler
+    and loss did; with --calibration none nothing."""
+    scale, offsets = 1.0, np.zeros(len(run.classifier.classes))
     if run.options.calibration == "fit":
+        if run.options.loss == "asymmetric":
+            scale, offsets = ASYMMETRIC_SCALE, offsets + ASYMMETRIC_OFFSET
         offsets -= np.log(run.pos_weight.cpu().numpy().astype(float))
         if run.options.sampler == "balanced":
             offsets -= sampling_shift(run.tables["train"].targets)
-    run.member.scale, run.member.offsets = 1.0, offsets.tolist()
+    run.member.scale, run.member.offsets = scale, offsets.tolist()
 
 
 def choose_thresholds(options, targets, probabilities):
@@ -1282,6 +1299,10 @@ def print_warning(text):
         print_text(f"warning: {text}", file=sys.stderr)
 
 
+# Options whose default depends on others; the other lines tell them. And --quiet.
+NOT_GIVEN = ("milestones", "dropout", "lr_backbone", "train_layers", "unfreeze", "unfreeze_epoch", "monitor", "quiet")
+
+
 def print_configuration(options):
     """Print what will be trained and how, and which options differ from the defaults."""
     kept = f"the best epoch by {options.monitor} on val is kept, patience {options.patience}"
@@ -1298,7 +1319,7 @@ def print_configuration(options):
         lines[0] += f", from epoch {options.unfreeze_epoch} {options.unfreeze} too"
     defaults = vars(option_parser().parse_args([]))
     given = [f"{name}={value}" for name, value in vars(options).items()
-             if value != defaults[name] and name not in ("milestones", "dropout", "lr_backbone", "quiet")]
+             if value != defaults[name] and name not in NOT_GIVEN]
     lines.append(f"not the defaults: {', '.join(given) or 'nothing'}")
     print_once(options, "\n".join(lines))
     if options.unfreeze and options.unfreeze_epoch > options.epochs:

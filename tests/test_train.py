@@ -385,14 +385,18 @@ def test_a_wrong_layer_is_named_with_those_that_there_are(few_images, tmp_path, 
 
 def test_late_layers_are_those_after_the_first_percents_of_the_weights(real_networks):
     for backbone, name in inference.BACKBONES.items():
-        with torch.device("meta"):
-            network = inference.build_model(backbone, "linear", 3)
-        late = train.select_parameters(network, backbone, "late")
-        sizes = {key: weight.numel() for key, weight in network.named_parameters()}
-        assert {f"{name}.weight", f"{name}.bias"} <= late
-        early = [key for key in sizes if key not in late]
-        assert early == list(sizes)[:len(early)]  # they come first
-        assert 0.01 < sum(sizes[key] for key in early) / sum(sizes.values()) < 0.07
+        frozen = set()
+        for head, classes in (("linear", 3), ("linear", 1000), ("mlp", 80)):
+            with torch.device("meta"):
+                network = inference.build_model(backbone, head, classes)
+            late = train.select_parameters(network, backbone, "late")
+            sizes = {key: weight.numel() for key, weight in network.named_parameters()}
+            assert {key for key in sizes if key.startswith(f"{name}.")} <= late
+            early = [key for key in sizes if key not in late]
+            assert early == list(sizes)[:len(early)]  # they come first
+            assert 0.01 < sum(sizes[key] for key in early) / sum(sizes.values()) < 0.07
+            frozen.add(tuple(early))
+        assert len(frozen) == 1  # whatever the head
         if backbone.startswith("resnet"):
             assert {key.split(".")[0] for key in late} == {"layer3", "layer4", "fc"}
 
@@ -434,6 +438,30 @@ def test_patience_needs_a_score_that_waits():
     assert stopping("--monitor", "f1") == ("f1", 0)
     assert stopping("--preset", "coco") == ("f1", 10)
     assert stopping("--preset", "coco", "--folds", "3") == ("last", 0)
+    for argv in (["--monitor", "last", "--patience", "3"], ["--folds", "3", "--patience", "3"]):
+        with pytest.raises(InputError, match="--patience waits for a better epoch"):
+            train.parse_options(argv)
+
+
+def test_positives_are_lifted_once():
+    weights = {argv: train.parse_options(argv.split()).pos_weight for argv in (
+        "", "--sampler balanced", "--loss asymmetric", "--sampler balanced --pos-weight sqrt", "--preset coco")}
+    assert list(weights.values()) == ["sqrt", "none", "none", "sqrt", "linear"]
+
+
+@pytest.mark.parametrize("frequency", [0.03, 0.1, 0.3, 0.5])
+def test_what_the_asymmetric_loss_learns_is_nearly_taken_back(frequency):
+    logit = torch.zeros(1, 1, requires_grad=True)
+    optimizer = torch.optim.SGD([logit], lr=2.0)
+    for _ in range(3000):
+        loss = sum(share * train.masked_asymmetric(logit, torch.tensor([[label]]), torch.ones(1))[0]
+                   for label, share in ((1.0, frequency), (0.0, 1 - frequency)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    learned = torch.sigmoid(logit).item()
+    back = torch.sigmoid(train.ASYMMETRIC_SCALE * logit + train.ASYMMETRIC_OFFSET).item()
+    assert learned > frequency + 0.1 and back == pytest.approx(frequency, abs=0.04)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1143,7 +1171,7 @@ def test_the_configuration_is_printed_before_training(demo, tmp_path, capsys):
                  "1 epochs", "batch 20", "lr 0.0007", "cosine", "rich", "pos_weight sqrt", "last epoch", "soft",
                  "batch_size=20", "device: cpu", "precision: fp32", "weights: none"):
         assert text in before, text
-    assert "epochs=1" in before and "seed=" not in before
+    assert "epochs=1" in before and "seed=" not in before and "monitor=" not in before
     assert "f1_macro" in after
     assert f"inference.py {demo}/images/" in after
     assert f"--model {tmp_path}/model.pth" in after
