@@ -323,6 +323,22 @@ def bench_train(data, *options):
         print(f"DEFECT: auto chose {chosen}, and {top} is {median[top] / median[chosen]:.2f} times as fast")
 
 
+def scores_until(goal, run, epoch, network, precision, epochs):
+    """Train a network epoch by epoch until its mAP on val is at the goal -> [(mAP, seconds of training), ...]."""
+    import torch
+
+    import inference
+
+    classifier = dataclasses.replace(run.classifier, members=[dataclasses.replace(run.member, network=network)])
+    spent, score, rows = 0.0, 0.0, []
+    while len(rows) < epochs and score < goal:
+        spent += seconds(epoch)
+        logits = inference.compute_logits(classifier, run.images["val"], precision)[0]
+        score = metrics.average_precision(run.tables["val"].targets, torch.sigmoid(logits).numpy())
+        rows.append((score, spent))
+    return rows
+
+
 def bench_learn(data="data/demo", weights="none", seeds="3"):
     """Training time (validation not counted) of the default recipe until it is at the best val mAP that the plain loop
     has in 10 epochs, beside what the plain loop took, both from scratch or from the same weights."""
@@ -338,20 +354,9 @@ def bench_learn(data="data/demo", weights="none", seeds="3"):
         plain, _ = plain_loop(run.tables["train"], run.options.size)
         if weights != "none":
             inference.load_weights(plain.network, weights, "resnet18")
-
-        def history(epoch, network, precision, epochs, goal, run=run):  # until the goal
-            classifier = dataclasses.replace(run.classifier, members=[dataclasses.replace(run.member, network=network)])
-            spent, score, rows = 0.0, 0.0, []
-            while len(rows) < epochs and score < goal:
-                spent += seconds(epoch)
-                logits = inference.compute_logits(classifier, run.images["val"], precision)[0]
-                score = metrics.average_precision(run.tables["val"].targets, torch.sigmoid(logits).numpy())
-                rows.append((score, spent))
-            return rows
-
-        theirs = history(plain, plain.network, torch.float32, 10, 1.0)
+        theirs = scores_until(1.0, run, plain, plain.network, torch.float32, 10)
         best, when = max(theirs, key=lambda row: row[0])
-        rows = history(ours, run.classifier.network, run.classifier.precision, run.options.epochs, best)
+        rows = scores_until(best, run, ours, run.member.network, run.classifier.precision, run.options.epochs)
         there = rows[-1][1] if rows[-1][0] >= best else float("nan")
         print(f"seed {seed}: plain loop: best val mAP {best:.3f} after {when:.0f} s of {theirs[-1][1]:.0f} s; "
               f"ours: there after {there:.0f} s and {len(rows)} epochs, ratio {there / when:.2f}", flush=True)
@@ -378,16 +383,18 @@ VARIANTS = {
 
 
 def recipe_tasks(photographs, small, weights):
-    """Where variants are compared -> {name: options of train.py}."""
+    """Where variants are compared -> {name: options of train.py}, which win over those of a variant: the folds keep
+    their last epoch, and the demo its augmentation."""
     tasks = {}
-    for start, size in ((weights, 128), ("none", 96)):
+    for start, size in ((weights, "128"), ("none", "96")):
         origin = "from scratch" if start == "none" else "pretrained"
-        common = f"--weights {start} --size {size}"
+        common = ["--weights", start, "--size", size]
         for share in (0.1, 0.2, 0.4):
-            tasks[f"{share:.0%} of {Path(photographs).name}, {origin}"] = (
-                f"--data {photographs} --split {share} 0.05 {0.95 - share:.2f} {common}")
-        tasks[f"{Path(small).name}, 5 folds, {origin}"] = f"--data {small} --folds 5 {common}"
-        tasks[f"demo, {origin}"] = f"--demo {common}"
+            split = ["--split", str(share), "0.05", f"{0.95 - share:.2f}"]
+            tasks[f"{share:.0%} of {Path(photographs).name}, {origin}"] = ["--data", photographs, *split, *common]
+        folds = ["--data", small, "--folds", "5", "--monitor", "last", "--patience", "0"]
+        tasks[f"{Path(small).name}, 5 folds, {origin}"] = [*folds, *common]
+        tasks[f"demo, {origin}"] = ["--demo", "--augment", "flip,vflip", "--pos-weight", "none", *common]
     return tasks
 
 
@@ -403,24 +410,28 @@ def bench_recipe(photographs, small, weights, *variants, seeds=3):
     print(f"{'':40} {'variant':20} epochs  seconds  mAP           F1-macro")
     for task, where in recipe_tasks(photographs, small, weights).items():
         budget = None
+        done = []  # what the variants come to: some do not differ on a task
         for name, options in chosen.items():
-            command = f"{where} {options}".split()
-            run, epoch = start_run(*command, "--unfreeze-epoch", "1")  # what most epochs cost
+            command = [*options.split(), *where]
+            parsed = train.parse_options(command)
+            if parsed in done:
+                continue
+            done.append(parsed)
+            epoch = start_run(*command, "--unfreeze-epoch", "1")[1]  # what most epochs cost
             epoch()  # fills the cache
             own = min(seconds(epoch), seconds(epoch))
-            budget = budget or run.options.epochs * own
-            epochs = max(1, round(budget / own))
+            budget = budget or parsed.epochs * own
+            epochs = str(max(1, round(budget / own)))
             rows = []
             for seed in range(seeds):
                 out = tempfile.mkdtemp()
-                with_seed = [*command, "--epochs", str(epochs), "--seed", str(seed), "-q", "--out", out]
-                spent = seconds(lambda: rows.append(train.main(with_seed)))  # noqa: B023
-                rows[-1]["seconds"] = spent
+                start = time.perf_counter()
+                report = train.main([*command, "--epochs", epochs, "--seed", str(seed), "-q", "--out", out])
+                rows.append((report["map"], report["f1_macro"], time.perf_counter() - start))
                 shutil.rmtree(out)
-            columns = [np.array([row[key] for row in rows]) for key in ("map", "f1_macro")]
-            text = "  ".join(f"{values.mean():.3f} +- {values.std(ddof=1):.3f}" for values in columns)
-            spent = np.mean([row["seconds"] for row in rows])
-            print(f"{task:40} {name:20} {epochs:6} {spent:8.0f}  {text}", flush=True)
+            means, deviations = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1)
+            text = "  ".join(f"{mean:.3f} +- {deviation:.3f}" for mean, deviation in zip(means[:2], deviations))
+            print(f"{task:40} {name:20} {epochs:>6} {means[2]:8.0f}  {text}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
