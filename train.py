@@ -688,15 +688,10 @@ def load_batches(run, order):
 
 
 def rate_factor(options, progress):
-    """The factor on both rates after `progress` epochs, a fraction: where the step in hand ends.
-    With cosine it rises from 0 at the start, and again when layers are unfrozen, whose first steps
-    would be large: Adam knows nothing of them yet."""
+    """The factor on both rates after `progress` epochs, a fraction: where the step in hand ends."""
     if options.schedule == "cosine":
         warmup = min(1.0, options.epochs / 10)
-        since = progress
-        if options.unfreeze and progress > options.unfreeze_epoch - 1:
-            since = progress - (options.unfreeze_epoch - 1)
-        return min(since / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress / options.epochs)))
+        return min(progress / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress / options.epochs)))
     if options.schedule == "multistep":
         return options.lr_decay ** sum(progress > milestone for milestone in options.milestones)
     return 1.0

@@ -265,15 +265,6 @@ def test_the_rate_is_a_function_of_options_and_progress():
 
 
 # B10
-def test_the_rate_of_cosine_rises_again_when_layers_are_unfrozen():
-    options = train.parse_options(["--epochs", "20"])  # unfreezes at epoch 6
-    before, after = train.rate_factor(options, 5.0), train.rate_factor(options, 5.01)
-    assert before > 0.8 and after == pytest.approx(0.01)
-    whole = train.parse_options(["--epochs", "20", "--train-layers", "all"])
-    for progress in (0.5, 3.0, 6.0, 12.0, 20.0):
-        assert train.rate_factor(options, progress) == train.rate_factor(whole, progress)
-
-
 @pytest.mark.parametrize("epochs", ["1", "2", "3"])
 def test_the_first_steps_of_multistep_have_the_whole_rate(epochs):
     options = train.parse_options(["--schedule", "multistep", "--epochs", epochs])
