@@ -785,7 +785,7 @@ def test_marks_are_of_the_best_epoch_the_unfreezing_and_new_rates(demo, tmp_path
 
     monkeypatch.setattr(inference, "loss_curves", draw)
     options = [*SMALL, "--data", str(demo), "--out", str(tmp_path), "--epochs", "3", "--lr", "0.001",
-               "--train-layers", "head", "--unfreeze", "layer4", "--unfreeze-epoch", "2"]
+               "--train-layers", "head", "--unfreeze", "layer4", "--unfreeze-epoch", "2", "--monitor", "map"]
     report = train.main([*options, "--schedule", "multistep", "--milestones", "2"])
     assert len(kept) == 3
     best = (report["epoch"], f"best epoch: {report['epoch']}")
