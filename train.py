@@ -135,7 +135,7 @@ def option_parser():
     add("--size", type=number(int, 32), default=224, help="images are resized to SIZE x SIZE")
     add = parser.add_argument_group("recipe").add_argument
     add("--preset", choices=PRESETS, default="default", help="a published recipe: other defaults")
-    add("--epochs", type=count, help="at most")
+    add("--epochs", type=count, help="with --patience at most so many")
     add("-b", "--batch-size", type=count, help="images per step")
     add("--lr", type=real, help="learning rate of the head")
     add("--lr-backbone", type=real, help="that of the backbone (default: that of the head)")
