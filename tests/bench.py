@@ -364,7 +364,7 @@ def bench_learn(data="data/demo", weights="none", seeds="3"):
 
 # What `recipe` compares at equal minutes: what each changes of the default, or "NAME=OPTIONS" on the command line.
 VARIANTS = {
-    "former default": "--lr 3e-4 --augment light --train-layers all --monitor map --patience 10",
+    "former default": "--lr 3e-4 --augment light --train-layers all --monitor map --patience 10 --sam 0",
     "default": "",
     "all layers": "--train-layers new --unfreeze all",
     "no warm-up": "--unfreeze-epoch 1",
@@ -373,6 +373,7 @@ VARIANTS = {
     "lr 2e-3": "--lr 2e-3",
     "backbone at 3e-4": "--lr-backbone 3e-4",
     "batch 32": "-b 32 --lr 1.5e-3",
+    "no sam": "--sam 0",
     "no pos_weight": "--pos-weight none",
     "best epoch on val": "--monitor map",
     "mixup": "--mix mixup",

@@ -63,7 +63,7 @@ CASES = {
     "double frozen": ["--augment", "flip", "--epochs", "3"],
     "double frozen, head only": ["--train-layers", "head", "--augment", "none", "--epochs", "3"],
     "double frozen, unfreezes": ["--train-layers", "head", "--unfreeze", "layer4", "--unfreeze-epoch", "2", "--sampler",
-                                 "balanced", "--augment", "flip", "--epochs", "3"],
+                                 "balanced", "--augment", "flip", "--epochs", "3", "--sam", "0.2"],
     "single frozen": ["--augment", "flip", "--epochs", "1"],
     "single": ["--augment", "flip", "--epochs", "2", "--lr", "3e-3"],
 }

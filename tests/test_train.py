@@ -1,6 +1,7 @@
 """Loss, schedule, layers, thresholds, presets, options, and the files of a run."""
 
 import contextlib
+import copy
 import csv
 import io
 import itertools
@@ -142,7 +143,7 @@ def test_mixed_images_mix_their_losses_and_unknown_labels_give_no_gradient(mix, 
     images, share = dataset.mix(torch.zeros(len(targets), 3, 8, 8), mix, np.random.default_rng(shape[0]))
     network = Outputs(logits)
     run = SimpleNamespace(
-        options=SimpleNamespace(loss=loss), model=network, classifier=SimpleNamespace(precision=torch.float32),
+        options=SimpleNamespace(loss=loss, sam=0.0), model=network, classifier=SimpleNamespace(precision=torch.float32),
         pos_weight=torch.tensor([2.0] * shape[1]), optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
         scaler=torch.amp.GradScaler("cpu", enabled=False))
     shown = train.train_step(run, images, torch.tensor(targets), share)
@@ -160,6 +161,61 @@ def test_mixed_images_mix_their_losses_and_unknown_labels_give_no_gradient(mix, 
     known = max(1, (~np.isnan(targets)).sum())
     assert shown.item() == pytest.approx(expected / known, rel=1e-3, abs=1e-5)
     np.testing.assert_allclose(gradient, slope / known, rtol=1e-2, atol=1e-3)
+
+
+def sam_run(network, classes, radius, trained):
+    """A run of 4 epochs, of which some are trained, with pos_weight 3 and a learning rate of 1."""
+    return SimpleNamespace(
+        options=SimpleNamespace(loss="bce", sam=radius, epochs=4), state=SimpleNamespace(epoch=trained), model=network,
+        classifier=SimpleNamespace(precision=torch.float32), pos_weight=torch.tensor([3.0] * classes),
+        optimizer=torch.optim.SGD(network.parameters(), lr=1.0), scaler=torch.amp.GradScaler("cpu", enabled=False))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_sam_takes_the_gradient_where_the_loss_rises_most_in_the_second_half(data):
+    shape = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
+    targets = data.draw(arrays(np.float32, shape, elements=LABELS))
+    logits = data.draw(arrays(np.float32, shape, elements=st.floats(-4, 4, width=32)))
+    radius = data.draw(st.floats(0.01, 2))
+    trained = data.draw(st.integers(1, 2))
+    network = Outputs(logits)
+    images = torch.zeros(shape[0], 3, 2, 2)
+    train.train_step(sam_run(network, shape[1], radius, trained), images, torch.tensor(targets), 1.0)
+    known = ~np.isnan(targets)
+
+    def gradient(x):
+        p = 1 / (1 + np.exp(-x.astype(float)))
+        return np.where(known, np.where(targets == 1, 3 * (p - 1), p), 0.0) / max(1, known.sum())
+
+    slope = gradient(logits)
+    there = logits + (trained == 2) * radius * slope / max(np.linalg.norm(slope), 1e-12)
+    np.testing.assert_allclose(network.logits.detach().numpy(), logits - gradient(there), rtol=1e-4, atol=1e-5)
+
+
+def test_sam_counts_a_batch_once_in_the_statistics():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3), torch.nn.BatchNorm1d(3))
+    alone = copy.deepcopy(network)
+    images = torch.rand(8, 3, 2, 2)
+    train.train_step(sam_run(network, 3, 0.5, 2), images, torch.ones(8, 3), 1.0)
+    alone(images)
+    for name, value in alone[2].named_buffers():
+        torch.testing.assert_close(network[2].get_buffer(name), value)
+    assert not torch.equal(network[1].weight, alone[1].weight)
+
+
+@pytest.mark.parametrize(("given", "radius"), {
+    "": 0.1, "--folds 3": 0.1, "--demo --weights some.pth": 0.1, "--demo": 0, "--weights none": 0, "--preset coco": 0,
+    "--weights none --sam 0.2": 0.2, "--preset coco --sam 0.2": 0.2}.items())
+def test_sam_is_for_pretrained_layers(given, radius):
+    assert train.parse_options(given.split()).sam == radius
+
+
+def test_sam_stays_finite_where_a_gradient_overflowed():
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.tensor([math.inf, math.nan, 2.0])
+    train.climb([weight], 0.5)
+    assert weight.tolist() == [1.0, 1.0, 1.5]
 
 
 @settings(max_examples=100, deadline=None)
