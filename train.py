@@ -46,7 +46,8 @@ from inference import BACKBONES, HEADS
 
 
 # What measured best on photographs. The comments: test mAP with another value instead, after training on 200 of them
-# for as many epochs, one seed, where 0.01 is noise. tests/bench.py recipe compares most of them at equal minutes.
+# for as many epochs, one seed, where 0.01 is noise, all without sam. tests/bench.py recipe compares most of them at
+# equal minutes.
 RECIPE = {
     "epochs": 20,
     "batch_size": 16,  # 32 with rate 1.5e-3 and 24 epochs, which takes as long: +0.007
@@ -155,7 +156,7 @@ def option_parser():
     add("--augment", metavar="A", help=f"none, light, rich, or some of {','.join(dataset.OPERATIONS)}")
     add("--mix", choices=("none", *dataset.MIXES), help="each image with another: pixels, or a box")
     add("--sam", type=real, metavar="RADIUS", help="sharpness-aware minimisation (Foret 2021) in the second half of "
-        "the epochs, whose steps take twice as long; 0: off, as by default from scratch")
+        "the epochs, whose steps take twice as long; 0: off, the default from scratch and of presets")
     add = parser.add_argument_group("imbalance").add_argument
     add("--loss", choices=LOSSES, help="asymmetric: easy negatives count little (Ridnik 2021)")
     add("--sampler", choices=("shuffle", "balanced"), help="balanced: rare labels more often")
@@ -642,8 +643,9 @@ def train_step(run, images, targets, share):
     """One step of the optimiser -> the loss of the whole batch, over all processes. `share` is that
     of an image's own labels in its loss; the rest is for those of the one before it.
 
-    With --sam the gradient is, in the second half of the epochs, that of the steepest place nearby
-    (sharpness-aware minimisation, Foret et al. 2021), which leads to flatter minima; late is enough.
+    With --sam the gradient is, in the second half of the epochs, that of the place nearby where the
+    loss is highest (sharpness-aware minimisation, Foret et al. 2021), which leads to flatter minima.
+    An infinite one, of fp16, ends in NaN, and the scaler leaves out the step, as without.
     """
     loss = compute_gradient(run, images, targets, share)
     if run.options.sam and run.state.epoch >= run.options.epochs / 2:
@@ -676,11 +678,10 @@ def compute_gradient(run, images, targets, share):
 
 def climb(weights, radius):
     """Move the weights, together by `radius`, in the direction in which the loss rises most."""
-    slopes = [weight.grad.nan_to_num(0.0, 0.0, 0.0) for weight in weights]  # fp16 may have overflowed
-    length = torch.stack([slope.norm() for slope in slopes]).norm().clamp(min=1e-12)
+    length = torch.stack([weight.grad.norm() for weight in weights]).norm().clamp(min=1e-12)
     with torch.no_grad():
-        for weight, slope in zip(weights, slopes):
-            weight += slope * (radius / length)
+        for weight in weights:
+            weight += weight.grad * (radius / length)
 
 
 def draw_batches(run):

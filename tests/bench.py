@@ -411,16 +411,20 @@ def bench_recipe(photographs, small, weights, *variants, seeds=3):
     print(f"{'':40} {'variant':20} epochs  seconds  mAP           F1-macro")
     for task, where in recipe_tasks(photographs, small, weights).items():
         budget = None
-        done = []  # what the variants come to: some do not differ on a task
+        same = []  # what the variants come to: some do not differ on a task
         for name, options in chosen.items():
             command = [*options.split(), *where]
             parsed = train.parse_options(command)
-            if parsed in done:
+            if parsed in same:
                 continue
-            done.append(parsed)
-            epoch = start_run(*command, "--unfreeze-epoch", "1")[1]  # what most epochs cost
+            same.append(parsed)
+            run, epoch = start_run(*command, "--unfreeze-epoch", "1")  # what most epochs cost
             epoch()  # fills the cache
-            own = min(seconds(epoch), seconds(epoch))
+            halves = []  # --sam makes the second one longer
+            for done in (0, 0, parsed.epochs - 1, parsed.epochs - 1):
+                run.state.epoch = done
+                halves.append(seconds(epoch))
+            own = (min(halves[:2]) + min(halves[2:])) / 2
             budget = budget or parsed.epochs * own
             epochs = str(max(1, round(budget / own)))
             rows = []

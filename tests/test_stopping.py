@@ -176,7 +176,7 @@ print(f"{{length:.1f}} s without a stop; {{hits}} of {kills} kills left a file h
 
 @pytest.mark.parametrize("workers, kills", [(2, 25), (0, 10)])
 def test_a_run_killed_many_times_ends_as_one_that_never_was(demo, tmp_path, workers, kills):
-    arguments = ["--data", str(demo), "--epochs", "4", "--head", "mlp", "--augment", "rich", *SMALL,
+    arguments = ["--data", str(demo), "--epochs", "4", "--head", "mlp", "--augment", "rich", "--sam", "0.1", *SMALL,
                  "--workers", str(workers)]
     script = KILLER.format(tests=str(ROOT / "tests"), arguments=arguments, seed=workers, kills=kills)
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -211,11 +211,18 @@ def test_sam_is_for_pretrained_layers(given, radius):
     assert train.parse_options(given.split()).sam == radius
 
 
-def test_sam_stays_finite_where_a_gradient_overflowed():
-    weight = torch.nn.Parameter(torch.ones(3))
-    weight.grad = torch.tensor([math.inf, math.nan, 2.0])
-    train.climb([weight], 0.5)
-    assert weight.tolist() == [1.0, 1.0, 1.5]
+@pytest.mark.parametrize("overflows", [(0,), (1,), (0, 1)])
+def test_a_step_with_sam_that_overflows_is_left_out(overflows):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3), torch.nn.BatchNorm1d(3))
+    passes = itertools.count()
+    network[1].weight.register_hook(lambda slope: slope * math.inf if next(passes) in overflows else slope)
+    before = network[1].weight.detach().clone()
+    run = sam_run(network, 3, 0.5, 2)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    train.train_step(run, torch.rand(8, 3, 2, 2), torch.ones(8, 3), 1.0)
+    assert torch.equal(network[1].weight, before)
+    assert network[2].running_mean.isfinite().all()
+    assert run.scaler.get_scale() == 4.0
 
 
 @settings(max_examples=100, deadline=None)
