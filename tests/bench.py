@@ -411,13 +411,13 @@ def bench_recipe(photographs, small, weights, *variants, seeds=3):
     print(f"{'':40} {'variant':20} epochs  seconds  mAP           F1-macro")
     for task, where in recipe_tasks(photographs, small, weights).items():
         budget = None
-        same = []  # what the variants come to: some do not differ on a task
+        seen = []  # what the variants come to: some do not differ on a task
         for name, options in chosen.items():
             command = [*options.split(), *where]
             parsed = train.parse_options(command)
-            if parsed in same:
+            if parsed in seen:
                 continue
-            same.append(parsed)
+            seen.append(parsed)
             run, epoch = start_run(*command, "--unfreeze-epoch", "1")  # what most epochs cost
             epoch()  # fills the cache
             halves = []  # --sam makes the second one longer

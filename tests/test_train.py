@@ -132,6 +132,14 @@ class Outputs(torch.nn.Module):
         return self.logits * 1.0
 
 
+def step_run(network, pos_weight, loss="bce", sam=0.0, trained=0):
+    """A run for train_step(): of 4 epochs, of which some are trained, with a learning rate of 1."""
+    return SimpleNamespace(
+        options=SimpleNamespace(loss=loss, sam=sam, epochs=4), state=SimpleNamespace(epoch=trained), model=network,
+        classifier=SimpleNamespace(precision=torch.float32), pos_weight=torch.tensor(pos_weight),
+        optimizer=torch.optim.SGD(network.parameters(), lr=1.0), scaler=torch.amp.GradScaler("cpu", enabled=False))
+
+
 @pytest.mark.parametrize("loss", train.LOSSES)
 @pytest.mark.parametrize("mix", dataset.MIXES)
 @settings(max_examples=25, deadline=None)
@@ -142,10 +150,7 @@ def test_mixed_images_mix_their_losses_and_unknown_labels_give_no_gradient(mix, 
     logits = data.draw(arrays(np.float32, shape, elements=st.floats(-4, 4, width=32)))
     images, share = dataset.mix(torch.zeros(len(targets), 3, 8, 8), mix, np.random.default_rng(shape[0]))
     network = Outputs(logits)
-    run = SimpleNamespace(
-        options=SimpleNamespace(loss=loss, sam=0.0), model=network, classifier=SimpleNamespace(precision=torch.float32),
-        pos_weight=torch.tensor([2.0] * shape[1]), optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
-        scaler=torch.amp.GradScaler("cpu", enabled=False))
+    run = step_run(network, [2.0] * shape[1], loss=loss)
     shown = train.train_step(run, images, torch.tensor(targets), share)
     gradient = network.logits.grad.numpy()
     before = np.roll(targets, 1, axis=0)
@@ -163,14 +168,6 @@ def test_mixed_images_mix_their_losses_and_unknown_labels_give_no_gradient(mix, 
     np.testing.assert_allclose(gradient, slope / known, rtol=1e-2, atol=1e-3)
 
 
-def sam_run(network, classes, radius, trained):
-    """A run of 4 epochs, of which some are trained, with pos_weight 3 and a learning rate of 1."""
-    return SimpleNamespace(
-        options=SimpleNamespace(loss="bce", sam=radius, epochs=4), state=SimpleNamespace(epoch=trained), model=network,
-        classifier=SimpleNamespace(precision=torch.float32), pos_weight=torch.tensor([3.0] * classes),
-        optimizer=torch.optim.SGD(network.parameters(), lr=1.0), scaler=torch.amp.GradScaler("cpu", enabled=False))
-
-
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_sam_takes_the_gradient_where_the_loss_rises_most_in_the_second_half(data):
@@ -181,7 +178,8 @@ def test_sam_takes_the_gradient_where_the_loss_rises_most_in_the_second_half(dat
     trained = data.draw(st.integers(1, 2))
     network = Outputs(logits)
     images = torch.zeros(shape[0], 3, 2, 2)
-    train.train_step(sam_run(network, shape[1], radius, trained), images, torch.tensor(targets), 1.0)
+    run = step_run(network, [3.0] * shape[1], sam=radius, trained=trained)
+    train.train_step(run, images, torch.tensor(targets), 1.0)
     known = ~np.isnan(targets)
 
     def gradient(x):
@@ -197,7 +195,7 @@ def test_sam_counts_a_batch_once_in_the_statistics():
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3), torch.nn.BatchNorm1d(3))
     alone = copy.deepcopy(network)
     images = torch.rand(8, 3, 2, 2)
-    train.train_step(sam_run(network, 3, 0.5, 2), images, torch.ones(8, 3), 1.0)
+    train.train_step(step_run(network, [3.0] * 3, sam=0.5, trained=2), images, torch.ones(8, 3), 1.0)
     alone(images)
     for name, value in alone[2].named_buffers():
         torch.testing.assert_close(network[2].get_buffer(name), value)
@@ -217,7 +215,7 @@ def test_a_step_with_sam_that_overflows_is_left_out(overflows):
     passes = itertools.count()
     network[1].weight.register_hook(lambda slope: slope * math.inf if next(passes) in overflows else slope)
     before = network[1].weight.detach().clone()
-    run = sam_run(network, 3, 0.5, 2)
+    run = step_run(network, [3.0] * 3, sam=0.5, trained=2)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     train.train_step(run, torch.rand(8, 3, 2, 2), torch.ones(8, 3), 1.0)
     assert torch.equal(network[1].weight, before)
