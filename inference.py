@@ -298,12 +298,12 @@ def save_model(classifier, path):
 
 
 def write_checkpoint(path, content):
-    """torch.save() that leaves a whole file: the new one, or when that fails the one before."""
-    try:
-        with dataset.atomic_write(path, "wb") as file:
-            torch.save(content, file)
-    except RuntimeError as error:  # torch's writer hides what the disk said
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+    """torch.save() that leaves a whole file: the new one, or when that fails the one before. Raises
+    OSError."""
+    buffer = io.BytesIO()  # written to a disk that is full, torch.save() does not say what is wrong
+    torch.save(content, buffer)
+    with dataset.atomic_write(path, "wb") as file:
+        file.write(buffer.getbuffer())
 
 
 def check_content(path, content, names, kind):
