@@ -300,10 +300,13 @@ def save_model(classifier, path):
 def write_checkpoint(path, content):
     """torch.save() that leaves a whole file: the new one, or when that fails the one before. Raises
     OSError."""
-    buffer = io.BytesIO()  # written to a disk that is full, torch.save() does not say what is wrong
-    torch.save(content, buffer)
-    with dataset.atomic_write(path, "wb") as file:
-        file.write(buffer.getbuffer())
+    try:
+        with dataset.atomic_write(path, "wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # of torch's writer, at the end of a file that did not fit
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise OSError(f"{path} cannot be written: {error.__context__.strerror}") from None
 
 
 def check_content(path, content, names, kind):
