@@ -368,6 +368,7 @@ VARIANTS = {
     "default": "",
     "all layers": "--train-layers new --unfreeze all",
     "no warm-up": "--unfreeze-epoch 1",
+    "rich": "--augment rich",
     "light": "--augment light",
     "lr 5e-4": "--lr 5e-4",
     "lr 2e-3": "--lr 2e-3",

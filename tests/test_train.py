@@ -1229,8 +1229,8 @@ def test_the_configuration_is_printed_before_training(demo, tmp_path, capsys):
     before, _, after = capsys.readouterr().out.partition("epoch 1/1")
     count = len(read_rows(tmp_path / "train_metadata.csv"))
     for text in ("80 images", f"{count} train", "resnet18", "linear head", "32 px", "layer4,head",
-                 "1 epochs", "batch 20", "lr 0.0007", "cosine", "rich", "pos_weight sqrt", "last epoch", "soft",
-                 "batch_size=20", "device: cpu", "precision: fp32", "weights: none"):
+                 "1 epochs", "batch 20", "lr 0.0007", "cosine", "augment flip,crop,rotation", "pos_weight sqrt",
+                 "last epoch", "soft", "batch_size=20", "device: cpu", "precision: fp32", "weights: none"):
         assert text in before, text
     assert "epochs=1" in before and "seed=" not in before and "monitor=" not in before
     assert "f1_macro" in after
