@@ -300,13 +300,11 @@ def save_model(classifier, path):
 def write_checkpoint(path, content):
     """torch.save() that leaves a whole file: the new one, or when that fails the one before. Raises
     OSError."""
-    try:
-        with dataset.atomic_write(path, "wb") as file:
+    with dataset.atomic_write(path, "wb") as file:
+        try:
             torch.save(content, file)
-    except RuntimeError as error:  # of torch's writer, at the end of a file that did not fit
-        if not isinstance(error.__context__, OSError):
-            raise
-        raise OSError(f"{path} cannot be written: {error.__context__.strerror}") from None
+        except RuntimeError as error:  # of torch's writer, after what the disk said
+            raise error.__context__ or error from None
 
 
 def check_content(path, content, names, kind):
