@@ -14,14 +14,17 @@ A LabelTable is the one currency between label files, splits, datasets and repor
 """
 
 import argparse
+import ast
 import contextlib
 import csv
 import errno
 import hashlib
+import heapq
 import io
 import json
 import math
 import os
+import posixpath
 import re
 import sys
 import textwrap
@@ -39,6 +42,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".avif"}
+OTHER_SUFFIXES = {".heic", ".heif", ".dcm", ".dicom", ".svg", ".psd", ".eps", ".jxl", ".raw", ".dng", ".cr2", ".nef",
+                  ".arw", ".exr", ".hdr", ".pdf", ".npy"}  # of images too, but these are not read
 PARTS = ("train", "val", "test")
 
 
@@ -53,11 +58,12 @@ class LabelTable:
     groups: dict = field(default_factory=dict)  # group name -> its class names; may be empty
     objects: list = field(default_factory=list)  # N objects that are shown: each stays in one split
     parts: list = field(default_factory=list)  # N of "train", "val", "test" or "": the data's own split
-    copies: list = field(default_factory=list)  # N ids of the first image with the same bytes
+    copies: list = field(default_factory=list)  # N paths of the first image with the same bytes
     origins: list = field(default_factory=list)  # N places "FILE:LINE"; these four may be empty
     missing: list = field(default_factory=list)  # ids of rows that were dropped for lack of an image
     notes: list = field(default_factory=list)  # how the label file was understood, one line each
     warnings: list = field(default_factory=list)  # what was odd in the label file, one line each
+    merged: int = 0  # rows that were merged with an earlier row of the same image
     absent: float = math.nan  # what a class is that is not named: 0 in lists of what is there
 
     def __len__(self):
@@ -87,18 +93,24 @@ class Reading:
     ignore: list = ()
     separator: str = None
     label_threshold: float = None
-    negative: str = None
-    unknown: str = None
+    positive: list = ()  # a word, or a list of words
+    negative: list = ()
+    unknown: list = ()
     image_list: str = None
+    drop_overlap: bool = False
 
 
 def read_labels(data_dir, labels=None, images=None, **how):
-    """Read a data folder, whatever its label format -> LabelTable.
+    """Read a data folder, whatever its label format.
 
-    labels: the label file, or the folder of .cls files; by default that of find_labels(). images:
-    the image folder; by default DATA/images, or DATA itself. how: fields of Reading. Rows whose
-    image is missing are dropped and listed in `missing`; `notes` says how the files were
-    understood. Raises InputError.
+    Args:
+        data_dir: the folder of labels and images.
+        labels: the label file, or the folder of .cls files; by default what find_labels() finds.
+        images: the image folder; by default DATA/images, or DATA itself.
+        how: fields of Reading.
+
+    Returns a LabelTable. Rows whose image is missing are dropped and listed in `missing`; `notes`
+    says how the files were understood. Raises InputError, also where the data can be read in two ways.
     """
     data_dir = Path(data_dir)
     how = Reading(**how)
@@ -107,70 +119,72 @@ def read_labels(data_dir, labels=None, images=None, **how):
     if images and not Path(images).is_dir():
         raise InputError(f"{images} is not a folder: --images names the image folder")
     default = data_dir / "images"
-    folder = ImageFolder(images or (default if default.is_dir() else data_dir), data_dir)
+    folder = ImageFolder(images or (default if default.is_dir() else data_dir), data_dir, guessed=not images)
     groups_file = Path(how.label_groups or data_dir / "label_groups.json")
     groups = _read_groups(groups_file) if how.label_groups or groups_file.is_file() else {}
 
-    files = {"": _given_file(labels, data_dir)} if labels else find_labels(data_dir)
-    tables = []
-    lists = None  # whether the files hold lists: the first one decides
-    for part, path in files.items():
-        if path.is_dir():
-            table = _read_cls(path, data_dir)
-        else:
-            table, lists = _read_file(path, groups, folder, how, lists)
-        if part:
-            table.parts = [part] * len(table)
-        tables.append(table)
-    table = _join_tables(tables)
-    if len(files) > 1:
-        table.notes.append(f"divided: {', '.join(f'{path} is {part}' for part, path in files.items())}")
+    files = {"": _given_file(labels, data_dir)} if labels else find_labels(data_dir, folder)
+    by_stem = next(iter(files.values())).is_dir()
+    table = _read_cls(files[""], data_dir) if by_stem else _read_files(files, data_dir, groups, folder, how)
     if groups:
         table = _apply_groups(table, groups, groups_file)
-    table = _attach_images(table, folder)
+
+    table = _attach_images(table, folder, by_stem)
     if how.split_column == "folder":
         table.parts = [_part_of_folder(path, folder.root) for path in table.paths]
         table.notes.append("split: by the folders below the image folder")
-    return _find_copies(_unite_rows(table))
+    table = _find_copies(table)
+    return _merge_rows(_separate_parts(table, how.drop_overlap))
 
 
 def add_data_options(parser):
     """Add --labels, --images and the options of Reading to a parser (or a group of one)."""
     add = parser.add_argument
-    add("--labels", metavar="FILE", help="label file, when it is not found by looking")
-    add("--images", metavar="DIR", help="image folder, when it is not DATA/images or DATA")
-    add("--label-groups", metavar="FILE", help="JSON file {group: [class, ...]}; DATA/label_groups.json when there")
-    add("--group", metavar="COLUMN", help="column of the physical object shown: its images stay in one split")
-    add("--split-column", metavar="COLUMN", help="column with train, val or test (a column named split is found); "
-        "folder: the folder below the image folder says it")
-    add("--image-column", metavar="COLUMN", help="column that names the image, when it is not found by looking")
-    add("--ignore", nargs="+", default=[], metavar="COLUMN", help="columns that are no labels")
-    add("--separator", metavar="TEXT", help="between the labels of a cell, when it is not ; | or ,")
-    add("--label-threshold", type=number(float), metavar="T", help="labels from 0 to 1: present from T on")
-    add("--negative", metavar="WORD", help="a cell that means absent, such as -1")
-    add("--unknown", metavar="WORD", help="a cell that means unknown (NA), such as -1")
-    add("--image-list", metavar="FILE", help="file of image names, for labels without any: a name per line")
+    add("--labels", metavar="FILE", help="label file, or folder of .cls files (default: search DATA)")
+    add("--images", metavar="DIR", help="image folder (default: DATA/images if it exists, else DATA)")
+    add("--label-groups", metavar="FILE", help="JSON file {group: [class, ...]} (default: DATA/label_groups.json)")
+    add("--group", metavar="COLUMN", help="column naming the physical object: its images stay in one split")
+    add("--split-column", metavar="COLUMN", help="column with train, val or test (default: search for one); "
+        "folder: the folders below the image folder name the split")
+    add("--drop-overlap", action="store_true", help="remove images that are in two splits from the lesser one, "
+        "train before val before test")
+    add("--image-column", metavar="COLUMN", help="column naming the image (default: search for it)")
+    add("--ignore", nargs="+", default=[], metavar="COLUMN", help="columns to leave out")
+    add("--separator", metavar="TEXT", help="what separates the labels in a cell (default: search for ; | or ,)")
+    add("--label-threshold", type=number(float), metavar="T", help="labels are numbers from 0 to 1: present from T on")
+    for name, value in (("positive", "present"), ("negative", "absent"), ("unknown", "unknown (NA)")):
+        add(f"--{name}", action="append", default=[], metavar="WORD", help=f"a cell that means {value}, such as "
+            + {"positive": "ja", "negative": "nein, -1 or ''", "unknown": "-1"}[name] + "; can be repeated")
+    add("--image-list", metavar="FILE", help="file with an image name per line, for label files without names")
 
 
 def data_options(options):
-    """The options of add_data_options() as keywords of read_labels()."""
+    """Return the options of add_data_options() as keywords of read_labels()."""
     return {name: getattr(options, name) for name in ("labels", "images", *Reading.__dataclass_fields__)}
 
 
-def find_labels(data_dir):
-    """Look for label files -> {part: Path}; a single one, or one of .cls files, has part "". Raises
-    InputError."""
+# Which files hold the labels
+
+
+def find_labels(data_dir, folder=None):
+    """Look for the label files of a data folder.
+
+    Returns {part: Path}: a single file, or the folder of .cls files, has the part "". folder: the
+    ImageFolder, which tells a file of class names from one of images. Raises InputError.
+    """
     for name in ("labels.txt", "labels.csv", "labels.tsv", "image_data.csv"):
-        if (data_dir / name).is_file():
+        if (data_dir / name).is_file() and not _read_class_table(data_dir / name, folder):
             return {"": data_dir / name}
     divided = _find_divided(data_dir)
     if "train" in divided and len(divided) > 1:
         return divided
     if next((data_dir / "labels").rglob("*.cls"), None):
         return {"": data_dir / "labels"}
+
     found = _table_files(data_dir)
-    if len(found) == 1:
-        return {"": found[0]}
+    tables = [path for path in found if path.name != "classes.txt" and not _read_class_table(path, folder)]
+    if len(tables) == 1:
+        return {"": tables[0]}
     names = ", ".join(path.name for path in found) or "no .txt, .csv or .tsv file"
     more = "; for a matrix of labels beside a list of images --labels MATRIX --image-list LIST" if found else ""
     raise InputError(f"{data_dir} has {names}: name the label file with --labels FILE, or call it labels.txt{more}")
@@ -186,7 +200,7 @@ PART_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val
 
 
 def _find_divided(data_dir):
-    """train.csv, train_metadata.csv, or the only table file of train/; val and test likewise."""
+    """Find train.csv, train_metadata.csv, or the only table file of train/; val and test likewise."""
     divided = {}
     for path in _table_files(data_dir):
         part = PART_WORDS.get(path.stem.lower().removesuffix("_metadata"))
@@ -202,22 +216,69 @@ def _find_divided(data_dir):
 
 
 def _given_file(name, data_dir):
-    """A file that an option names, looked for in the working directory and in DATA."""
+    """Find a file that an option names in the working directory or in DATA."""
     for path in (Path(name), data_dir / name):
         if path.exists():
             return path
     raise InputError(f"{name} cannot be read: No such file or directory, nor in {data_dir}")
 
 
+def _read_files(files, data_dir, groups, folder, how):
+    """Read the label files {part: Path} of a data folder, all of one kind, into one LabelTable."""
+    tables = {}
+    left_out = []
+    first = None  # the columns of labels in the first file: the other files must be like it
+    meanings = {}
+    for part, path in files.items():
+        try:
+            table, columns = _read_file(path, data_dir, groups, folder, how, first, meanings)
+        except NoLabels as error:
+            if not tables:
+                raise
+            left_out.append(f"{path} is left out, since it has no labels ({str(error).partition(': ')[2]})")
+            continue
+        first = first or columns
+        tables[part] = table
+
+    divided = len(tables) > 1
+    if divided:
+        for part, table in tables.items():
+            table.parts = [part] * len(table)
+    table = _join_tables(list(tables.values()))
+    table.warnings += left_out
+    if divided:
+        table.notes.append(f"divided: {', '.join(f'{files[part]} is {part}' for part in tables)}")
+    _check_negatives(table, meanings, how)
+    return table
+
+
+def _check_negatives(table, meanings, how):
+    """Raise an InputError if no label is absent: then NA, perhaps a blank cell, must be what means it."""
+    unknown = [cell for cell, value in meanings.items() if value is not None and math.isnan(value)]
+    asked = [cell for cell in unknown if not _is_word(cell, how.unknown)]
+    if math.isnan(table.absent) and asked and np.isnan(table.targets).any() and not (table.targets == 0).any():
+        word = "" if "" in asked else min(asked)
+        said = f"a cell {word!r}" if word else "a blank cell"
+        source = table.origins[0].rpartition(":")[0]
+        raise InputError(f"{source}: every known label is present: if {said} means absent, "
+                         f'say --negative "{word}"; if it means unknown, --unknown "{word}"')
+
+
+# Text files: lines, and rows of cells
+
+
 LONGEST_LINE = 2**20  # bytes; a longer one is not of a label file
+FOREIGN = {b"PK\x03\x04": "an Excel workbook or a ZIP archive", b"\x93NUMPY": "a numpy array", b"<?xml": "XML",
+           b"PAR1": "a Parquet file", b"%PDF": "a PDF document", b"\x80\x04": "a Python pickle"}
 
 
 def read_lines(path):
-    """The lines of a text file in UTF-8, with or without BOM, any line end. Raises InputError."""
+    """Return the lines of a text file in UTF-8, with or without BOM and with any line ends. Raises InputError."""
     content = bytearray()
     try:
         with open(path, "rb") as file:
             while part := file.read(LONGEST_LINE):
+                _refuse_foreign(path, content or part)
                 if len(part) == LONGEST_LINE and not re.search(rb"[\r\n]", part):
                     raise InputError(f"{path} has a line of over {LONGEST_LINE} bytes: it is not a label file")
                 content += part
@@ -233,16 +294,34 @@ def read_lines(path):
     return text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
 
 
+def _refuse_foreign(path, content):
+    """Raise an InputError for the first bytes of a file that is certainly no text with rows."""
+    for start, kind in FOREIGN.items():
+        if content.startswith(start):
+            raise InputError(f"{path} is {kind}: {READABLE}")
+
+
+READABLE = ("label files are tables (.txt, .csv, .tsv) with a column per class, .csv lists of label names, or a folder "
+            "of .cls files: export one of these")
+
+
 def _read_names(path):
     return [line.strip() for line in read_lines(path) if line.strip()]
 
 
 def read_rows(path):
-    """A table -> ([(line number, cells), ...] of lines not blank, delimiter). Raises InputError."""
+    """Read a text file of rows.
+
+    Returns ([(line number, cells), ...] of the lines that are not blank, delimiter). Raises InputError.
+    """
     lines = read_lines(path)
-    delimiter = _find_delimiter(path, next((line for line in lines if line.strip()), ""))
+    first = next((line for line in lines if line.strip()), "").strip()
+    if path.suffix.lower() in (".json", ".jsonl") or first in ("{", "[") or first.startswith(('{"', "[{", '["')):
+        raise InputError(f"{path} is JSON: {READABLE}")
+    delimiter = _find_delimiter(path, first)
     if delimiter == " ":
         return [(number, line.split()) for number, line in enumerate(lines, 1) if line.strip()], delimiter
+
     rows = []
     reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
@@ -256,6 +335,7 @@ def read_rows(path):
 
 
 def _find_delimiter(path, line):
+    """Choose what separates the cells of a file by its suffix and its first line."""
     if path.suffix.lower() == ".tsv":
         return "\t"
     delimiter = max(",;\t", key=line.count)
@@ -263,63 +343,223 @@ def _find_delimiter(path, line):
     if path.suffix.lower() != ".csv" and (blanks > line.count(delimiter) or delimiter not in line):
         return " "
     if line and delimiter not in line:
-        raise InputError(f"{path}:1: no label column: separate cells by comma, semicolon or tab")
+        raise NoLabels(f"{path}:1: no label column: separate cells by comma, semicolon or tab")
     return delimiter
+
+
+# One label file: the decision which column is what
 
 
 DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", " ": "white space"}
 ID_TITLES = ("id", "image_id", "imageid", "image", "images", "image_name", "image name", "image index", "filename",
-             "file_name", "file name", "file", "path", "filepath", "file_path", "image_path", "img", "name")
+             "file_name", "file name", "file", "path", "filepath", "file_path", "image_path", "img", "name", "fname")
+LIST_TITLE = re.compile(r"label|tag|class|categor|finding|choice|attribute", re.IGNORECASE)
+
+# Titles of columns that hold no labels even where their cells are 0 and 1: ids, people, folds.
+OTHER_TITLE = re.compile(r"(.*[_ .-])?(id|uuid|guid|idx|index|fold|split|set|subset|partition|date|time|timestamp|"
+                         r"annotators?|annotated by|labell?er|rater|reviewer|inspector|operator|author|user|username|"
+                         r"worker|source|url|(created|updated)[_ ](at|by))|Unnamed: \d+", re.IGNORECASE)
+# Titles of columns whose words are not names of labels.
+TEXT_TITLES = {"caption", "text", "description", "comment", "comments", "remarks", "note", "notes", "confidence"}
+VALUE_TITLES = {"confidence", "value", "present", "presence"}  # beside one name: 1 it is there, 0 it is absent
 
 
-def _read_file(path, groups, folder, how, lists):
-    """A table or lists file -> (LabelTable without paths, lists: whether it was, or has to be)."""
+def _read_file(path, data_dir, groups, folder, how, first, meanings):
+    """Read one label file.
+
+    first: the columns of labels in the first of several files, or None. meanings: gains what each
+    cell means (1, 0, NaN or None). Returns (LabelTable without paths, the columns of its labels).
+    """
     rows, delimiter = read_rows(path)
     if not rows:
         raise InputError(f"{path} is empty: it needs a line per image")
     values = LabelValues(how, decimal_comma=delimiter == ";")
     notes = [f"{path}: cells separated by {DELIMITER_NAMES[delimiter]}"]
-    if len(rows) > 2 and rows[0][1] in ([str(len(rows) - 1)], [str(len(rows) - 2)]):
-        notes.append(f"line {rows[0][0]} tells the number of rows")
-        rows = rows[1:]
-    if how.image_list:
-        image_list = _given_file(how.image_list, path.parent)
-        names = _read_names(image_list)
-        if len(names) != len(rows):
-            raise InputError(f"{image_list} names {len(names)} images, but {path} has {len(rows)} rows")
-        rows = [(number, [name, *cells]) for name, (number, cells) in zip(names, rows)]
-        notes.append(f"images: named by {image_list}")
+    rows = _skip_count(rows, notes)
+    rows = _add_image_list(path, rows, how, notes)
+    rows = _regular_rows(rows, delimiter, folder, values, notes)
     header, rows = _split_header(path, rows, delimiter, folder, values, notes)
-    columns = _columns(path, header, rows, delimiter, values)
-    title = how.image_column or _find_image_column(columns, folder)
+    cells = _columns(path, header, rows, delimiter, values)
+
+    title = how.image_column or _find_image_column(cells, folder, values)
     notes.append(f"images: in the column {title}" if title else "images: in a column without a title")
-    table = LabelTable(_take(path, columns, title, "--image-column"), [], None, [], notes=notes)
+    table = LabelTable(_take(path, cells, title, "--image-column"), [], None, [], notes=notes)
     table.origins = [f"{path}:{number}" for number, _ in rows]
     for name in how.ignore:
-        _take(path, columns, name, "--ignore")
+        _take(path, cells, name, "--ignore")
     if how.group:
-        table.objects = _take(path, columns, how.group, "--group")
-    _read_parts(path, table, columns, how)
+        _read_objects(path, table, cells, how.group)
+    _read_parts(path, table, cells, values, how)
 
-    columns = [Column(title, cells, values) for title, cells in columns.items()]
-    if lists is None:
-        known = how.image_column or title.lower() in ID_TITLES
-        lists = delimiter != " " and bool(known) and _looks_like_lists(columns, groups)
-    if lists:
-        chosen = _read_lists(path, table, columns, groups, values, how)
+    columns = [Column(title, column, values) for title, column in cells.items()]
+    known = bool(how.image_column) or title.lower() in ID_TITLES or any(map(folder.names_image, table.ids[:50]))
+    kind = first.kind if first else _choose_kind(path, columns, groups, how, delimiter != " " and known)
+    if kind == "lists":
+        chosen = _read_lists(path, table, columns, groups, values, how, first, _read_class_names(data_dir))
+    elif kind == "vectors":
+        chosen = _read_vectors(path, table, columns, values, how, _read_class_names(data_dir))
     else:
         chosen = _read_table(path, table, columns, values, how)
     left_out = [column.title or "one without a title" for column in columns if column not in chosen]
     if left_out:
         table.warnings.append(f"columns that hold no labels were left out: {', '.join(left_out)}")
-    return table, lists
+    for column in chosen:
+        meanings.update(column.labels)
+    return table, LabelColumns(kind, [column.title for column in chosen])
+
+
+@dataclass
+class LabelColumns:
+    """The columns of labels in a file, and how they hold them: "table", "lists" or "vectors"."""
+
+    kind: str
+    titles: list
+
+
+def _choose_kind(path, columns, groups, how, images_known):
+    """Decide how a file holds its labels: "table", "lists" or "vectors".
+
+    A table has a column of 1, 0 and NA per class. Lists have names of labels, several in a cell.
+    Vectors have all of an image's 1, 0 and NA in one cell. Raises InputError where two of them fit.
+    """
+    flags = [column for column in columns if column.holds_flags() and not column.is_other]
+    vectors = [column for column in columns if column.vectors and not column.is_other]
+    listed = [column for column in columns if column.holds_list() and column not in vectors]
+    if any(column.title in groups and column.words for column in columns):
+        return "lists"
+
+    if vectors:
+        others = vectors[1:] + flags + listed
+        if others:
+            _refuse_both(path, "0 and 1 for each class in one cell", vectors[0], others[0])
+        return "vectors"
+    if how.separator is not None:
+        return "lists"
+    if listed and flags:
+        names = set().union(*(_words_of(cell) for column in listed for cell in column.distinct))
+        if names <= {column.title for column in flags}:  # the same labels twice: the table says it more clearly
+            return "table"
+        if len(flags) > 1 or flags[0].title.lower() not in VALUE_TITLES:
+            _refuse_both(path, "names", listed[0], flags[0])
+    if listed:
+        return "lists"
+    if flags or any(column.is_soft() for column in columns):
+        return "table"
+    return "lists" if images_known and any(column.holds_names() for column in columns) else "table"
+
+
+def _refuse_both(path, what, column, other):
+    raise InputError(f"{path}: the column {column.title} holds {what}, and the column {other.title} may hold labels "
+                     f'too: leave one of them out, --ignore "{other.title}" or --ignore "{column.title}"')
+
+
+class Column:
+    """A column of a label file, and what its cells read as: every decision looks here."""
+
+    def __init__(self, title, cells, values):
+        self.title = title
+        self.cells = cells
+        self.distinct = set(cells)
+        self.labels = _label_meanings(self.distinct, values)  # cell -> 1.0, 0.0, NaN, or None for no label
+        numbers = {cell: values.number(cell) for cell in self.distinct}
+        self.numbers = set(numbers.values())
+        odd = [cell for cell in self.distinct if self.labels[cell] is None]
+        self.odd_numbers = [numbers[cell] for cell in odd]
+        self.words = {cell for cell in odd if numbers[cell] is None and not DATE.match(cell)}
+        self.is_other = title == "" or OTHER_TITLE.fullmatch(title) is not None
+        self.vectors = _read_vector_cells(self.distinct, values) if odd else {}
+
+    @cached_property
+    def counts(self):
+        """How many cells read as a known label, as NA, and as anything else."""
+        known, unknown, other = 0, 0, 0
+        for cell, count in Counter(self.cells).items():
+            if self.labels[cell] is None:
+                other += count
+            elif math.isnan(self.labels[cell]):
+                unknown += count
+            else:
+                known += count
+        return known, unknown, other
+
+    def holds_flags(self):
+        """Tell whether the cells are 1, 0 and NA, not all of them NA."""
+        meanings = self.labels.values()
+        return None not in meanings and not all(math.isnan(value) for value in meanings)
+
+    def is_soft(self):
+        """Tell whether there are labels or numbers from 0 to 1 among the cells."""
+        known = any(value in (0, 1) for value in self.labels.values())
+        return not self.words and not self.is_other and (known or any(
+            number is not None and 0 <= number <= 1 for number in self.numbers))
+
+    def holds_names(self):
+        """Tell whether the cells may be lists of names: some words that are repeated, or only blanks."""
+        repeated = len(self.cells) <= 20 or len(self.distinct) < 0.9 * len(self.cells)
+        other = self.is_other or self.title.lower() in TEXT_TITLES
+        names = self.words or all(value is not None and math.isnan(value) for value in self.labels.values())
+        return bool(names) and repeated and not other
+
+    def holds_list(self):
+        """Tell whether a title such as labels stands over names, or over several class numbers."""
+        if self.is_other or not LIST_TITLE.search(self.title):
+            return False
+        known, _, other = self.counts
+        numbers = [number for number in self.odd_numbers if number is not None]
+        if not self.words and (len(self.distinct) < 3 or any(value != int(value) for value in numbers)):
+            return False
+        return other > known or any(re.fullmatch(r"\d+([\s;|,]+\d+)+", cell) for cell in self.words)
+
+
+def _skip_count(rows, notes):
+    """Leave out a first line that only tells the number of rows, as CelebA's does."""
+    if len(rows) > 2 and rows[0][1] in ([str(len(rows) - 1)], [str(len(rows) - 2)]):
+        notes.append(f"line {rows[0][0]} tells the number of rows")
+        return rows[1:]
+    return rows
+
+
+def _add_image_list(path, rows, how, notes):
+    """Put the names of --image-list before the cells of the rows."""
+    if not how.image_list:
+        return rows
+    image_list = _given_file(how.image_list, path.parent)
+    names = _read_names(image_list)
+    if len(names) != len(rows):
+        raise InputError(f"{image_list} names {len(names)} images, but {path} has {len(rows)} rows")
+    notes.append(f"images: named by {image_list}")
+    return [(number, [name, *cells]) for name, (number, cells) in zip(names, rows)]
+
+
+def _regular_rows(rows, delimiter, folder, values, notes):
+    """Turn ragged rows without a header, IMAGE,NAME,NAME..., into an image and a list of names.
+
+    Cloud labelling services put TRAIN, VALIDATION, TEST or UNASSIGNED before the image: that becomes the split.
+    """
+    words = {**PART_WORDS, "unassigned": ""}
+    has_part = all(len(cells) > 1 and cells[0].lower() in words for _, cells in rows)
+    start = int(has_part)
+    ragged = len({len(cells) for _, cells in rows}) > 1
+    if delimiter == " " or not (has_part or ragged):
+        return rows
+    for _, cells in rows:
+        names = [cell for cell in cells[start + 1 :] if cell]
+        if not folder.names_image(cells[start]) or any(values[name] is not None for name in names):
+            return rows
+
+    regular = [(rows[0][0], ["image", "labels", *(["split"] if has_part else [])])]
+    for number, cells in rows:
+        names = json.dumps([cell for cell in cells[start + 1 :] if cell])
+        regular.append((number, [cells[start], names, *([words[cells[0].lower()]] if has_part else [])]))
+    notes.append("no header: " + ("the split, then " if has_part else "") + "the image, then the names of its labels")
+    return regular
 
 
 def _split_header(path, rows, delimiter, folder, values, notes):
-    """-> (titles, the other rows); titles are made up where the first row names an image."""
+    """Return (titles, the other rows); titles are made up where the first row names an image."""
     number, cells = rows[0]
     if len(cells) < 2:
-        raise InputError(f"{path}:{number}: no label column: the image comes first, then 0, 1 or NA for each class")
+        raise NoLabels(f"{path}:{number}: no label column: the image comes first, then 0, 1 or NA for each class")
     labels = len(list(takewhile(lambda cell: values[cell] is not None, reversed(cells))))  # at the end
     name = cells[0]
     width = len(cells) - 1
@@ -329,6 +569,7 @@ def _split_header(path, rows, delimiter, folder, values, notes):
     if folder.names_image(name) or (0 < labels < len(cells) and len(set(cells[1:])) < len(cells) - 1):
         notes.append(f"no header: the image comes first, and the classes are called Attr1 to Attr{width}")
         return ["image", *(f"Attr{i + 1}" for i in range(width))], rows
+
     if labels == len(cells):
         raise InputError(f"{path}:{number}: a row of labels without an image: name the images with --image-list")
     if len(rows) == 1:
@@ -342,14 +583,16 @@ def _split_header(path, rows, delimiter, folder, values, notes):
 
 
 def _columns(path, header, rows, delimiter, values):
-    """{title: the cells of the column}, of rows that must have a cell for each title."""
+    """Return {title: the cells of the column}; every row must have a cell for each title."""
     flat = []
     for number, cells in rows:
         extra = len(cells) - len(header)
         if delimiter == " " and extra > 0 and values[cells[extra]] is None:  # a file name with blanks
             cells = [" ".join(cells[: extra + 1]), *cells[extra + 1 :]]
         if len(cells) != len(header):
-            raise InputError(f"{path}:{number}: {len(cells)} cells, but there are {len(header)} columns")
+            more = "" if delimiter == " " or len(cells) < len(header) else (
+                f": put a cell that contains {DELIMITER_NAMES[delimiter]} in quotes, or separate its names by ;")
+            raise InputError(f"{path}:{number}: {len(cells)} cells, but there are {len(header)} columns{more}")
         flat += cells
     return {title: flat[i :: len(header)] for i, title in enumerate(header)}
 
@@ -361,36 +604,74 @@ def _take(path, columns, title, option):
     return columns.pop(title)
 
 
-def _find_image_column(columns, folder):
-    """The title of the column whose cells name most images, or the likeliest title."""
+def _find_image_column(columns, folder, values):
+    """Return the title of the column whose cells name most images, or the likeliest title.
+
+    A column of 0 and 1 names no images unless its title says so, even if there is a file 0.jpg.
+    """
     hits = {}
     for title in sorted(columns, key=lambda title: (title.lower() not in ID_TITLES, _is_index(title))):
         cells = columns[title][:50]
         hits[title] = sum(folder.names_image(cell) for cell in cells)
+        untitled = title.lower() not in ID_TITLES
+        if hits[title] and untitled and all(values[cell] is not None for cell in columns[title]):
+            hits[title] = 0
         if hits[title] == len(cells):
             break
     return max(hits, key=hits.get)
 
 
 def _is_index(title):
-    """Whether a title is that of an index which pandas wrote."""
+    """Return True for the index column that pandas writes."""
     return title == "" or title.startswith("Unnamed: ")
 
 
-def _read_parts(path, table, columns, how):
+def _read_objects(path, table, columns, title):
+    """Take the column of --group into table.objects; an image without an object is one of its own."""
+    cells = _take(path, columns, title, "--group")
+    table.objects = ["" if cell.lower() in UNKNOWN_WORDS else cell for cell in cells]
+    lacking = table.objects.count("")
+    if lacking:
+        table.notes.append(f"objects: {lacking} rows have no {title}, and each counts as an object of its own")
+
+
+SPLIT_TITLES = ("split", "set", "subset", "partition", "phase")
+SPLIT_FLAGS = {"is_valid": ("val", "train"), "is_val": ("val", "train"), "is_validation": ("val", "train"),
+               "is_test": ("test", "")}  # title of a true/false column -> what true and false stand for
+
+
+def _read_parts(path, table, columns, values, how):
     """Take the column that says train, val or test, if there is one, into table.parts."""
     title = how.split_column if how.split_column != "folder" else None
-    for name in columns:
-        if not title and name.lower() == "split" and {cell.lower() for cell in columns[name]} <= {"", *PART_WORDS}:
-            title = name
-    if not title:
+    if title is None:
+        found = [name for name, cells in columns.items() if _is_split(name, cells, values)]
+        if len(found) > 1:
+            raise InputError(f"{path}: both {found[0]} and {found[1]} may be the split: say which with "
+                             f"--split-column, and leave out the other with --ignore")
+        title = next(iter(found), None)
+    if title is None:
         return
+
     cells = _take(path, columns, title, "--split-column")
+    flags = SPLIT_FLAGS.get(title.lower())
+    table.parts = []
     for origin, cell in zip(table.origins, cells):
-        if cell and cell.lower() not in PART_WORDS:
+        if flags and values[cell] in (0, 1):
+            table.parts.append(flags[0] if values[cell] else flags[1])
+        elif cell and cell.lower() not in PART_WORDS:
             raise InputError(f"{origin}: {cell!r} in the column {title} is not train, val or test")
-    table.parts = [PART_WORDS.get(cell.lower(), "") for cell in cells]
-    table.notes.append(f"split: from the column {title}")
+        else:
+            table.parts.append(PART_WORDS.get(cell.lower(), ""))
+    meaning = f", where true means {flags[0]} and false {flags[1] or 'not yet divided'}" if flags else ""
+    table.notes.append(f"split: from the column {title}{meaning}")
+
+
+def _is_split(title, cells, values):
+    """Tell whether a column says the split: by its title, and because nothing else is in its cells."""
+    distinct = {cell.lower() for cell in set(cells)}
+    if title.lower() in SPLIT_FLAGS:
+        return {values[cell] for cell in distinct} == {0, 1}
+    return title.lower() in SPLIT_TITLES and distinct <= {"", *PART_WORDS} and distinct != {""}
 
 
 def _first_repeated(names):
@@ -403,18 +684,36 @@ def _refuse_repeated(place, names):
         raise InputError(f"{place}: {repeated} is there twice: rename one")
 
 
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+# Tables: what the cells mean
+
+
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 DATE = re.compile(r"\d+[-./]\d+[-./]\d")
-LABEL_WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
-LABEL_WORDS |= dict.fromkeys(["", "na", "n/a", "nan", "none", "null", "?"], math.nan)
+UNKNOWN_WORDS = {"", "na", "n/a", "#n/a", "<na>", "n.a.", "nan", "none", "null", "nil", "?", "-", "--", "unknown"}
+MARKS = {"x", "✓", "✔", "√", "☑", "✅", "•"}  # present, beside cells that are blank
+PAIRS = ({"1", "0", "true", "false", "yes", "no"},  # these may be mixed in a column
+         {"t", "f"}, {"y", "n"}, {"positive", "negative"}, {"pos", "neg"}, {"present", "absent"}, {"+", "-"},
+         {"on", "off"}, {"✓", "✗"}, {"✔", "✘"}, {"☑", "☐"}, {"✅", "❌"}, MARKS)
+PRESENT_WORDS = {"true", "yes", "t", "y", "positive", "pos", "present", "+", "on", *MARKS}
+LABEL_WORDS = (dict.fromkeys(set().union(*PAIRS), 0.0) | dict.fromkeys(PRESENT_WORDS, 1.0)
+               | dict.fromkeys(UNKNOWN_WORDS, math.nan))
+
+
+def _is_word(cell, words):
+    """Tell whether a cell is one of the words of --positive, --negative or --unknown."""
+    return cell.lower() in {word.lower() for word in ([words] if isinstance(words, str) else words or ())}
 
 
 class LabelValues(dict):
-    """cell -> 1.0, 0.0, math.nan, or None for no label; filled as cells are asked for."""
+    """What a cell means, {cell: 1.0, 0.0, math.nan, or None for no label}; filled as cells are asked for."""
 
     def __init__(self, how, decimal_comma=False):
         self.how = how
         self.decimal_comma = decimal_comma
+        self.said = []  # (word, the number that it is or None, what an option says that it means)
+        for words, value in ((how.positive, 1.0), (how.negative, 0.0), (how.unknown, math.nan)):
+            for word in [words] if isinstance(words, str) else words or ():
+                self.said.append((word.lower(), self.number(word), value))
 
     def __missing__(self, cell):
         self[cell] = self._value(cell)
@@ -422,100 +721,97 @@ class LabelValues(dict):
 
     def _value(self, cell):
         number = self.number(cell)
-        for word, value in ((self.how.negative, 0.0), (self.how.unknown, math.nan)):
-            if word is not None and (cell == word or number == self.number(word) is not None):
-                return value
+        said = self.meaning_said(cell)
+        if said is not None:
+            return said
         if number == -1:
             return math.nan
         if self.how.label_threshold is not None and number is not None and 0 <= number <= 1:
             return float(number >= self.how.label_threshold)
         return number if number in (0, 1) else LABEL_WORDS.get(cell.lower())
 
+    def meaning_said(self, cell):
+        """Return what --positive, --negative or --unknown says that a cell means, or None."""
+        number = self.number(cell)
+        for word, word_number, value in self.said:
+            if cell.lower() == word or (number is not None and number == word_number):
+                return value
+        return None
+
     def number(self, cell):
-        """The cell as a float, or None."""
+        """Return the cell as a float, or None."""
         if self.decimal_comma:
             cell = cell.replace(",", ".")
         return float(cell) if NUMBER.fullmatch(cell) else None
 
 
-LIST_TITLE = re.compile(r"label|tag|class|categor|finding", re.IGNORECASE)
-OTHER_TITLES = {"split", "fold", "set", "subset", "caption", "text", "description", "comment", "comments", "remarks",
-                "note", "notes", "date", "time", "timestamp", "inspector", "operator", "author", "user", "source",
-                "url", "confidence"}  # which may hold words, but hardly labels
+def _label_meanings(distinct, values):
+    """Return {cell: 1.0, 0.0, NaN, or None for no label} for the distinct cells of one column.
 
+    What a word means depends on its column: "-" is absent beside "+", else NA; a blank is absent
+    beside marks such as x; and words of two pairs, such as x and y, are names of something else.
+    """
+    meanings = {cell: values[cell] for cell in distinct}
+    by_option = {cell for cell in distinct if values.said and values.meaning_said(cell) is not None}
+    words = {cell.lower() for cell, value in meanings.items()
+             if value in (0, 1) and values.number(cell) is None and cell not in by_option}
+    if not words:
+        return meanings
 
-class Column:
-    """A column of a label file, and what its cells read as: every decision looks here."""
-
-    def __init__(self, title, cells, values):
-        self.title = title
-        self.cells = cells
-        self.distinct = set(cells)
-        self.values = {values[cell] for cell in self.distinct}
-        numbers = {cell: values.number(cell) for cell in self.distinct}
-        self.numbers = set(numbers.values())
-        odd = [cell for cell in self.distinct if values[cell] is None]
-        self.odd_numbers = [numbers[cell] for cell in odd]
-        self.words = {cell for cell in odd if numbers[cell] is None and not DATE.match(cell)}
-        self.is_index = _is_index(title)
-        self.is_other = self.is_index or title.lower() in OTHER_TITLES
-
-    def holds_names(self):
-        """Whether it may be a list of names: some words that come again, or nothing at all."""
-        repeated = len(self.cells) <= 20 or len(self.distinct) < 0.9 * len(self.cells)
-        return bool(self.words or self.values == {math.nan}) and repeated and not self.is_other
-
-
-def _looks_like_lists(columns, groups):
-    """Whether there are words below a title of lists and at most one column of labels, or words and
-    no labels."""
-    words = [column for column in columns if column.words]
-    others = [column for column in columns if not column.words and not column.is_other]
-    if any(column.title in groups for column in words):
-        return True
-    if any(LIST_TITLE.search(column.title) for column in words):
-        return sum(None not in column.values and {0, 1} <= column.values for column in others) < 2
-    for column in others:
-        if column.values & {0, 1} or any(number is not None and 0 <= number <= 1 for number in column.numbers):
-            return False
-    return bool(words)
+    if not any(words <= pair for pair in PAIRS):
+        for cell in distinct - by_option:
+            if cell.lower() in words:
+                meanings[cell] = None
+    elif "+" in words and "-" in meanings and "-" not in by_option:
+        meanings["-"] = 0.0
+    elif words <= MARKS and "" in meanings and "" not in by_option and 0 not in meanings.values():
+        meanings[""] = 0.0
+    return meanings
 
 
 def _read_table(path, table, columns, values, how):
-    """Set classes and targets from columns of 0, 1 and NA -> these columns."""
+    """Set classes and targets from columns of 1, 0 and NA, and return these columns."""
     chosen = []
     for column in columns:
-        if not (column.is_index and len(columns) > 1) and _holds_labels(path, table, column, values):
+        if not (column.is_other and len(columns) > 1) and _holds_labels(path, table, column, values):
             chosen.append(column)
     table.classes = [column.title for column in chosen]
     if not chosen:
         titles = ", ".join(column.title for column in columns)
-        raise InputError(f"{path}: no labels (0, 1 or NA) in {titles}; for lists of names give --image-column")
+        raise NoLabels(f"{path}: no labels (0, 1 or NA) in {titles or 'any column'}; for lists of names give "
+                       "--image-column; for other words for present and absent --positive and --negative")
     _check_signs(path, table, chosen, values, how)
+    table.notes.append(f"labels: a table with {len(chosen)} columns of 1, 0 and NA")
+    if any(values[""] != column.labels.get("", values[""]) == 0 for column in chosen):
+        table.notes.append("labels: beside marks such as x a blank cell means absent")
+        for column in chosen:  # some may have no mark at all
+            if "" in column.distinct and not column.holds_flags():
+                column.labels[""] = 0.0
+
     table.targets = np.empty((len(table), len(chosen)), np.float32)
     for c, column in enumerate(chosen):
-        table.targets[:, c] = np.fromiter(map(values.__getitem__, column.cells), np.float32, len(table))
-    table.notes.append(f"labels: a table with {len(chosen)} columns of 1, 0 and NA")
+        table.targets[:, c] = np.fromiter(map(column.labels.__getitem__, column.cells), np.float32, len(table))
     return chosen
 
 
 def _holds_labels(path, table, column, values):
-    """Whether the known cells of a column are labels; an InputError when only some are."""
-    if None not in column.values:
+    """Tell whether the known cells of a column are labels; raise an InputError when only some are."""
+    if None not in column.labels.values():
         return True
     if all(number is not None and 0 < number < 1 for number in column.odd_numbers):
         raise InputError(f"{path}: {column.title} holds numbers from 0 to 1: give --label-threshold T, or --ignore it")
-    found = [values[cell] for cell in column.cells]
-    if found.count(0) + found.count(1) < found.count(None):
+    known, _, other = column.counts
+    if known < other:
         return False
-    row = found.index(None)
+    row = next(row for row, cell in enumerate(column.cells) if column.labels[cell] is None)
     raise InputError(f"{table.origins[row]}: {column.cells[row]!r} in the column {column.title} is not 0, 1 or NA: "
-                     f"correct it, or leave the column out with --ignore {column.title}")
+                     "correct it, say what it means with --positive, --negative or --unknown, or leave the column out "
+                     f"with --ignore {column.title}")
 
 
 def _check_signs(path, table, columns, values, how):
-    """Refuse -1 where it may mean absent: without a 0, or a rarer one and -1 in every column."""
-    if "-1" in (how.negative, how.unknown) or not any(-1 in column.numbers for column in columns):
+    """Refuse -1 where it may mean absent: without a 0, or commoner than 0 and in every column."""
+    if any(number == -1 for _, number, _ in values.said) or not any(-1 in column.numbers for column in columns):
         return
     minus = []
     zeros = 0
@@ -529,122 +825,287 @@ def _check_signs(path, table, columns, values, how):
     table.notes.append(f"labels: -1 was read as NA, {sum(minus)} times")
 
 
-def _read_lists(path, table, columns, groups, values, how):
-    """Set classes, targets and groups from columns of names, several in a cell -> these columns."""
-    chosen = _list_columns(path, columns, groups)
+# Vectors: all of an image's 1, 0 and NA in one cell, such as [0, 1, 0], "0 1 0" or 010
+
+
+def _read_vector_cells(cells, values):
+    """Return {cell: its label values} if all cells are vectors of one length, else {}; a blank cell is []."""
+    vectors = {}
+    for cell in cells:
+        text = re.sub(r"^[A-Za-z_.]+(?=[\[(])|dtype=[\w.']+", "", cell)  # np.array(...), tensor(...)
+        parts = [part.strip("'\"") for part in re.findall(r"[^\s,;|\[\](){}]+", text)]
+        if re.fullmatch("[01]{2,}", cell):
+            parts = list(cell)
+        if any(values[part] is None for part in parts):
+            return {}
+        vectors[cell] = parts if cell.lower() not in UNKNOWN_WORDS else []
+    lengths = {len(parts) for parts in vectors.values() if parts}
+    digits = all(cell.isdecimal() for cell, parts in vectors.items() if parts)
+    if len(lengths) != 1 or lengths == {1} or (digits and not any(cell.startswith("0") for cell in cells)):
+        return {}  # 10 and 11 are numbers, 010 and 011 are not
+    return vectors
+
+
+def _read_vectors(path, table, columns, values, how, class_names):
+    """Set classes and targets from the column of vectors, and return that column."""
+    column = next((column for column in columns if column.vectors and not column.is_other), None)
+    if not column:
+        raise NoLabels(f"{path}: no column holds vectors of 1, 0 and NA")
+    width = max(map(len, column.vectors.values()))
+    titles = list(class_names.values()) or [f"Attr{c + 1}" for c in range(width)]
+    if len(titles) != width:
+        raise InputError(f"{path}: the column {column.title} has {width} labels in a cell, but {len(titles)} "
+                         "classes are named: correct the file of class names")
+
+    rows = [column.vectors[cell] or ["NA"] * width for cell in column.cells]
+    parts = [Column(title, list(cells), values) for title, cells in zip(titles, zip(*rows))]
+    for part in parts:
+        part.is_other = False  # whatever a class is called
+    _read_table(path, table, parts, values, how)
+    table.notes.append(f"labels: all of an image in one cell of the column {column.title}")
+    column.labels = {cell: value for part in parts for cell, value in part.labels.items()}
+    return [column]
+
+
+# Lists: names of labels, several in a cell
+
+
+def _read_lists(path, table, columns, groups, values, how, first, class_names):
+    """Set classes, targets and groups from columns of names, and return these columns."""
+    chosen = _list_columns(path, columns, groups, first)
     titles = [column.title for column in chosen]
-    separator = how.separator or _find_separator(path, set().union(*(column.words for column in chosen)))
     cells = set().union(*(column.distinct for column in chosen))
+    separator = how.separator or _find_separator(path, cells)
     names, dropped = _split_cells(cells, separator, titles)
-    own = {column.title: sorted(set(chain(*map(names.get, column.distinct)))) for column in chosen}
-    repeated = _first_repeated(chain(*own.values()))
-    if repeated is not None and not groups:
-        both = " and ".join(title for title in titles if repeated in own[title])
-        raise InputError(f"{path}: {repeated} is in the columns {both}: rename it in one of them, or --label-groups")
-    if not any(own.values()):
-        raise InputError(f"{path} names no labels in {', '.join(titles)}")
-    table.classes = list(dict.fromkeys(chain(*own.values(), *groups.values())))  # some may never be seen
+    own = {column.title: _in_order(set(chain(*map(names.get, column.distinct)))) for column in chosen}
+    _check_names(path, own, chosen, groups, values, class_names)
+    renamed = _class_numbers(own, class_names)
+    if renamed:
+        names = {cell: [renamed[name] for name in found] for cell, found in names.items()}
+        own = {title: [renamed[name] for name in found] for title, found in own.items()}
+        table.notes.append("labels: class numbers were replaced by the names in the file of class names")
+    table.classes = list(dict.fromkeys(chain(class_names.values() if renamed else (), *own.values(),
+                                             *groups.values())))  # some may never be seen
     table.groups = own if len(own) > 1 else {}
 
-    stated = [1.0] * len(table)
     table.absent = 0.0
     table.notes.append(f"labels: lists of names in {', '.join(titles)}, "
                        + (f"separated by {separator!r}" if separator else "one in a cell"))
     if dropped:
         table.notes.append(f"labels: no label is meant by {', '.join(sorted(dropped))}")
-    confidence = next((column.cells for column in columns if column.title.lower() == "confidence"), None)
+    stated = [1.0] * len(table)
+    others = [column for column in columns if column not in chosen]
+    confidence = next((column for column in others if column.title.lower() in VALUE_TITLES), None)
     if confidence:
-        stated = [values[cell] for cell in confidence]
+        stated = [values[cell] for cell in confidence.cells]
         table.absent = math.nan
-        table.notes.append("labels: confidence 0 means absent, and a label that is not listed is unknown")
+        table.notes.append(f"labels: {confidence.title.lower()} 0 means absent, and a label that is not listed is "
+                           "unknown")
     table.targets = np.full((len(table), len(table.classes)), table.absent, np.float32)
     index = {name: c for c, name in enumerate(table.classes)}
     for row, value in enumerate(stated):
         if value is None:
-            raise InputError(f"{table.origins[row]}: {confidence[row]} is not 0 or 1: give --label-threshold T")
+            raise InputError(f"{table.origins[row]}: {confidence.cells[row]} is not 0 or 1: give --label-threshold T")
         for column in chosen:
             for name in names[column.cells[row]]:
                 table.targets[row, index[name]] = value
     return chosen
 
 
-def _list_columns(path, columns, groups):
+def _list_columns(path, columns, groups, first):
+    """Return the columns that hold names: those of the groups, or of the first file, or those that look like it."""
     if groups:
         chosen = [column for column in columns if column.title in groups or column.title.lower() == "labels"]
         lacking = f"no column is named labels, or like one of the groups {', '.join(groups)}"
+    elif first:
+        chosen = [column for column in columns if column.title in first.titles]
+        lacking = f"no column is named {' or '.join(first.titles)}"
     else:
+        listed = [column for column in columns if column.holds_list()]
         names = [column for column in columns if column.holds_names()]
-        chosen = [column for column in names if LIST_TITLE.search(column.title)] or names
+        chosen = listed or [column for column in names if LIST_TITLE.search(column.title)] or names
         lacking = f"no column holds names of labels: it has {', '.join(column.title for column in columns)}"
     if not chosen:
-        raise InputError(f"{path}: {lacking}")
+        raise NoLabels(f"{path}: {lacking}")
     return chosen
 
 
 def _find_separator(path, cells):
-    """What separates the names of a cell: the first of ; | and , that is there, or None."""
+    """Return what separates the names of a cell, the first of ; | and , that is there, or None.
+
+    Raises InputError if something else may: crack dent beside crack, or rust/dent beside rust.
+    """
+    plain = {cell for cell in cells if _names_in(cell) is None}
     for separator in (";", "|", ","):
-        if any(separator in cell for cell in cells):
+        if any(separator in cell for cell in plain):
             return separator
-    words = {word for cell in cells for word in cell.split()}
-    if len(words) < len(cells):
-        example = max(sorted(cells), key=lambda cell: len(cell.split()))
-        raise InputError(f'{path}: {example!r} can be one label or several: say --separator " " or --separator ";"')
+    seen = Counter(word for cell in plain for word in set(cell.split()))
+    for cell in sorted(plain, key=lambda cell: (-len(cell.split()), cell)):
+        words = cell.split()
+        parts = re.split(r"\s*[/&+:]\s*", cell)
+        if len(words) > 1 and any(seen[word] > 1 for word in words):
+            raise InputError(f'{path}: {cell!r} can be one label or several: say --separator " " or --separator ";"')
+        if len(parts) > 1 and any(part in plain for part in parts):
+            mark = re.search(r"[/&+:]", cell)[0]
+            raise InputError(f'{path}: {cell!r} can be one label or several: say --separator "{mark}" or '
+                             '--separator ";"')
     return None
 
 
 def _split_cells(cells, separator, titles):
-    """-> ({cell: the names in it}, the parts of cells that are no names)."""
-    placeholders = {"", "nan", "none", "na", "n/a", "null"}
+    """Return ({cell: the names in it}, the parts of cells that are no names)."""
+    placeholders = set(UNKNOWN_WORDS - {"unknown", "nil"})
     for title in titles:
         stem = title.lower().removesuffix("s")
         placeholders |= {stem, stem + "s"}
     names = {}
     dropped = set()
     for cell in cells:
-        parts = cell.strip("[]").split(separator) if separator else [cell]
+        parts = _names_in(cell)
+        if parts is None:
+            parts = cell.strip("[]").split(separator) if separator else [cell]
         parts = [part.strip(" '\"") for part in parts]
         names[cell] = [part for part in parts if part.lower() not in placeholders]
         dropped.update(part or "an empty cell" for part in parts if part.lower() in placeholders)
     return names, dropped
 
 
+def _names_in(cell):
+    """Return the names in a cell that is JSON or a Python list, such as {"choices": ["rust"]}, or None."""
+    if cell[:1] not in ("[", "{") or cell[-1:] not in ("]", "}"):
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return _strings_in(parse(cell))
+    return None
+
+
+def _strings_in(value):
+    """Return the strings of a list, or of the lists in objects, as labelling tools export them."""
+    if isinstance(value, dict):  # of its other entries, such as the tool's names for boxes, none is a label
+        value = [item for item in value.values() if isinstance(item, list)]
+    if isinstance(value, (list, set, tuple)):
+        return list(chain(*map(_strings_in, value)))
+    return [value] if isinstance(value, str) else [str(value)] if type(value) is int else []
+
+
+def _words_of(cell):
+    """Return the names that a cell seems to hold, whatever separates them."""
+    names = _names_in(cell)
+    return set(names if names is not None else filter(None, map(str.strip, re.split("[;|,]", cell))))
+
+
+def _check_names(path, own, columns, groups, values, class_names):
+    """Raise an InputError for names that are none, or that are in two columns."""
+    repeated = _first_repeated(chain(*own.values()))
+    if repeated is not None and not groups:
+        both = " and ".join(title for title, names in own.items() if repeated in names)
+        raise InputError(f"{path}: {repeated} is in the columns {both}: rename it in one of them, or --label-groups; "
+                         "if these are words for present and absent, say so with --positive and --negative")
+    every = set(chain(*own.values()))
+    if not every:
+        raise NoLabels(f"{path} names no labels in {', '.join(own)}")
+    if not class_names and all(values[name] is not None for name in every) and every & {"0", "1", "true", "false"}:
+        raise InputError(f"{path}: the names in {', '.join(own)} are {' and '.join(sorted(every)[:3])}, which look "
+                         "like values: give every cell a value for each class, or name the classes in classes.txt")
+    two_words = [column for column in columns if len(own[column.title]) == 2 and "" not in column.distinct]
+    if not groups and len(columns) > 1 and len(two_words) == len(columns) and all(
+            not LIST_TITLE.search(column.title) and column.distinct <= set(own[column.title]) for column in columns):
+        words = ", ".join(chain(*own.values()))
+        raise InputError(f"{path}: the columns {', '.join(own)} hold two words each ({words}): say what they mean with "
+                         '--positive, --negative and --unknown, or that they are names with --separator ";"')
+
+
+def _in_order(names):
+    """Return names sorted, class numbers by size."""
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+
+
+def _class_numbers(own, class_names):
+    """Return {number: class name} if all names are numbers that the file of class names has, else {}."""
+    every = set(chain(*own.values()))
+    if not class_names or not all(name.isdecimal() and str(int(name)) in class_names for name in every):
+        return {}
+    return {name: class_names[str(int(name))] for name in every}
+
+
 # The cls format: for each image a file LABELS/**/NAME.cls with a class index per line
 
 
 def _read_cls(folder, data_dir):
-    """A folder of .cls files -> LabelTable without paths."""
-    classes, source = _read_class_names(data_dir)
+    """Read a folder of .cls files into a LabelTable without paths."""
+    names = _read_class_names(data_dir)
+    classes = list(names.values()) or COCO_CLASSES
     files = sorted(folder.rglob("*.cls"))
     if not files:
         raise InputError(f"{folder} holds no .cls files")
     targets = np.zeros((len(files), len(classes)), np.float32)
-    indices = {str(c): c for c in range(len(classes))}
+    indices = {number: c for c, number in enumerate(names or map(str, range(len(classes))))}
     for row, file in enumerate(files):
         for number, line in enumerate(read_lines(file), 1):
             index = line.strip()
             if index and index not in indices:
-                raise InputError(f"{file}:{number}: {index!r} is not a class index, 0 to {len(classes) - 1}")
+                raise InputError(f"{file}:{number}: {index!r} is not a class index, {next(iter(indices))} to "
+                                 f"{[*indices][-1]}")
             if index:
                 targets[row, indices[index]] = 1
-    names = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
+    ids = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
+    source = _class_file(data_dir) or "the 80 of COCO"
     notes = [f"{folder}: {len(files)} .cls files of class indices", f"class names: {source}"]
-    return LabelTable(names, [], targets, classes, origins=list(map(str, files)), notes=notes, absent=0.0)
+    return LabelTable(ids, [], targets, classes, origins=list(map(str, files)), notes=notes, absent=0.0)
+
+
+def _class_file(data_dir):
+    """Return the file of class names in a data folder, or None."""
+    for name in ("classes.txt", "classes.json"):
+        if (data_dir / name).is_file():
+            return data_dir / name
+    tables = (data_dir / name for name in ("classes.csv", "labels.csv"))
+    return next((path for path in tables if path.is_file() and _read_class_table(path)), None)
 
 
 def _read_class_names(data_dir):
-    """-> (the names of classes.txt or classes.json, else those of COCO, where they are from)."""
-    files = (data_dir / "classes.txt", data_dir / "classes.json")
-    source = next((file for file in files if file.is_file()), None)
+    """Return {class number as text: class name}, in the order of the numbers; {} without a file of class names."""
+    source = _class_file(data_dir)
     if not source:
-        return COCO_CLASSES, "the 80 of COCO"
+        return {}
+    if source.suffix == ".csv":
+        return _read_class_table(source)
     classes = _read_names(source) if source.suffix == ".txt" else _read_json(source)
     if isinstance(classes, dict):
         classes = classes.get("classes")
     if not classes or not _is_list_of_names(classes):
         raise InputError(f'{source}: it must look like ["class", ...]')
     _refuse_repeated(source, classes)
-    return classes, str(source)
+    return {str(number): name for number, name in enumerate(classes)}
+
+
+def _read_class_table(path, folder=None):
+    """Read a table of class numbers and names, such as class_id,name: return it as _read_class_names() does.
+
+    {} if the file is something else: if a number or a name is repeated, or names an image of the ImageFolder.
+    """
+    if path.suffix.lower() != ".csv":
+        return {}
+    try:
+        with open(path, encoding="utf-8") as file:  # so that a large table of labels is not read twice
+            titles, first = file.readline(1000), file.readline(1000)
+        if titles.count(",") != 1 or not first.partition(",")[0].strip(' "').isdecimal():
+            return {}
+        (_, header), *rows = read_rows(path)[0]
+        numbers, names = zip(*(cells for _, cells in rows))
+    except (OSError, ValueError):  # an InputError, no rows, or not two columns
+        return {}
+
+    titled = re.search("name|label|class|attribute|categor", header[-1], re.IGNORECASE)
+    distinct = len(set(numbers)) == len(rows) == len(set(names))
+    if not (titled and distinct and all(number.isdecimal() for number in numbers)):
+        return {}
+    if all(NUMBER.fullmatch(name) or name.lower() in LABEL_WORDS for name in names):
+        return {}
+    if folder and any(map(folder.names_image, (*numbers, *names))):
+        return {}
+    return {str(int(number)): name for number, name in sorted(zip(numbers, names), key=lambda pair: int(pair[0]))}
 
 
 COCO_CLASSES = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,
@@ -655,13 +1116,15 @@ potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,
 refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(",")
 
 
-# What all formats share: groups, tables of several files, the images of the rows
+# What all formats share: groups, and tables of several files
 
 
 def _read_json(path):
     try:
         return json.loads("\n".join(read_lines(path)))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
         raise InputError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON: {getattr(error, 'msg', error)}") from None
 
 
@@ -670,7 +1133,7 @@ def _is_list_of_names(value):
 
 
 def _read_groups(path):
-    """A JSON file {group: [class, ...]} -> dict."""
+    """Read a JSON file {group: [class, ...]} as a dict."""
     groups = _read_json(path)
     if not isinstance(groups, dict) or not all(map(_is_list_of_names, groups.values())):
         raise InputError(f'{path}: it must look like {{"group": ["class", ...], ...}}')
@@ -695,7 +1158,7 @@ def _apply_groups(table, groups, path):
 
 
 def _join_tables(tables):
-    """Tables of several label files -> one; a class that one does not know is absent or unknown."""
+    """Join the tables of several label files; a class that one does not have is absent or unknown there."""
     classes = list(dict.fromkeys(chain(*(table.classes for table in tables))))
     targets = []
     joined = LabelTable([], [], None, classes, tables[0].groups, absent=tables[0].absent)
@@ -712,13 +1175,38 @@ def _join_tables(tables):
     return joined
 
 
-class ImageFolder:
-    """The files below a folder, listed once; their names are relative to it, with "/"."""
+# The images of the rows: one rule for all formats
 
-    def __init__(self, root, data_dir):
+
+class ImageFolder:
+    """The files below a folder, listed once, and the rule by which a name in a label file means one of them.
+
+    Names are relative to the folder, with "/". The rule: **two paths match if one, folder by folder,
+    is the end of the other.** A written path can be longer than the one on disk, as it comes from another
+    machine, or shorter, as it leaves out folders:
+
+        written in the label file      on disk          match
+        /home/eva/data/siteA/1.jpg     siteA/1.jpg      yes: the end of what is written
+        C:\\data\\siteA\\1.jpg            siteA/1.jpg      yes
+        1.jpg                          siteA/1.jpg      yes, if it is the only 1.jpg
+        siteA/1.jpg                    siteB/1.jpg      no: the folders contradict each other
+        siteA/1                        siteA/1.jpg      yes: a suffix counts only where one is written
+        siteA/1.png                    siteA/1.jpg      no
+
+    A full path goes first: one that leads to a file from the image folder, from the folder of the label
+    file, from the data folder or from the working directory. Several matches are an error, and so
+    are two rows with different paths that would share a file: see _attach_images().
+    """
+
+    def __init__(self, root, data_dir, guessed=False):
         self.root = str(root)
-        self.bases = (str(data_dir), os.getcwd())  # what a path may be relative to, too
+        self.guessed = guessed  # whether it was found by looking, so that another folder may be meant
+        self.real_root = os.path.realpath(root)
+        self.data_dir = str(data_dir)
         self.names = set()
+        self._tails = {}  # see tails()
+        self._starts = {}  # folder of a label file -> how its relative paths start, see _starts_from()
+        self._elsewhere = {}  # folder -> (its place in the image folder or None, the names in it)
         visited = set()
         for folder, folders, names in os.walk(self.root, followlinks=True):
             visited.add(os.path.realpath(folder))
@@ -727,129 +1215,374 @@ class ImageFolder:
             prefix = "" if inside == "." else inside + "/"
             self.names.update(prefix + name for name in names if not name.startswith("._"))
 
-    @cached_property
-    def loose(self):
-        """{path or name, with a suffix in lower case or without one: the images that it can be}."""
-        found = {}
-        for name in sorted(self.names):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in IMAGE_SUFFIXES:
-                last = stem.rpartition("/")[2]
-                for key in {stem, last, stem + suffix.lower(), last + suffix.lower()}:
-                    found.setdefault(key, []).append(name)
-        return found
+    def tails(self, depth, stems):
+        """Return the index {the last `depth` parts of a path: the files that end so}; depth 0: {whole path: files}.
+
+        The suffixes are in lower case; with `stems` they are left out, and so are files that are not read as images.
+        """
+        if (depth, stems) not in self._tails:
+            index = {}
+            for name in self.names:
+                key, suffix = _image_suffix(name)
+                if stems and suffix not in IMAGE_SUFFIXES:
+                    continue
+                key = key if stems else key + suffix
+                if depth:
+                    start = key.rsplit("/", depth)
+                    if len(start) <= depth:
+                        continue  # shorter, or as long: the index of whole paths has it
+                    key = key[len(start[0]) + 1 :]
+                index.setdefault(key, []).append(name)
+            self._tails[depth, stems] = index
+        return self._tails[depth, stems]
 
     def names_image(self, name):
-        """Whether a cell is the name of an image: by its suffix, or because it is there."""
-        return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES or name in self.names or name in self.loose
+        """Tell whether a cell is the name of an image: by its suffix, or because there is such a file."""
+        return bool(_image_suffix(name)[1]) or name in self.names or bool(self.ends(_plain_path(name).lstrip("/")))
 
-    def find(self, name, origin):
-        """The image at a path, or None; an InputError when it lies outside. origin: "FILE:LINE"."""
-        if name in self.names:
-            return name
-        places = []
-        root = os.path.realpath(self.root)
-        for base in (self.root, os.path.dirname(origin.rpartition(":")[0]), *self.bases):
-            folder, last = os.path.split(os.path.normpath(os.path.join(base, name.replace("\\", "/"))))
-            place = os.path.join(os.path.realpath(folder), last)
-            places.append(os.path.relpath(place, root).replace(os.sep, "/"))
-            if places[-1] in self.names:
-                return places[-1]
-        if places[0].startswith(".."):
+    def find(self, name, origin, place):
+        """Find the file that a row means.
+
+        Args:
+            name: the path that the row has.
+            origin: "FILE:LINE" of the row, for errors.
+            place: the folder of its label file.
+
+        Returns (file, "full path", "trailing part" or "stem", the path that the row means), or three times None.
+        Raises InputError when several files match, or the path leads to a file outside the image folder.
+        """
+        starts = self._starts_from(place)
+        if name in self.names and not any(new + name[len(old) :] in self.names for old, new in starts
+                                          if name.startswith(old)):
+            return name, "full path", name
+
+        path = _plain_path(name).lstrip("/")
+        found = self._full_paths(name, origin, place)
+        full = bool(found)
+        if not full:
+            found = self.ends(path)
+            self._check_elsewhere(name, origin, place)
+        if len(found) > 1:
+            raise InputError(f"{origin}: {name} can be {found[0]} or {found[1]}: write its path from {self.root}, or "
+                             "name another image folder with --images")
+        if not found:
+            return None, None, None
+        how = "full path" if full else "trailing part"
+        if not _image_suffix(path)[1] and not found[0].endswith(path):
+            how = "stem"
+        return found[0], how, found[0] if full else path
+
+    def _starts_from(self, place):
+        """Return [(start to remove, start to put in its place), ...] of paths that are relative to other folders."""
+        if place not in self._starts:
+            starts = []
+            for base in dict.fromkeys(map(os.path.realpath, (place, self.data_dir, "."))):
+                if base.startswith(self.real_root + os.sep):
+                    starts.append(("", base[len(self.real_root) + 1 :].replace(os.sep, "/") + "/"))
+                elif self.real_root.startswith(base.rstrip(os.sep) + os.sep):
+                    inside = self.real_root[len(base.rstrip(os.sep)) + 1 :].replace(os.sep, "/")
+                    starts.append((inside + "/", ""))
+            self._starts[place] = starts
+        return self._starts[place]
+
+    def _full_paths(self, name, origin, place):
+        """Return the files that a row means if its path is a full one, relative to a known folder or absolute."""
+        plain = _plain_path(name)
+        if plain.startswith("../"):
+            paths = self._paths_from_outside(name, plain, origin, place)
+        elif os.path.isabs(name):
+            folder, last = os.path.split(os.path.normpath(name))
+            inside, names = self._look_elsewhere(folder)
+            if inside is None and last in names:
+                raise InputError(f"{origin}: {name} lies outside the image folder {self.root}: move the image into it, "
+                                 "or name another folder with --images")
+            paths = [] if inside is None else [inside + last]
+        else:
+            starts = self._starts_from(place)
+            paths = [plain, *(new + plain[len(old) :] for old, new in starts if plain.startswith(old))]
+        found = [path for path in paths if path in self.names]
+        if not found:
+            found = list(chain(*map(self._whole, paths)))
+        return sorted(set(found))
+
+    def _paths_from_outside(self, name, plain, origin, place):
+        """Return the places in the image folder of a relative path that starts with "..". Raises InputError."""
+        paths = []
+        for base in (place, self.data_dir, "."):
+            path = os.path.normpath(os.path.join(os.path.realpath(base), plain))
+            if path.startswith(self.real_root + os.sep):
+                paths.append(path[len(self.real_root) + 1 :].replace(os.sep, "/"))
+        if not paths:
             raise InputError(f"{origin}: {name} lies outside the image folder {self.root}: move the image into it")
-        return None
+        return paths
 
-    def find_loosely(self, name, origin, taken):
-        """The image with a name or a stem, in any folder, but none of `taken` for a name with a
-        folder, or None."""
-        stem, suffix = os.path.splitext(os.path.normpath(name.replace("\\", "/")))
-        if suffix.lower() not in IMAGE_SUFFIXES:  # a dot of the name itself
-            stem, suffix = stem + suffix, ""
-        for key in (stem, stem.rpartition("/")[2]):
-            candidates = self.loose.get(key + suffix.lower(), [])
-            if "/" in stem:
-                candidates = [candidate for candidate in candidates if candidate not in taken]
-            if len(candidates) > 1:
-                raise InputError(f"{origin}: {name} can be {candidates[0]} or {candidates[1]}: write the whole name")
-            if candidates:
-                return candidates[0]
-        return None
+    def _whole(self, path):
+        """Return the files with this whole path, whatever the letters of the suffix, or without it."""
+        stem, suffix = _image_suffix(path)
+        found = self.tails(0, False).get(stem + suffix, [])
+        return found if suffix or found else self.tails(0, True).get(stem, [])
+
+    def ends(self, path):
+        """Return the files whose path ends in this one, or is the end of it, sorted."""
+        stem, suffix = _image_suffix(path)
+        found = set()
+        for stems in (False,) if suffix else (False, True):
+            tail = stem if stems else stem + suffix
+            found.update(self.tails(tail.count("/") + 1, stems).get(tail, ()))
+            whole = self.tails(0, stems)
+            while tail:
+                found.update(whole.get(tail, ()))
+                tail = tail.partition("/")[2]
+        return sorted(found)
+
+    def _check_elsewhere(self, name, origin, place):
+        """Raise an InputError if a relative path leads to a file outside an image folder that nobody named."""
+        if not self.guessed or os.path.isabs(name):
+            return
+        inner, last = os.path.split(name)
+        for base in dict.fromkeys((place, self.data_dir)):
+            inside, names = self._look_elsewhere(os.path.join(base, inner))
+            if inside is None and last in names:
+                raise InputError(f"{origin}: {os.path.join(base, name)} lies outside the image folder {self.root}: "
+                                 "move the image into it, or name another folder with --images")
+
+    def _look_elsewhere(self, folder):
+        """Return (the place of a folder in the image folder or None, the names in it); look once at each."""
+        if folder not in self._elsewhere:
+            real = os.path.realpath(folder)
+            inside, names = None, frozenset()
+            if real == self.real_root:
+                inside = ""
+            elif real.startswith(self.real_root + os.sep):
+                inside = real[len(self.real_root) + 1 :].replace(os.sep, "/") + "/"
+            else:
+                with contextlib.suppress(OSError, ValueError):  # ValueError: a zero byte
+                    names = frozenset(os.listdir(real))
+            self._elsewhere[folder] = inside, names
+        return self._elsewhere[folder]
 
 
-def _attach_images(table, folder):
-    """Set the paths of a table; rows whose image is missing are dropped."""
-    found = [folder.find(name, origin) for name, origin in zip(table.ids, table.origins)]
-    exact = set(found)
-    for row, image in enumerate(found):
-        found[row] = image or folder.find_loosely(table.ids[row], table.origins[row], exact)
+def _image_suffix(name):
+    """Split a path into (the rest, the suffix of an image in lower case), or (path, "") without one."""
+    stem, dot, suffix = name.rpartition(".")
+    suffix = dot + suffix.lower()
+    return (stem, suffix) if suffix in IMAGE_SUFFIXES or suffix in OTHER_SUFFIXES else (name, "")
+
+
+def _plain_path(name):
+    """Return a path of any system with "/", without a drive, and without "." and ".." in the middle."""
+    return posixpath.normpath(re.sub(r"^[A-Za-z]:(?=/)", "", name.replace("\\", "/")))
+
+
+def _attach_images(table, folder, by_stem):
+    """Set the paths of a table; rows whose image is missing are dropped, and how names were matched is noted."""
+    found, how = _match_by_stem(table, folder) if by_stem else _match_paths(table, folder)
     rows = np.array([row for row, image in enumerate(found) if image])
     table.missing = list(dict.fromkeys(name for name, image in zip(table.ids, found) if not image))
+    others = _other_suffixes(table.missing, folder)
     if len(rows) == 0:
-        source = table.origins[0].rpartition(":")[0] or folder.bases[0]
-        raise InputError(f"{source}: none of its {len(found)} images is in {folder.root}; the first one is "
-                         f"{table.missing[0]}: name the image folder with --images")
-    table.paths = [f"{folder.root}/{image}" for image in found]
+        source = table.origins[0].rpartition(":")[0] or folder.data_dir
+        more = f"; {others[0]}: correct the label file if they are the same" if others else ""
+        raise InputError(f"{source}: {_long_form(table.ids)}none of its {len(found)} images is in {folder.root}; the "
+                         f"first one is {table.missing[0]}: name the image folder with --images{more}")
+
     table.notes.append(f"images: {folder.root}")
+    for kind, count in Counter(filter(None, how)).items():
+        matched = islice((row for row, one in enumerate(how) if one == kind), 3)
+        pairs = [found[row] if kind == "full path" else f"{table.ids[row]} = {found[row]}" for row in matched]
+        table.notes.append(f"matched by {kind}: {count} rows, such as {', '.join(pairs)}")
+    used = set(found)
+    unused = [name for name in folder.names if name not in used and _image_suffix(name)[1] in IMAGE_SUFFIXES]
+    for names, what in ((table.missing, "names without an image"), (unused, "images without a row")):
+        if names:
+            table.notes.append(f"{what}: {len(names)}, such as {', '.join(heapq.nsmallest(3, names))}")
+    if others:
+        table.warnings.append(f"{len(others)} images are missing, but there with another suffix (correct the label "
+                              f"file if they are the same): {'; '.join(others[:3])}")
+    table.paths = [f"{folder.root}/{image}" for image in found]
     return table.subset(rows)
 
 
+def _match_paths(table, folder):
+    """Find the file of each row by its path: return (files or None, how each was matched).
+
+    Raises InputError when two rows with different paths share a file: one of their images is missing.
+    """
+    found = []
+    how = []
+    first = {}  # file -> (the path that its first row means, that row)
+    places = {}  # label file -> its folder
+    for row, (name, origin) in enumerate(zip(table.ids, table.origins)):
+        source = origin.rpartition(":")[0]
+        if source not in places:
+            places[source] = os.path.dirname(source) or "."
+        image, kind, path = folder.find(name, origin, places[source])
+        found.append(image)
+        how.append(kind)
+        before, other = first.setdefault(image, (path, row))
+        if before != path:
+            raise InputError(f"{origin}: {name} and, at {table.origins[other]}, {table.ids[other]} would both be "
+                             f"{folder.root}/{image}, which can be the image of one of them at most: add the other "
+                             "image, or correct its path")
+    return found, how
+
+
+def _match_by_stem(table, folder):
+    """Find the image of each label file, whose ID is its path without the suffix: return as _match_paths() does.
+
+    It is the one that matches as a path. Else, since the folders of labels and images may have different names
+    (labels/train and images/train-resized), it is the one with the same stem that no other label file has:
+    in a folder of the same split, and otherwise anywhere but in a folder of another split.
+    """
+    found = [folder.find(name, origin, folder.root)[0] for name, origin in zip(table.ids, table.origins)]
+    taken = set(found)
+    for row, name in enumerate(table.ids):
+        if found[row]:
+            continue
+        stem = name.rpartition("/")[2]
+        own = _split_word(name)
+        images = {*folder.tails(1, True).get(stem, ()), *folder.tails(0, True).get(stem, ())} - taken
+        same = [image for image in images if own and _split_word(image) == own]
+        fitting = sorted(same or (image for image in images if not own or not _split_word(image)))
+        if len(fitting) > 1:
+            raise InputError(f"{table.origins[row]}: its image can be {fitting[0]} or {fitting[1]}: give the folders "
+                             "of labels and of images the same names")
+        found[row] = fitting[0] if fitting else None
+
+    first = {}
+    for row, image in enumerate(found):
+        other = first.setdefault(image, row)
+        if image and other != row:
+            raise InputError(f"{table.origins[row]}: both {table.ids[row]} and {table.ids[other]} would have the image "
+                             f"{folder.root}/{image}: give the folders of labels and of images the same names")
+    return found, [image and "stem" for image in found]
+
+
+def _split_word(path):
+    """Return the part that a folder of a path names, as train-resized and val2017 do, or ""."""
+    for folder in reversed(path.lower().split("/")[:-1]):
+        for word in re.split(r"[^a-z]+", folder):
+            if word in PART_WORDS:
+                return PART_WORDS[word]
+    return ""
+
+
+def _other_suffixes(names, folder):
+    """Return texts about missing names that are there with another suffix: perhaps the same images, converted."""
+    pairs = []
+    for name in names:
+        stem, suffix = os.path.splitext(_plain_path(name).lstrip("/"))
+        others = folder.ends(stem) if re.fullmatch(r"\.[A-Za-z]\w{1,4}", suffix) else []
+        if others:
+            pairs.append(f"{name} is not there, but {others[0]} is")
+    return pairs
+
+
+def _long_form(names):
+    """Return what to say first where names are IMAGE_CLASS, with a row for each image and class, or ""."""
+    pairs = [name.rpartition("_")[::2] for name in names]
+    images, classes = map(set, zip(*pairs))
+    if "" in images or len(classes) < 2 or len(images) * len(classes) != len(set(names)):
+        return ""
+    return (f"its rows seem to name an image and a class, {names[0]}: make it a table with a row for each image and a "
+            f"column for each class ({', '.join(sorted(classes)[:3])}); as it stands, ")
+
+
 def _part_of_folder(path, root):
-    """The part that one of the folders between root and the image names, or ""."""
+    """Return the part that one of the folders between root and the image names, or ""."""
     words = [word.lower() for word in Path(os.path.relpath(path, root)).parts[:-1]]
     return next((PART_WORDS[word] for word in words if word in PART_WORDS), "")
 
 
-def _unite_rows(table):
-    """Unite the rows of an image; an InputError where they contradict each other or cross parts."""
+def _find_copies(table):
+    """Set `copies` where two rows have the same image, by its path or by its bytes."""
+    first_of_path = {}
+    for row, path in enumerate(table.paths):
+        first_of_path.setdefault(path, row)
+    sizes = {}
+    for path in first_of_path:
+        with contextlib.suppress(OSError):
+            sizes[path] = os.path.getsize(path)
+    shared = Counter(sizes.values())
+
+    first_of_bytes = {}
+    original = {}  # path -> the first row with the same bytes
+    for path, size in sizes.items():
+        if size and shared[size] > 1:
+            with contextlib.suppress(OSError):
+                digest = hashlib.sha256(Path(path).read_bytes()).digest()
+                original[path] = first_of_bytes.setdefault(digest, first_of_path[path])
+    rows = [original.get(path, first_of_path[path]) for path in table.paths]
+    if any(row != other for row, other in enumerate(rows)):
+        table.copies = [table.paths[row] for row in rows]
+        pairs = []
+        for row, other in enumerate(rows):
+            same_path = table.paths[row] == table.paths[other]
+            if not same_path and (table.targets[row] + table.targets[other] == 1).any():
+                names = table.ids if table.ids[other] != table.ids[row] else table.paths
+                pairs.append(f"{names[other]} and {names[row]}")
+        if pairs:
+            table.warnings.append(f"{len(pairs)} pairs of identical images disagree: {'; '.join(pairs[:5])}")
+    return table
+
+
+LESSER_FIRST = ("", *PARTS)  # of an image in two parts --drop-overlap keeps the row in the later one
+
+
+def _separate_parts(table, drop):
+    """Let no image and no object be in two parts of divided data.
+
+    Returns the table, with `drop` without the rows of an image (or object) in lesser parts than its
+    last one. Raises InputError without it.
+    """
+    if not any(table.parts):
+        return table
+    units = _units(table)
+    rank = np.array([LESSER_FIRST.index(part) for part in table.parts])
+    last = np.zeros(units.max() + 1, int)
+    np.maximum.at(last, units, rank)
+    lesser = np.flatnonzero(rank < last[units])
+    if len(lesser) == 0:
+        return table
+
+    if drop:
+        counts = Counter(table.parts[row] or "rows to be divided" for row in lesser)
+        text = ", ".join(f"{count} from {part}" for part, count in counts.items())
+        table.warnings.append(f"rows were removed since their image or object is in a later part too: {text}")
+        return table.subset(np.setdiff1d(np.arange(len(table)), lesser))
+    highest = {units[row]: row for row in np.flatnonzero(rank == last[units])[::-1]}
+    pairs = []
+    for row in lesser[:3]:
+        other = highest[units[row]]
+        pairs.append(f"{table.ids[row]} ({table.parts[row] or 'to be divided'}, {table.origins[row]}) and "
+                     f"{table.ids[other]} ({table.parts[other]}, {table.origins[other]})")
+    what = "images or objects" if table.objects else "images"
+    raise InputError(f"{len(set(units[lesser]))} {what} are in two parts: {'; '.join(pairs)}: correct the split, or "
+                     "let --drop-overlap remove them from the lesser part, train before val before test")
+
+
+def _merge_rows(table):
+    """Merge the rows of an image; raise an InputError where they contradict each other."""
     first = {}
     for row, path in enumerate(table.paths):
         other = first.setdefault(path, row)
         if other == row:
             continue
-        if table.parts and table.parts[row] != table.parts[other]:
-            raise InputError(f"{table.origins[row]}: {table.ids[row]} is in {table.parts[row]}, and in "
-                             f"{table.parts[other]} at {table.origins[other]}: remove it from one of them")
         conflicts = np.flatnonzero(table.targets[row] + table.targets[other] == 1)
         if len(conflicts) and table.absent != 0:
             place = table.origins[other].rpartition(":")[2]
             raise InputError(f"{table.origins[row]}: {table.ids[row]} has another label for "
                              f"{table.classes[conflicts[0]]} than in line {place}: remove one of the two lines")
         table.targets[other] = np.fmax(table.targets[row], table.targets[other])
-    if len(first) < len(table) and table.absent != 0:
-        table.warnings.append(f"{len(table) - len(first)} rows name an image again and were united with its first row")
+        if table.objects and table.objects[row] != table.objects[other]:
+            if table.objects[row] and table.objects[other]:
+                raise InputError(f"{table.origins[row]}: {table.ids[row]} shows {table.objects[row]}, but "
+                                 f"{table.objects[other]} at {table.origins[other]}: correct the column of --group")
+            table.objects[other] = table.objects[other] or table.objects[row]
+    table.merged = len(table) - len(first)
+    if table.merged and table.absent != 0:
+        table.warnings.append(f"{table.merged} rows name an image again and were merged with its first row")
     return table.subset(np.array(list(first.values())))
-
-
-def _find_copies(table):
-    """Set `copies` where images have the same bytes; an InputError when they are in two parts."""
-    sizes = {}
-    for row, path in enumerate(table.paths):
-        with contextlib.suppress(OSError):
-            sizes[row] = os.path.getsize(path)
-    shared = Counter(sizes.values())
-    first = {}
-    copied = {}  # row -> the first row with the same bytes
-    for row, size in sizes.items():
-        if size and shared[size] > 1:
-            with contextlib.suppress(OSError):
-                other = first.setdefault(hashlib.sha256(Path(table.paths[row]).read_bytes()).digest(), row)
-                if other != row:
-                    copied[row] = other
-    if copied:
-        table.copies = [table.ids[copied.get(row, row)] for row in range(len(table))]
-    crossing = []
-    differing = []
-    for row, other in copied.items():
-        names = table.ids if table.ids[other] != table.ids[row] else table.paths
-        if table.parts and table.parts[row] != table.parts[other]:
-            crossing.append(f"{names[other]} and {names[row]}")
-        if (table.targets[row] + table.targets[other] == 1).any():
-            differing.append(f"{names[other]} and {names[row]}")
-    if crossing:
-        raise InputError(f"{len(crossing)} images have two names in two parts, remove one: {'; '.join(crossing[:3])}")
-    if differing:
-        table.warnings.append(f"{len(differing)} pairs of identical images disagree: {'; '.join(differing[:5])}")
-    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -912,12 +1645,19 @@ def divide(table, ratios, method="stratified", seed=0):
 
 
 def _units(table):
-    """What must not be divided (an object, identical images) -> its number for each row (N,)."""
-    keys = [table.objects or table.ids]
+    """Number the groups of rows that must stay in one split: those of an object, and identical images.
+
+    Returns an int array (N,). If a and b are one object, and b and c the same picture, then a, b and c are one
+    group: so rows that share a key take the lowest number among them, until nothing changes.
+    """
+    keys = []
+    if table.objects:
+        keys.append([name or row for row, name in enumerate(table.objects)])  # without an object: one of its own
     if table.copies:
         keys.append(table.copies)
+
     units = np.arange(len(table))
-    while True:  # rows that share a key get the lowest number among them, until nothing changes
+    while True:
         before = units
         for names in keys:
             lowest = {}
@@ -1376,7 +2116,9 @@ def summary(table, title="data", most=30):
     with fewest and most positives."""
     positives = np.count_nonzero(table.targets == 1, axis=0)
     negatives = np.count_nonzero(table.targets == 0, axis=0)
-    lines = [f"{title}: {len(table) + len(table.missing)} rows, {len(table)} images, {len(table.missing)} missing, "
+    rows = len(table) + table.merged + len(table.missing)
+    merged = f"{table.merged} merged with another row of the image, " if table.merged else ""
+    lines = [f"{title}: {rows} rows, {len(table)} images, {len(table.missing)} missing, {merged}"
              f"{len(table.classes)} classes"]
     lines += [f"  {note}" for note in table.notes]
     if table.parts:
@@ -1611,6 +2353,10 @@ class InputError(ValueError):
         return [f"error: {self}"]
 
 
+class NoLabels(InputError):
+    """A file has no column of labels: an error, unless it is a further part of divided data."""
+
+
 class ImageError(ValueError):
     """A file cannot be read as an image. The message names the file and the reason."""
 
@@ -1764,9 +2510,10 @@ def main(argv=None):
     if options.check:
         bad = find_bad_images(table, os.cpu_count())
         print_text("\n".join([f"{len(table) - len(bad)} of {len(table)} images decode", *bad]))
-        for name, first in zip(table.ids, table.copies):
-            if name != first:
-                print_text(f"{name} is the same image as {first}")
+        name_of = dict(zip(table.paths, table.ids))
+        for path, first in zip(table.paths, table.copies):
+            if path != first:
+                print_text(f"{name_of[path]} is the same image as {name_of[first]}")
     return table
 
 

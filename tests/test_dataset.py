@@ -123,7 +123,8 @@ def test_missing_images_are_dropped_and_named(make_data):
 def test_rows_that_agree_are_united_and_rows_that_contradict_are_an_error(make_data):
     table = dataset.read_labels(make_data(TABLE + "images/a.jpg NA 1 0\n"))
     check_table(table, [[1, 1, 0], *TARGETS[1:]])
-    assert any("1 rows" in line and "united" in line for line in table.warnings)
+    assert any("1 rows" in line and "merged" in line for line in table.warnings)
+    assert "4 rows, 3 images, 0 missing, 1 merged with another row" in dataset.summary(table)
     with pytest.raises(InputError, match=r"labels.txt:4: a.jpg has another label for Attr3 than in line 1"):
         dataset.read_labels(make_data(TABLE + "a.jpg 1 1 1\n"))
 
@@ -394,7 +395,7 @@ def test_bad_lists(make_data, tmp_path):
     (tmp_path / "g.json").write_text('{"defects": ["Bolt"]}')
     with pytest.raises(InputError, match="no column is named labels, or like one of the groups defects"):
         dataset.read_labels(folder, label_groups=tmp_path / "g.json")
-    for text in ('{"a": 1}', "[1]", '{"a": ["x"], "b": ["x"]}', "{", "[" * 100_000):
+    for text in ('{"a": 1}', "[1]", '{"a": ["x"], "b": ["x"]}', "{", "[" * 100_000, '{"a": ' + "9" * 5000 + "}"):
         (tmp_path / "g.json").write_text(text)
         with pytest.raises(InputError, match=r"g\.json"):
             dataset.read_labels(folder, label_groups=tmp_path / "g.json")
@@ -585,8 +586,9 @@ def test_divided_files_say_the_split(make_data):
 def test_an_image_in_two_parts_is_an_error(make_data):
     with pytest.raises(InputError) as error:
         dataset.read_labels(divided_data(make_data, train="abcd", val="ef", test="dghi"))
-    assert "d.jpg is in test, and in train" in str(error.value)
-    assert "test.csv:2" in str(error.value) and "train.csv:5" in str(error.value)
+    assert "1 images are in two parts: d.jpg (train, " in str(error.value)
+    assert "train.csv:5) and d.jpg (test, " in str(error.value) and "test.csv:2)" in str(error.value)
+    assert "--drop-overlap" in str(error.value)
 
 
 def test_a_part_without_a_known_label_is_read_like_the_others(make_data):
@@ -674,7 +676,7 @@ def test_identical_images_in_two_parts_of_an_own_split_are_an_error(copied_data)
     lines = [f"{i:02}.jpg,{'train' if i < 11 else 'test'},{int(i % 3 == 0)}\n" for i in range(20)]
     (copied_data / "labels.txt").unlink()
     (copied_data / "labels.csv").write_text("".join(["image,split,A\n", *lines]))
-    with pytest.raises(InputError, match=r"10.jpg and 11.jpg"):
+    with pytest.raises(InputError, match=r"10.jpg \(train, .*labels.csv:12\) and 11.jpg \(test, .*labels.csv:13\)"):
         dataset.read_labels(copied_data)
 
 

@@ -473,8 +473,7 @@ def test_names_with_blanks_below_a_header(tmp_path, header):
     assert known_rows(table) == {"my photo.jpg": [1, 0], "other.jpg": [0, 1], "photo.jpg": [0, NA]}
 
 
-# Q13
-@pytest.mark.parametrize("title", ["genre", "category", "tags", "class"])
+@pytest.mark.parametrize("title", ["genre", "caption", "pipe", "patient_id"])
 def test_a_column_of_text_beside_columns_of_labels_is_left_out(tmp_path, title):
     draw_images(tmp_path / "images", ["0.jpg", "1.jpg", "2.jpg"])
     text = f"image,rust,crack,{title}\n0.jpg,1,0,pipe\n1.jpg,0,1,valve\n2.jpg,0,1,pipe\n"
@@ -531,6 +530,234 @@ def test_a_table_whose_first_rows_are_unknown_is_a_table(tmp_path):
     assert table.classes == ["A", "B"]
     assert known_rows(table)["0.jpg"] == [NA, NA]
     assert known_rows(table)["149.jpg"] == [1, NA]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be read in two ways: the right reading, or an error that names the option
+
+
+def rows_of(text, title="image"):
+    """A label file of rows for 0.jpg, 1.jpg, ..., from the other cells of each; the first line are the titles."""
+    header, *rows = text.strip().split("\n")
+    return "\n".join([f"{title},{header}", *(f"{i}.jpg,{row}" for i, row in enumerate(rows))])
+
+
+def folder_of(tmp_path, text, title="image", count=6, **files):
+    """A folder with the images 0.jpg to 5.jpg and a labels.csv of rows_of(text)."""
+    draw_images(tmp_path / "images", [f"{i}.jpg" for i in range(count)])
+    (tmp_path / "labels.csv").write_text(rows_of(text, title))
+    for name, content in files.items():
+        (tmp_path / name.replace("_", ".")).write_text(content)
+    return tmp_path
+
+
+def values_of(table):
+    """{class: its labels, as a text of 1, 0 and ?}."""
+    columns = zip(*known_rows(table).values())
+    return {name: "".join("?" if v is None else str(v) for v in column) for name, column in zip(table.classes, columns)}
+
+
+# cells -> what the classes read as
+READ = {
+    "a split column of fastai": (
+        "labels,is_valid\nbicycle,False\ncar,True\nbicycle,False", {"bicycle": "101", "car": "010"}),
+    "names beside the same columns": ("tags,cat,dog\ncat;dog,1,1\ndog,0,1\ncat,1,0", {"cat": "101", "dog": "110"}),
+    "names beside a number": ("labels,height\ncat,200\ndog,300\ncat,400", {"cat": "101", "dog": "010"}),
+    "names beside a fold": ("labels,fold\ncat,0\ndog,1\ncat,0", {"cat": "101", "dog": "010"}),
+    "names beside a person": ("choice,annotator\ncat,1\ndog,1\ncat,0", {"cat": "101", "dog": "010"}),
+    "a labelling tool's lists": (
+        'choice,annotator,annotation_id,lead_time\n"{""choices"": [""rust"", ""dent""]}",1,1,3.1\nrust,1,2,2.0\n,1,3,1.1',
+        {"dent": "100", "rust": "110"}),
+    "a list of JSON": ('labels\n"[""a, b"", ""c""]"\n"[""c""]"\n[]', {"a, b": "100", "c": "110"}),
+    "a vector": (
+        'labels\n"[0, 1, 0, 1]"\n"[1, 1, 0, 0]"', {"Attr1": "01", "Attr2": "11", "Attr3": "00", "Attr4": "10"}),
+    "a vector of blanks": ("labels\n0 1\n1 1\n1 0", {"Attr1": "011", "Attr2": "110"}),
+    "a vector of numpy": ("labels\n[0. 1.]\n[1. 0.]\n[1. nan]", {"Attr1": "011", "Attr2": "10?"}),
+    "a vector of semicolons": ("y\n0;1;0\n1;0;0", {"Attr1": "01", "Attr2": "10", "Attr3": "00"}),
+    "a vector of words": ('y\n"(True, False)"\n"(False, True)"', {"Attr1": "10", "Attr2": "01"}),
+    "a vector of digits": ("y\n010\n110", {"Attr1": "01", "Attr2": "11", "Attr3": "00"}),
+    "a tensor": ('y\n"tensor([0, 1])"\n"tensor([1, 0])"', {"Attr1": "01", "Attr2": "10"}),
+    "a vector that is unknown": ('y\n"[0, 1]"\nNA\n"[1, 0]"', {"Attr1": "0?1", "Attr2": "1?0"}),
+    "Y and N": ("a,b\nY,N\nN,N\nN,Y", {"a": "100", "b": "001"}),
+    "pairs that differ": ("a,b\nY,absent\nN,present\n,absent", {"a": "10?", "b": "010"}),
+    "positive and negative": ("a,b\nPositive,neg\nnegative,pos\nnegative,neg", {"a": "100", "b": "010"}),
+    "a cross": ("a,b\nx,\n,X\n,", {"a": "100", "b": "010"}),
+    "a cross in one column": ("a,b\nx,\n,\nx,", {"a": "101", "b": "000"}),
+    "a tick": ("a,b\n✓,\n,✓\n✓,✓", {"a": "101", "b": "011"}),
+    "plus and minus": ("a,b\n+,-\n-,+\n-,-", {"a": "100", "b": "010"}),
+    "a dash is unknown": ("a,b\n1,-\n0,1\n-,0", {"a": "10?", "b": "?10"}),
+    "a spreadsheet's words for unknown": ("a,b\n1,#N/A\n0,1\n<NA>,0", {"a": "10?", "b": "?10"}),
+    "class numbers in order": (
+        "labels\n10 2\n11\n1 2 0\n2", {"0": "0010", "1": "0010", "2": "1011", "10": "1000", "11": "0100"}),
+    "a class called text": ("logo,text\n1,0\n0,1\n1,1", {"logo": "101", "text": "011"}),
+}
+READ_OPTIONS = {"class numbers in order": {"separator": " "}}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_cells_are_read_as_a_person_would(tmp_path, case):
+    text, expected = READ[case]
+    table = dataset.read_labels(folder_of(tmp_path, text), **READ_OPTIONS.get(case, {}))
+    assert values_of(table) == expected
+    assert table.classes == list(expected)
+
+
+# cells -> the options that the error names, and the option with which it is read
+ASKED = {
+    "names beside a stray column": (
+        "labels,verified\ncat,1\ndog,0\ncat,1", {"ignore": ["verified"]}, {"cat": "101", "dog": "010"}),
+    "names beside another stray column": (
+        "class,indoor\ncat,True\ndog,False\ncat,False", {"ignore": ["class"]}, {"indoor": "100"}),
+    "names beside columns of labels": (
+        "tags,rust,crack\npipe,1,0\nvalve,0,1\npipe,0,1", {"ignore": ["tags"]}, {"rust": "100", "crack": "011"}),
+    "a vector beside a column of labels": (
+        'y,seen\n"[0, 1]",1\n"[1, 0]",0', {"ignore": ["seen"]}, {"Attr1": "01", "Attr2": "10"}),
+    "1 or blank": ("a,b\n1,\n,1\n,", {"negative": ""}, {"a": "100", "b": "010"}),
+    "1 or blank, and really unknown": ("a,b\n1,\n,1\n,", {"unknown": ""}, {"a": "1??", "b": "?1?"}),
+    "1 or NA": ("a,b\n1,NA\nNA,1\nNA,NA", {"negative": "NA"}, {"a": "100", "b": "010"}),
+    "yes or a dash": ("a,b\nyes,-\n-,yes\n-,-", {"negative": "-"}, {"a": "100", "b": "010"}),
+    "words of another language": (
+        "a,b\nja,nein\nnein,nein\nnein,ja", {"positive": "ja", "negative": "NEIN"}, {"a": "100", "b": "001"}),
+    "words of several kinds": (
+        "a,b\ngut,ja\nschlecht,nein\ngut,ja", {"positive": ["gut", "ja"], "negative": ["schlecht", "nein"]},
+        {"a": "101", "b": "101"}),
+    "a word among labels": ("a,b\n1,0\n0,maybe\n1,1", {"unknown": "maybe"}, {"a": "101", "b": "0?1"}),
+    "blanks between names": (
+        "labels\nbicycle\nbicycle car", {"separator": " "}, {"bicycle": "11", "car": "01"}),
+    "a slash between names": ("labels\nrust\nrust/dent\ndent", {"separator": "/"}, {"dent": "011", "rust": "110"}),
+    "blanks between class numbers": (
+        "labels\n1\n1 2\n2\n3", {"separator": " "}, {"1": "1100", "2": "0110", "3": "0001"}),
+    "two columns of the split": (
+        "split,is_valid,a\ntrain,False,1\nval,True,0\ntrain,False,0", {"ignore": ["is_valid"]}, {"a": "100"}),
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_cells_that_can_be_read_in_two_ways_ask_for_the_option_that_decides(tmp_path, case):
+    text, options, expected = ASKED[case]
+    folder = folder_of(tmp_path, text)
+    with pytest.raises(InputError) as error:
+        dataset.read_labels(folder)
+    assert "\n" not in str(error.value) and "labels.csv" in str(error.value)
+    assert all(f"--{name}" in str(error.value) for name in options)
+    assert values_of(dataset.read_labels(folder, **options)) == expected
+
+
+def test_vectors_of_unequal_length_are_an_error_with_a_separator_too(tmp_path):
+    folder = folder_of(tmp_path, "labels\n0 1\n1 0 1\n1")
+    for how in ({}, {"separator": " "}):
+        with pytest.raises(InputError, match=r"look like values|--separator"):
+            dataset.read_labels(folder, **how)
+
+
+def test_vectors_get_the_names_of_the_file_of_class_names(tmp_path):
+    folder = folder_of(tmp_path, "labels\n0 1\n1 0", classes_txt="rust\ndent\n")
+    assert values_of(dataset.read_labels(folder)) == {"rust": "01", "dent": "10"}
+    (folder / "classes.txt").write_text("rust\ndent\nhole\n")
+    with pytest.raises(InputError, match="has 2 labels in a cell, but 3 classes are named"):
+        dataset.read_labels(folder)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("labels.csv", "attribute_id,attribute_name\n0,rust\n1,dent\n2,hole\n"), ("classes.txt", "rust\ndent\nhole\n")])
+def test_class_numbers_get_the_names_of_the_file_of_class_names(tmp_path, name, content):
+    draw_images(tmp_path / "images", ["a.jpg", "b.jpg", "c.jpg"])
+    (tmp_path / name).write_text(content)
+    (tmp_path / "train.csv").write_text("id,attribute_ids\na,2 0\nb,1\nc,0\n")
+    table = dataset.read_labels(tmp_path, separator=" ")
+    assert values_of(table) == {"rust": "101", "dent": "010", "hole": "100"}
+
+
+def test_the_long_form_is_named_with_how_to_convert_it(tmp_path):
+    draw_images(tmp_path / "images", ["ID_7.jpg", "ID_8.jpg"])
+    (tmp_path / "labels.csv").write_text("ID,Label\nID_7_any,1\nID_7_rust,0\nID_8_any,0\nID_8_rust,0\n")
+    with pytest.raises(InputError, match=r"name an image and a class, ID_7_any: make it a table"):
+        dataset.read_labels(tmp_path)
+
+
+@pytest.mark.parametrize("has_part", [True, False])
+def test_ragged_lines_of_names_are_lists(tmp_path, has_part):
+    draw_images(tmp_path / "images", ["0.jpg", "1.jpg", "2.jpg"])
+    rows = ["gs://set/0.jpg,rust,dent", "gs://set/1.jpg,dent", "gs://set/2.jpg,rust"]
+    parts = ["TRAIN,", "VALIDATION,", "TEST,"] if has_part else [""] * 3
+    (tmp_path / "all.csv").write_text("".join(f"{part}{row}\n" for part, row in zip(parts, rows)))
+    table = dataset.read_labels(tmp_path)
+    assert values_of(table) == {"dent": "110", "rust": "101"}
+    assert table.parts == (["train", "val", "test"] if has_part else [])
+
+
+def test_a_true_or_false_column_says_what_is_valid(tmp_path):
+    table = dataset.read_labels(folder_of(tmp_path, "labels,is_valid\ncat,False\ndog,True\ncat,False", "fname"))
+    assert table.parts == ["train", "val", "train"] and table.classes == ["cat", "dog"]
+    assert any("is_valid, where true means val" in note for note in table.notes)
+
+
+@pytest.mark.parametrize("content, kind", [
+    (b'{"images": []}', "JSON"), (b'[\n  {"file": "0.jpg"}\n]', "JSON"), (b"PK\x03\x04....", "Excel"),
+    (b"<?xml version='1.0'?>", "XML"), (b"\x93NUMPY\x01\x00", "numpy")])
+def test_a_label_file_in_a_format_that_is_not_read_is_called_by_its_name(tmp_path, content, kind):
+    folder = folder_of(tmp_path, "a\n1\n0")
+    (folder / "labels.dat").write_bytes(content)
+    with pytest.raises(InputError, match=f"labels.dat is .*{kind}.*label files are tables"):
+        dataset.read_labels(folder, labels=folder / "labels.dat")
+
+
+@pytest.mark.parametrize("test", ["id\n3\n4\n", "id,caption\n3,a pipe\n4,a valve\n", "id,width\n3,200\n4,300\n"])
+@pytest.mark.parametrize("train", ["id,a,b\n0,1,0\n1,0,1\n2,0,0\n", "id,labels\n0,cat;dog\n1,dog\n2,cat\n"])
+def test_a_test_file_without_labels_is_left_out_and_told(tmp_path, train, test):
+    draw_images(tmp_path / "images", [f"{i}.jpg" for i in range(5)])
+    (tmp_path / "train.csv").write_text(train)
+    (tmp_path / "test.csv").write_text(test)
+    (tmp_path / "sample_submission.csv").write_text("id,a\n3,0\n")
+    table = dataset.read_labels(tmp_path)
+    assert table.ids == ["0", "1", "2"] and table.parts == []
+    assert any("test.csv is left out, since it has no labels" in line for line in table.warnings)
+
+
+@pytest.mark.parametrize("text", ["1" * 20_000 + "x", "1" * 20_000, "9" * 400, "1e999", "." * 20_000, "[" * 20_000])
+def test_long_cells_are_read_quickly(tmp_path, text):
+    folder = folder_of(tmp_path, f"a,b\n1,{text}\n0,1\n1,0")
+    with pytest.raises(InputError, match="--ignore b"):
+        dataset.read_labels(folder)
+
+
+def test_rows_without_an_object_are_objects_of_their_own(tmp_path):
+    rows = [f"{i % 2},{'p1' if i < 3 else word}" for i, word in enumerate(["", "", "", "", "NA", "nan", "None", "-"])]
+    table = dataset.read_labels(folder_of(tmp_path, "\n".join(["a,patient", *rows]), count=8), group="patient")
+    assert dataset._units(table).tolist() == [0, 0, 0, 1, 2, 3, 4, 5]
+    assert any("5 rows have no patient" in note for note in table.notes)
+
+
+OBJECTS = "a,patient,split\n1,p1,train\n0,p1,test\n1,p2,val\n0,p2,train\n0,p3,train\n1,,test"
+
+
+def test_an_object_in_two_parts_is_an_error_and_can_be_removed_from_the_lesser(tmp_path):
+    folder = folder_of(tmp_path, OBJECTS)
+    with pytest.raises(InputError, match=r"2 images or objects are in two parts: 0.jpg \(train, .*--drop-overlap"):
+        dataset.read_labels(folder, group="patient")
+    assert len(dataset.read_labels(folder, ignore=["patient"])) == 6
+    table = dataset.read_labels(folder, group="patient", drop_overlap=True)
+    assert table.ids == ["1.jpg", "2.jpg", "4.jpg", "5.jpg"] and table.parts == ["test", "val", "train", "test"]
+    assert any("2 from train" in line for line in table.warnings)
+
+
+def test_images_in_two_parts_are_counted_and_three_are_named(tmp_path):
+    draw_images(tmp_path / "images", [f"{i}.jpg" for i in range(9)])
+    (tmp_path / "train.csv").write_text("image,a\n" + "".join(f"{i}.jpg,{i % 2}\n" for i in range(7)))
+    (tmp_path / "test.csv").write_text("image,a\n" + "".join(f"{i}.jpg,{i % 2}\n" for i in range(2, 9)))
+    with pytest.raises(InputError, match="5 images are in two parts") as error:
+        dataset.read_labels(tmp_path)
+    assert str(error.value).count("(train, ") == 3 and "--drop-overlap" in str(error.value)
+    table = dataset.read_labels(tmp_path, drop_overlap=True)
+    assert table.parts == ["train"] * 2 + ["test"] * 7 and len(table) == 9
+
+
+def test_an_image_of_two_objects_is_an_error(tmp_path):
+    folder = folder_of(tmp_path, "a,patient\n1,p1\n0,p2")
+    with open(folder / "labels.csv", "a") as file:
+        file.write("\n0.jpg,1,p3\n")
+    with pytest.raises(InputError, match=r"labels.csv:4: 0.jpg shows p3, but p1 at .*labels.csv:2"):
+        dataset.read_labels(folder, group="patient")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -622,13 +849,14 @@ def read_again(folder, expected, **how):
 
 
 def draw_labels(draw, classes, values):
-    """{image: {class: label}} with a positive of each class."""
+    """{image: {class: label}} with a positive of each class, and a negative of one."""
     images = draw(st.permutations(IMAGES))[: draw(st.integers(5, 8))]
     meant = {}
     for image in images:
         meant[image] = {name: draw(st.sampled_from(values)) for name in classes}
     for name in classes:
-        meant[images[draw(st.integers(0, 4))]][name] = 1
+        meant[images[draw(st.integers(0, 3))]][name] = 1
+    meant[images[4]][classes[0]] = 0
     return meant
 
 
