@@ -1393,9 +1393,8 @@ def _attach_images(table, folder, by_stem):
         table.notes.append(f"matched by {kind}: {count} rows, such as {', '.join(pairs)}")
     used = set(found)
     unused = [name for name in folder.names if name not in used and _image_suffix(name)[1] in IMAGE_SUFFIXES]
-    for names, what in ((table.missing, "names without an image"), (unused, "images without a row")):
-        if names:
-            table.notes.append(f"{what}: {len(names)}, such as {', '.join(heapq.nsmallest(3, names))}")
+    if unused:
+        table.notes.append(f"images without a row: {len(unused)}, such as {', '.join(heapq.nsmallest(3, unused))}")
     if others:
         table.warnings.append(f"{len(others)} images are missing, but there with another suffix (correct the label "
                               f"file if they are the same): {'; '.join(others[:3])}")

@@ -566,7 +566,7 @@ READ = {
     "names beside a fold": ("labels,fold\ncat,0\ndog,1\ncat,0", {"cat": "101", "dog": "010"}),
     "names beside a person": ("choice,annotator\ncat,1\ndog,1\ncat,0", {"cat": "101", "dog": "010"}),
     "a labelling tool's lists": (
-        'choice,annotator,annotation_id,lead_time\n"{""choices"": [""rust"", ""dent""]}",1,1,3.1\nrust,1,2,2.0\n,1,3,1.1',
+        'choice,annotator,annotation_id,took\n"{""choices"": [""rust"", ""dent""]}",1,1,3.1\nrust,1,2,2.0\n,1,3,1.1',
         {"dent": "100", "rust": "110"}),
     "a list of JSON": ('labels\n"[""a, b"", ""c""]"\n"[""c""]"\n[]', {"a, b": "100", "c": "110"}),
     "a vector": (

@@ -144,9 +144,10 @@ def test_how_names_were_matched_is_told_with_three_examples_each(tmp_path):
                  "matched by trailing part: 4 rows, such as /x/y/0.png = y/0.png, /x/y/1.png = y/1.png, "
                  "/x/y/2.png = y/2.png",
                  "matched by stem: 2 rows, such as s1 = s1.jpg, s2 = a/s2.png",
-                 "names without an image: 2, such as h.heic, none.jpg",
                  "images without a row: 2, such as h.jpg, z.png"):
         assert line in table.notes and line in dataset.summary(table)
+    assert "13 rows, 11 images, 2 missing" in dataset.summary(table)
+    assert "missing: none.jpg, h.heic" in dataset.summary(table)
     warning, = table.warnings
     assert "1 images are missing, but there with another suffix" in warning
     assert "h.heic is not there, but h.jpg is" in warning
