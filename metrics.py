@@ -14,6 +14,7 @@ over the known labels alone. Three consequences are worth knowing:
 
 * A class without a known positive has precision, recall, F1 and average precision 0, and the macro mean counts it.
 * ROC AUC is NaN for a class without a known positive or without a known negative, and so is then the macro mean.
+  (report() also has the means over the classes that can be judged.)
 * A row without a known label is left out of the row-wise numbers (subset accuracy, `average="samples"`).
 
 Wrong input is a ValueError that names the argument and the first offending place.
@@ -35,6 +36,7 @@ PRIOR = 50  # positives that its expectation counts for
 RESAMPLES = 1000  # of a bootstrap interval
 HEADLINES = ("hamming_loss", "subset_accuracy", "f1_micro", "f1_macro", "f1_weighted", "f1_samples", "map",
              "roc_auc_macro", "ece", "brier", "log_loss")
+JUDGED = ("f1_macro_judged", "map_judged", "roc_auc_macro_judged")  # three of them, over the classes that can be judged
 LOWER_IS_BETTER = ("hamming_loss", "ece", "brier", "log_loss", "val_loss")
 
 
@@ -538,11 +540,11 @@ def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
     where they differ by row, of which per_class has the median; classes: C different names.
 
     Keys: rows, the names in HEADLINES (floats; ece, brier and log_loss are NaN where scores are no
-    probabilities), and per_class: name -> precision, recall, f1, average_precision, roc_auc,
-    threshold, positives, negatives, na (counts), prevalence (positives among the known). With
-    `bootstrap` resamples ("auto": 1,000 for fewer than 1,000 rows, else none) "intervals" holds
-    name -> [low, high] for the headlines but ROC AUC and ECE: the 95 % percentile interval (Efron
-    1979) over resampled rows.
+    probabilities), classes_judged (how many classes have a known positive), f1_macro_judged and
+    map_judged (the means over these classes), roc_auc_macro_judged (the mean over those that have a
+    known negative too), NaN where there are none, and per_class: name -> precision, recall, f1,
+    average_precision, roc_auc, threshold, positives, negatives, na (counts), prevalence (positives
+    among the known).
 
     >>> report([[1, 0], [0, 1]], [[0.9, 0.2], [0.1, 0.4]], 0.5, ["cat", "dog"])["f1_macro"]
     0.5
@@ -573,7 +575,7 @@ def _intervals(measure, headlines, count, resamples, seed):
     """95 % intervals of the headlines of measure(rows) over resampled rows -> {name: [low, high]};
     none of ROC AUC, which may be NaN there."""
     rng = np.random.default_rng(seed)
-    names = [name for name, value in headlines.items() if name != "roc_auc_macro" and value == value]
+    names = [name for name in HEADLINES if name not in ("roc_auc_macro", "ece") and headlines[name] == headlines[name]]
     drawn = []
     for _ in range(resamples):
         sample = measure(rng.integers(0, count, count))
@@ -619,6 +621,7 @@ def _measure(positive, known, scores, present):
     average_precisions, aucs = np.array(ranking).T
     positives = _count(positive, 0)
     known_count = _count(known, 0)
+    judged = positives > 0
     headlines = {
         "hamming_loss": _share(positive ^ present, known),
         "subset_accuracy": _subset_accuracy(positive, known, present),
@@ -629,6 +632,10 @@ def _measure(positive, known, scores, present):
         "map": float(average_precisions.mean()),
         "roc_auc_macro": float(aucs.mean()),
         **_honesty(positive, known, scores),
+        "classes_judged": int(judged.sum()),
+        "f1_macro_judged": _mean(f1[judged]),
+        "map_judged": _mean(average_precisions[judged]),
+        "roc_auc_macro_judged": _mean(aucs[~np.isnan(aucs)]),
     }
     columns = {
         "precision": precision, "recall": recall, "f1": f1, "average_precision": average_precisions, "roc_auc": aucs,
@@ -636,6 +643,11 @@ def _measure(positive, known, scores, present):
         "na": len(known) - known_count, "prevalence": _divide(positives, known_count),
     }
     return headlines, columns
+
+
+def _mean(values):
+    """Return the mean of an array, NaN if it is empty."""
+    return float(values.mean()) if len(values) else float("nan")
 
 
 def _cell(value):
@@ -651,6 +663,29 @@ def shorten(text, width):
         return text
     tail = (width - 1) // 2
     return text[: width - 1 - tail] + "…" + text[len(text) - tail :]
+
+
+def _format_judged(report):
+    """Return the lines of text that say how many classes could not be judged and what the others alone have."""
+    lines = []
+    classes = len(report["per_class"])
+    unjudged = classes - report["classes_judged"]
+    if unjudged:
+        lines.append(f"classes without a known positive, which count as 0 in f1_macro and map: {unjudged} of {classes}")
+    differ = _differ_from_headlines([report])
+    if differ:
+        lines.append("over the judged classes: " + "   ".join(f"{name} {_cell(report[name])}" for name in differ))
+    return lines
+
+
+def _differ_from_headlines(reports):
+    """Return those of JUDGED that are not the same as their headline in all reports (dicts) that have them."""
+
+    def differs(report, name):
+        value = report.get(name)
+        return value is not None and value == value and value != report.get(name.removesuffix("_judged"))
+
+    return [name for name in JUDGED if any(differs(report, name) for report in reports)]
 
 
 REPORT_COLUMNS = {  # column of the report's table -> its title, as wide as the column
@@ -681,6 +716,7 @@ def format_report(report, most=30):
     lines = ["   ".join(headlines[start : start + per_line]) for start in range(0, len(headlines), per_line)]
 
     per_class = report["per_class"]
+    lines += _format_judged(report)
     width = max(5, min(28, max(map(len, per_class))))
     lines += ["", " ".join(["class".ljust(width), *REPORT_COLUMNS.values()])]
     names = list(per_class)
@@ -785,7 +821,7 @@ def _aligned(table):
 
 OPTION_COLUMNS = ("preset", "backbone", "head", "size", "epochs", "batch_size", "lr", "lr_backbone", "train_layers",
                   "unfreeze", "augment", "pos_weight", "thresholds", "seed")  # shown where runs differ
-SCORE_COLUMNS = ("split", "val_loss", "val_f1_weighted", *HEADLINES)
+SCORE_COLUMNS = ("split", "val_loss", "val_f1_weighted", *HEADLINES, *JUDGED)
 
 
 def results_table(rows, sort="f1_macro", ascending=False, group_by=(), group_mode="best"):
@@ -808,8 +844,10 @@ def results_table(rows, sort="f1_macro", ascending=False, group_by=(), group_mod
         rows = [_mean_row(group_by, group) if group_mode == "mean" else group[0] for group in groups.values()]
         rows = _in_order(rows, sort, ascending)
     differing = [name for name in OPTION_COLUMNS if len({str(row.get(name)) for row in rows}) > 1]
+    differ = _differ_from_headlines(rows)
+    scores = [name for name in SCORE_COLUMNS if name not in JUDGED or name in differ]
     table = []
-    for name in dict.fromkeys(["run", *group_by, *differing, *SCORE_COLUMNS, sort]):
+    for name in dict.fromkeys(["run", *group_by, *differing, *scores, sort]):
         values = [row.get(name) for row in rows]
         if any(value is not None for value in values):
             table.append([name, *_result_cells(name, values)])

@@ -1035,7 +1035,7 @@ def report_folds(options, classifier, table, parts, raw):
         own = parts == k
         of_folds.append(metrics.report(table.targets[own], probabilities[own], thresholds[own], table.classes))
     report["folds"] = {}
-    for name in metrics.HEADLINES:
+    for name in (*metrics.HEADLINES, *metrics.JUDGED):
         values = [one[name] for one in of_folds]
         report["folds"][name] = {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1))}
     scale, offsets, classifier.thresholds = fit_to(options, table.targets, raw)
@@ -1046,8 +1046,11 @@ def report_folds(options, classifier, table, parts, raw):
 def format_folds(report):
     """The report of cross_validate() as text."""
     text = f"\nall folds, {report['images']} images\n{metrics.format_report(report)}\n"
-    for name in ("f1_macro", "map"):
-        text += "\n{}: {mean:.3f} +- {deviation:.3f} over the folds".format(name, **report["folds"][name])
+    folds = report["folds"]
+    for name in ("f1_macro", "map", "f1_macro_judged", "map_judged"):
+        headline = name.removesuffix("_judged")
+        if name == headline or folds[name] != folds[headline]:  # a rare class may have no positive in a fold
+            text += "\n{}: {mean:.3f} +- {deviation:.3f} over the folds".format(name, **folds[name])
     if "test" in report:
         text += f"\n\ntest split, {report['test']['images']} images, all networks together\n"
         text += metrics.format_report(report["test"])

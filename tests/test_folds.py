@@ -163,7 +163,7 @@ def test_every_fold_is_an_ordinary_run_and_out_has_the_model_of_all(folded, plai
         written = read_json(out / "metrics.json")
         assert written["split"] == report["split"] == "folds"
         assert written["f1_macro"] == report["f1_macro"]
-        assert set(written["folds"]) == set(metrics.HEADLINES)
+        assert set(written["folds"]) == {*metrics.HEADLINES, *metrics.JUDGED}
         assert written["intervals"]["f1_macro"][0] <= written["f1_macro"] <= written["intervals"]["f1_macro"][1]
         pool = names_in(out / "train_metadata.csv")
         assert report["images"] == len(pool)

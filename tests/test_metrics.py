@@ -243,6 +243,38 @@ def test_report_says_of_each_class_every_number_once():
         assert row["prevalence"] == pytest.approx(counts[0] / (counts[0] + counts[1]))
 
 
+@CASES
+@given(problems(unknown=True))
+def test_means_of_judged_classes_leave_out_those_without_a_known_positive(problem):
+    targets, scores = problem
+    report = metrics.report(targets, scores, 0.5, list("abcd")[: targets.shape[1]])
+    f1, precision, auc = [], [], []
+    for truth, score in columns(targets, scores):
+        if truth.any():
+            f1.append(sk.f1_score(truth, score >= 0.5, zero_division=0))
+            precision.append(sk.average_precision_score(truth, score))
+            if not truth.all():
+                auc.append(sk.roc_auc_score(truth, score))
+    assert report["classes_judged"] == len(f1)
+    for name, values in (("f1_macro", f1), ("map", precision), ("roc_auc_macro", auc)):
+        expected = np.mean(values) if values else np.nan
+        assert report[f"{name}_judged"] == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_the_report_says_how_many_classes_cannot_be_judged():
+    targets, scores = some_scores(classes=3)
+    everything = metrics.format_report(metrics.report(targets, scores, 0.5, list("abc")))
+    assert "judged" not in everything
+    targets[targets[:, 1] == 1, 1] = 0
+    report = metrics.report(targets, scores, 0.5, list("abc"))
+    text = metrics.format_report(report)
+    assert "count as 0 in f1_macro and map: 1 of 3" in text
+    assert f"map_judged {report['map_judged']:.3f}" in text and report["map_judged"] > report["map"]
+    nothing = metrics.format_report(metrics.report(targets[:, 1:2], scores[:, 1:2], 0.5, ["b"]))
+    assert "count as 0 in f1_macro and map: 1 of 1" in nothing and "judged" not in nothing
+    assert max(map(len, (text + "\n" + nothing).splitlines())) <= 100
+
+
 # Q8
 def test_report_refuses_a_class_that_is_there_twice():
     targets, scores = some_scores(classes=2)
@@ -420,6 +452,18 @@ def test_results_table_shows_the_options_in_which_runs_differ(make_run):
     assert not {"backbone", "batch_size", "device", "map", "per_class", "val"} & set(table)
     assert cells(metrics.main([*runs, "--sort", "backbone"]))["backbone"] == ("resnet18",) * 3
     assert order(metrics.main([*runs, "--sort", "lr"]))[0] == "b"
+
+
+def test_results_table_shows_means_of_judged_classes_where_they_differ_from_the_headline(make_run):
+    same = {"map": 0.5, "map_judged": 0.5}
+    runs = [make_run("a", {}, same), make_run("b", {}, {"map": 0.4})]
+    runs.append(make_run("c", {}, {"map": 0.6, "map_judged": 0.6}))
+    assert "map_judged" not in metrics.main([*runs, "--sort", "map"])
+    assert cells(metrics.main([*runs, "--sort", "map_judged"]))["map_judged"] == ("0.600*", "0.500", "n/a")
+    runs.append(make_run("d", {}, {"map": 0.3, "map_judged": 0.9}))
+    assert cells(metrics.main([*runs, "--sort", "map"]))["map_judged"] == ("0.600", "0.500", "n/a", "0.900*")
+    text = metrics.main([*runs[2:], "--sort", "map_judged", "--group-by", "split", "--group-mode", "mean"])
+    assert cells(text.replace("mean of 2", "mean"))["map_judged"] == ("0.750",)
 
 
 # D7
