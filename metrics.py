@@ -33,7 +33,10 @@ FALLBACK = 0.5  # the threshold of a class that val says nothing about
 LOGITS = np.linspace(-6, 6, 241)  # what find_thresholds(method="soft") tries
 SOFTNESS = 0.5  # of its counts, in the logit
 PRIOR = 50  # positives that its expectation counts for
-RESAMPLES = 1000  # of a bootstrap interval
+MIN_POSITIVES = 3  # known positives that a class needs to be in an interval; chosen by tests/bench.py intervals
+STUDENT_T = np.array([  # 1 / degrees of freedom, 97.5 % quantile
+    [0, 1.960], [1 / 60, 2.000], [1 / 20, 2.086], [1 / 10, 2.228], [1 / 6, 2.447], [1 / 4, 2.776], [1 / 3, 3.182],
+    [1 / 2, 4.303], [1, 12.706]])
 HEADLINES = ("hamming_loss", "subset_accuracy", "f1_micro", "f1_macro", "f1_weighted", "f1_samples", "map",
              "roc_auc_macro", "ece", "brier", "log_loss")
 JUDGED = ("f1_macro_judged", "map_judged", "roc_auc_macro_judged")  # three of them, over the classes that can be judged
@@ -533,7 +536,7 @@ def between_scores(thresholds, scores):
 # Report
 
 
-def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
+def report(targets, scores, thresholds, classes, intervals=False):
     """Everything about one split -> dict of plain Python values, ready for JSON but for NaN.
 
     targets (N, C) with 0, 1, NaN; scores (N, C), finite; thresholds (C,), one number, or (N, C)
@@ -545,6 +548,13 @@ def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
     known negative too), NaN where there are none, and per_class: name -> precision, recall, f1,
     average_precision, roc_auc, threshold, positives, negatives, na (counts), prevalence (positives
     among the known).
+
+    intervals=True (or anything else that is true) adds "intervals": name -> [low, high], the 95 %
+    intervals of the headlines but ROC AUC and ECE. A class with fewer than 3 known positives says too
+    little of itself, so those of f1_macro and map are there only if every class has 3. If just some
+    classes have, the means over these are f1_macro_supported and map_supported, and these have the
+    intervals. classes_supported says how many classes they cover. A number that no single row changes
+    has no interval, such as those of perfect predictions.
 
     >>> report([[1, 0], [0, 1]], [[0.9, 0.2], [0.1, 0.4]], 0.5, ["cat", "dog"])["f1_macro"]
     0.5
@@ -561,54 +571,8 @@ def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
     result = {"rows": len(known)} | headlines | {"ece": _calibration_error(positive, known, scores), "per_class": {}}
     for c, name in enumerate(classes):
         result["per_class"][name] = {key: values[c].item() for key, values in columns.items()}
-    if bootstrap == "auto":
-        bootstrap = RESAMPLES if len(known) < 1000 else 0
-    if bootstrap:
-        def measure(rows):
-            return _measure(positive[rows], known[rows], scores[rows], present[rows])[0]
-
-        result["intervals"] = _intervals(measure, headlines, len(known), bootstrap, seed)
-    return result
-
-
-def _intervals(measure, headlines, count, resamples, seed):
-    """95 % intervals of the headlines of measure(rows) over resampled rows -> {name: [low, high]};
-    none of ROC AUC, which may be NaN there."""
-    rng = np.random.default_rng(seed)
-    names = [name for name in HEADLINES if name not in ("roc_auc_macro", "ece") and headlines[name] == headlines[name]]
-    drawn = []
-    for _ in range(resamples):
-        sample = measure(rng.integers(0, count, count))
-        drawn.append([sample[name] for name in names])
-    return dict(zip(names, np.quantile(drawn, [0.025, 0.975], axis=0).T.tolist()))
-
-
-def paired_differences(targets, scores, thresholds, other_scores, other_thresholds, resamples=RESAMPLES, seed=0):
-    """Two models on the same images -> {headline: (value, other value, difference, low, high)}:
-    other - value, and its 95 % interval over rows that are resampled for both alike; none of ROC
-    AUC and ECE.
-
-    targets (N, C) with 0, 1, NaN; both scores (N, C), finite; both thresholds as of report().
-    """
-    positive, known, scores = _check_both(targets, scores, "scores")
-    other_scores = _check_both(targets, other_scores, "scores")[2]
-    present = scores >= thresholds
-    other_present = other_scores >= other_thresholds
-
-    def subtract(one, other):
-        return {name: other[name] - one[name] for name in one}
-
-    def difference(rows):
-        one = _measure(positive[rows], known[rows], scores[rows], present[rows])[0]
-        other = _measure(positive[rows], known[rows], other_scores[rows], other_present[rows])[0]
-        return subtract(one, other)
-
-    one = _measure(positive, known, scores, present)[0]
-    other = _measure(positive, known, other_scores, other_present)[0]
-    differences = subtract(one, other)
-    result = {}
-    for name, interval in _intervals(difference, differences, len(known), resamples, seed).items():
-        result[name] = (one[name], other[name], differences[name], *interval)
+    if intervals:
+        _add_intervals(result, positive, known, scores, present)
     return result
 
 
@@ -666,16 +630,35 @@ def shorten(text, width):
 
 
 def _format_judged(report):
-    """Return the lines of text that say how many classes could not be judged and what the others alone have."""
+    """Return lines of text about the classes with too few known positives, and the means over the others."""
     lines = []
     classes = len(report["per_class"])
     unjudged = classes - report["classes_judged"]
+
     if unjudged:
         lines.append(f"classes without a known positive, which count as 0 in f1_macro and map: {unjudged} of {classes}")
+
     differ = _differ_from_headlines([report])
     if differ:
-        lines.append("over the judged classes: " + "   ".join(f"{name} {_cell(report[name])}" for name in differ))
+        lines.append("over the judged classes: " + _format_values(report, differ))
+
+    supported = report.get("classes_supported", classes)
+    if supported == 0:
+        lines.append(f"no class has {MIN_POSITIVES} known positives: f1_macro and map have no interval")
+    elif supported < classes:
+        lines.append(f"over the {supported} classes with {MIN_POSITIVES} known positives, which an interval needs:")
+        lines.append(_format_values(report, ["f1_macro_supported", "map_supported"]))
     return lines
+
+
+def _format_values(report, names):
+    """Return some numbers of a report as a line of text, each with its interval if it has one."""
+    texts = []
+    for name in names:
+        texts.append(f"{name} {_cell(report[name])}")
+        if name in report.get("intervals", {}):
+            texts[-1] += " [{:.3f}, {:.3f}]".format(*report["intervals"][name])
+    return "   ".join(texts)
 
 
 def _differ_from_headlines(reports):
@@ -705,15 +688,9 @@ def format_report(report, most=30):
     >>> print(format_report(numbers).splitlines()[0])
     hamming_loss 0.000   subset_accuracy 1.000   map 1.000   roc_auc_macro 1.000
     """
-    intervals = report.get("intervals", {})
-    headlines = []
-    for name in sorted(HEADLINES, key=lambda name: name.startswith("f1")):  # the four F1s last
-        text = f"{name} {_cell(report[name])}"
-        if name in intervals:
-            text += " [{:.3f}, {:.3f}]".format(*intervals[name])
-        headlines.append(text)
-    per_line = 2 if intervals else 4
-    lines = ["   ".join(headlines[start : start + per_line]) for start in range(0, len(headlines), per_line)]
+    names = sorted(HEADLINES, key=lambda name: name.startswith("f1"))  # the four F1s last
+    per_line = 2 if "intervals" in report else 4
+    lines = [_format_values(report, names[start : start + per_line]) for start in range(0, len(names), per_line)]
 
     per_class = report["per_class"]
     lines += _format_judged(report)
@@ -730,6 +707,155 @@ def format_report(report, most=30):
         cells = [_cell(per_class[name][column]).rjust(len(title)) for column, title in REPORT_COLUMNS.items()]
         lines.append(" ".join([shorten(name, width).ljust(width), *cells]))
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Intervals: how far a number may be from that of very many images like these
+#
+# They follow from the jackknife: how much a number changes when a row is left out. Resampling rows (the bootstrap) does
+# worse here. A resample may lack a class, and the positives that it has twice raise the average precision.
+# `tests/bench.py intervals` simulates how often the intervals cover the truth; it chose what is below.
+
+
+def _add_intervals(result, positive, known, scores, present):
+    """Add to a report what intervals=True asks for."""
+    result["classes_supported"] = int((_count(positive, 0) >= MIN_POSITIVES).sum())
+    result["intervals"] = {}
+    for name, (value, without) in _jackknife(positive, known, scores, present).items():
+        result.setdefault(name, value)  # the means over the supported classes are new
+        reach = _reach(value, without)
+        if reach:
+            result["intervals"][name] = _interval(name, value, *reach)
+
+
+def paired_differences(targets, scores, thresholds, other_scores, other_thresholds):
+    """Compare two models on the same images: return {name: (value, other value, difference, low, high)}.
+
+    targets (N, C) with 0, 1, NaN; both scores (N, C), finite; both thresholds as of report(). The names
+    are those of the headlines but ROC AUC and ECE, and of the means over supported classes that report()
+    explains. difference is other value - value; low and high are its 95 % interval, or None where it has
+    none, as in report().
+    """
+    positive, known, scores = _check_both(targets, scores, "scores")
+    other_scores = _check_both(targets, other_scores, "scores")[2]
+    one = _jackknife(positive, known, scores, scores >= thresholds)
+    other = _jackknife(positive, known, other_scores, other_scores >= other_thresholds)
+
+    result = {}
+    for name in [name for name in one if name in other]:
+        (value, without), (other_value, other_without) = one[name], other[name]
+        difference = other_value - value
+        reach = _reach(difference, other_without - without)
+        interval = (difference - reach[0], difference + reach[1]) if reach else (None, None)
+        result[name] = value, other_value, difference, *interval
+    return result
+
+
+def _jackknife(positive, known, scores, present):
+    """Return {name: (value, values (N,) without row 0, row 1, ...)} of the headlines but ROC AUC and ECE.
+
+    If some classes have too few known positives, f1_macro and map do not change, which leaves them without an interval,
+    and f1_macro_supported and map_supported are over the other classes.
+    """
+    headlines, columns = _measure(positive, known, scores, present)
+    present = present & known
+    positives = columns["positives"]
+    supported = positives >= MIN_POSITIVES
+    probabilities = _are_probabilities(scores)
+
+    # Class by class, as all values of all classes at once would take many times the memory of the scores.
+    f1_macro, f1_weighted, average_precision, squares, losses = np.zeros((5, len(known)))
+    for c in range(len(positives)):
+        is_positive, is_known, score, is_present = (array[:, c] for array in (positive, known, scores, present))
+        f1 = _ratio_without(2 * (is_positive & is_present), is_positive.astype(int) + is_present)
+        f1_weighted += f1 * (positives[c] - is_positive)
+        if supported[c]:
+            f1_macro += f1 / supported.sum()
+            average_precision += _average_precision_without(is_positive, is_known, score) / supported.sum()
+        if probabilities:
+            p = score.astype(float)
+            squares += np.where(is_known, (p - is_positive) ** 2, 0)
+            p = np.clip(p, 1e-7, 1 - 1e-7)
+            losses -= np.where(is_known, np.log(np.where(is_positive, p, 1 - p)), 0)
+
+    judged = known.any(axis=1)
+    wrong = positive ^ present
+    hits, counted = _count(positive & present, 1), _count(positive, 1) + _count(present, 1)
+    known_count = _count(known, 1)
+    without = {
+        "hamming_loss": _ratio_without(_count(wrong, 1), known_count),
+        "subset_accuracy": _ratio_without(judged & ~wrong.any(axis=1), judged),
+        "f1_micro": _ratio_without(2 * hits, counted),
+        "f1_weighted": _divide(f1_weighted, positives.sum() - _count(positive, 1)),
+        "f1_samples": _ratio_without(_divide(2 * hits, counted), judged),
+    }
+    if probabilities:
+        without |= {"brier": _ratio_without(squares, known_count), "log_loss": _ratio_without(losses, known_count)}
+    result = {name: (headlines[name], values) for name, values in without.items()}
+    if not supported.all():
+        result |= {name: (headlines[name], np.full(len(known), headlines[name])) for name in ("f1_macro", "map")}
+    if supported.any():
+        suffix = "" if supported.all() else "_supported"
+        result[f"f1_macro{suffix}"] = float(columns["f1"][supported].mean()), f1_macro
+        result[f"map{suffix}"] = float(columns["average_precision"][supported].mean()), average_precision
+    return result
+
+
+def _ratio_without(numerator, denominator):
+    """Return sum(numerator) / sum(denominator), both (N,), without each of the N rows; 0 where that is 0 / 0."""
+    return _divide(numerator.sum() - numerator, denominator.sum() - denominator)
+
+
+def _average_precision_without(positive, known, scores):
+    """Return the average precision of one class, with two positives or more, without each of its rows (N,)."""
+    positives = np.sort(scores[positive])
+    hits = _at_least(positives, positives)
+    ranks = _at_least(np.sort(scores[known]), positives)
+    precision = hits / ranks
+
+    # What the precisions at all positives that score no more than a row gain when it is left out: a negative takes
+    # away 1 from their ranks, a positive 1 from their hits too. Rank 1 is that of a positive which goes itself.
+    fewer = np.maximum(ranks - 1, 1)
+    below = np.searchsorted(positives, scores, side="right")
+    gain = np.append(0, np.cumsum(hits / fewer - precision))[below]
+    total = precision.sum() + np.where(known, gain, 0)
+    result = total / len(positives)
+
+    gone = np.append(0, np.cumsum((hits - 1) / fewer - precision))[below]
+    own = ((hits - 1) / fewer)[below - 1]
+    result[positive] = ((precision.sum() + gone - own) / (len(positives) - 1))[positive]
+    return result
+
+
+def _reach(value, without):
+    """Return how far the 95 % interval of a value reaches (down, up); None if no row changes the value.
+
+    without: (N,), the value without each row. The standard error is the jackknife's (Tukey 1958). Few rows may decide
+    about it, such as the positives of rare classes: Student's t has as many degrees of freedom as give the
+    variance of its estimate. The jackknife also estimates the bias, and the interval reaches around the corrected
+    value too: average precision is too high and F1 too low on few positives.
+    """
+    count = len(without)
+    moves = without - without.mean()
+    squares = (moves**2).sum()
+    if count < 2 or np.abs(moves).max() < 1e-12:
+        return None
+    error = np.sqrt((count - 1) / count * squares)
+    freedom = min(count - 1, 2 / max((moves**4).sum() / squares**2 - 1 / count, 1e-9))
+    reach = np.interp(1 / freedom, *STUDENT_T.T) * error
+    bias = (count - 1) * (without.mean() - value)
+    return float(reach + max(bias, 0)), float(reach + max(-bias, 0))
+
+
+def _interval(name, value, down, up):
+    """Return [low, high] around a value that the interval reaches down and up from. It does so on the scale of logits,
+    log_loss on that of logarithms, as no value is below 0 and only log_loss is above 1."""
+    if name == "log_loss":
+        low, high = value * np.exp(-down / value), value * np.exp(up / value)
+    else:
+        slope = max(value * (1 - value), 1e-12)  # 0 if the value is 1 because of the only row that can be judged
+        low, high = sigmoid(logit(value) - down / slope), sigmoid(logit(value) + up / slope)
+    return [float(min(low, value)), float(max(high, value))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -807,9 +933,17 @@ def paired_table(folders):
     other_thresholds = np.broadcast_to(other[4], scores.shape)[order]
     differences = paired_differences(targets, scores, thresholds, other[3][order], other_thresholds)
     for name, (one, two, difference, low, high) in differences.items():
-        noise = "" if low > 0 or high < 0 else "  noise"
-        table.append([name, _cell(one), _cell(two), f"{difference:+.3f}", f"[{low:+.3f}, {high:+.3f}]{noise}"])
-    return _aligned(table)
+        interval = "none"
+        if low is not None:
+            interval = f"[{low:+.3f}, {high:+.3f}]" + ("" if low > 0 or high < 0 else "  noise")
+        table.append([name, _cell(one), _cell(two), f"{difference:+.3f}", interval])
+    text = _aligned(table)
+
+    supported = int(((targets == 1).sum(axis=0) >= MIN_POSITIVES).sum())
+    if supported < len(classes):
+        text += (f"\n{supported} of {len(classes)} classes have at least {MIN_POSITIVES} known positives: "
+                 "f1_macro and map have an interval over these alone")
+    return text
 
 
 def _aligned(table):

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import warnings
 
+import bench
 import numpy as np
 import pytest
+import scipy.stats
 import sklearn
 import sklearn.metrics as sk
 from hypothesis import given, settings
@@ -208,7 +210,7 @@ def some_scores(rows=40, classes=3, unknown=0.2):
 
 def test_report_holds_the_same_numbers_and_is_json():
     targets, scores = some_scores()
-    report = metrics.report(targets, scores, [0.3, 0.5, 0.7], ["a", "b", "c"], bootstrap=50)
+    report = metrics.report(targets, scores, [0.3, 0.5, 0.7], ["a", "b", "c"], intervals=True)
     predictions = scores >= [0.3, 0.5, 0.7]
     assert report["rows"] == 40
     assert report["hamming_loss"] == metrics.hamming_loss(targets, predictions)
@@ -282,20 +284,150 @@ def test_report_refuses_a_class_that_is_there_twice():
         metrics.report(targets, scores, 0.5, ["a", "a"])
 
 
-def test_bootstrap_intervals_are_those_of_a_loop():
-    targets, scores = some_scores(30, 2)
-    scores = np.round(scores, 1)
-    intervals = metrics.report(targets, scores, 0.5, ["a", "b"], bootstrap=200, seed=3)["intervals"]
-    rng = np.random.default_rng(3)
-    drawn = []
-    for _ in range(200):
-        rows = rng.integers(0, 30, 30)
-        drawn.append(metrics.report(targets[rows], scores[rows], 0.5, ["a", "b"]))
-    assert set(intervals) == set(metrics.HEADLINES) - {"roc_auc_macro", "ece"}
-    for name, interval in intervals.items():
-        expected = np.quantile([report[name] for report in drawn], [0.025, 0.975])
-        np.testing.assert_allclose(interval, expected, atol=1e-12)
-    assert metrics.report(targets, scores, 0.5, ["a", "b"], bootstrap=200, seed=3)["intervals"] == intervals
+def interval_by_loops(value, without, transform):
+    """The 95 % jackknife interval of a value, from its values without each row, on a transformed scale."""
+    count = len(without)
+    moves = [one - sum(without) / count for one in without]
+    squares = sum(move**2 for move in moves)
+    freedom = min(count - 1, 2 / (sum(move**4 for move in moves) / squares**2 - 1 / count))
+    reach = scipy.stats.t.ppf(0.975, freedom) * math.sqrt((count - 1) / count * squares)
+    bias = (count - 1) * (sum(without) / count - value)
+    ends = []
+    for move in (-reach - max(bias, 0), reach + max(-bias, 0)):
+        if transform == "logit":
+            odds = value / (1 - value) * math.exp(move / (value * (1 - value)))
+            ends.append(odds / (1 + odds))
+        else:
+            ends.append(value * math.exp(move / value) if transform == "log" else value + move)
+    return ends
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_intervals_are_those_of_a_loop_over_reports_without_a_row(seed):
+    targets, one = example(rows=50, seed=seed)
+    two = np.clip(one + np.random.default_rng(seed).normal(0, 0.2, one.shape), 0, 1).round(1)  # with ties
+    thresholds = np.linspace(0.3, 0.7, 200).reshape(50, 4)
+    supported = (targets == 1).sum(axis=0) >= 3
+    assert 0 < supported.sum() < 4
+
+    def numbers(rows, p):
+        report = metrics.report(targets[rows], p[rows], thresholds[rows], list("abcd"))
+        part = metrics.report(targets[rows][:, supported], p[rows][:, supported], thresholds[rows][:, supported],
+                              list("abcd")[: supported.sum()])
+        return report | {f"{name}_supported": part[name] for name in ("f1_macro", "map")}
+
+    report = metrics.report(targets, two, thresholds, list("abcd"), intervals=True)
+    assert report["classes_supported"] == supported.sum()
+    assert set(report["intervals"]) == {"hamming_loss", "subset_accuracy", "f1_micro", "f1_weighted", "f1_samples",
+                                        "brier", "log_loss", "f1_macro_supported", "map_supported"}
+    values = [numbers(np.arange(50), p) for p in (one, two)]
+    without = [[numbers(np.arange(50) != row, p) for row in range(50)] for p in (one, two)]
+    paired = metrics.paired_differences(targets, one, thresholds, two, thresholds)
+    assert set(paired) == {*report["intervals"], "f1_macro", "map"}
+    assert paired["map"] == (values[0]["map"], values[1]["map"], values[1]["map"] - values[0]["map"], None, None)
+    for name, interval in report["intervals"].items():
+        assert report[name] == pytest.approx(values[1][name])
+        left = [row[name] for row in without[1]]
+        expected = interval_by_loops(report[name], left, "log" if name == "log_loss" else "logit")
+        assert interval == pytest.approx(expected, rel=0.005)  # quantiles are interpolated
+        difference = values[1][name] - values[0][name]
+        left = [after[name] - before[name] for before, after in zip(*without)]
+        assert paired[name] == pytest.approx((values[0][name], values[1][name], difference,
+                                              *interval_by_loops(difference, left, None)), rel=0.03)
+
+
+@CASES
+@given(problems(unknown=True), st.floats(0, 1))
+def test_a_number_lies_in_its_interval_and_a_difference_too(problem, threshold):
+    targets, scores = problem
+    names = list("abcd")[: targets.shape[1]]
+    report = metrics.report(targets, scores, threshold, names, intervals=True)
+    for name, (low, high) in report["intervals"].items():
+        assert 0 <= low <= report[name] <= high < np.inf
+        assert high <= 1 or name == "log_loss"
+    supported = (targets == 1).sum(axis=0) >= 3
+    assert report["classes_supported"] == supported.sum()
+    assert ("map_supported" in report) == (0 < supported.sum() < len(names))
+    if not supported.all():
+        assert not {"f1_macro", "map"} & report["intervals"].keys()
+
+    there = metrics.paired_differences(targets, scores, threshold, -scores, 0.5)
+    back = metrics.paired_differences(targets, -scores, 0.5, scores, threshold)
+    for name, (value, other, difference, low, high) in there.items():
+        assert difference == other - value
+        if low is None:
+            assert back[name] == (other, value, -difference, None, None)
+        else:
+            assert low <= difference <= high
+            assert back[name] == pytest.approx((other, value, -difference, -high, -low), abs=1e-9)
+
+
+def test_what_no_row_changes_has_no_interval():
+    targets = np.zeros((200, 20))
+    targets[np.arange(20) * 10, np.arange(20)] = 1
+    alone = metrics.report(targets, targets, 0.5, list(map(str, range(20))), intervals=True)
+    assert alone["f1_macro"] == 1 and set(alone["intervals"]) == {"f1_samples"} and alone["classes_supported"] == 0
+    assert "no class has 3 known positives" in metrics.format_report(alone)
+    targets = np.repeat(targets, 3, axis=0)
+    perfect = metrics.report(targets, targets, 0.5, list(map(str, range(20))), intervals=True)
+    assert set(perfect["intervals"]) == {"f1_samples"} and perfect["classes_supported"] == 20
+    wrong = metrics.paired_differences(targets, targets, 0.5, 1 - targets, 0.5)
+    assert wrong["f1_macro"] == (1, 0, -1, None, None)
+    one_row = metrics.report(targets[:1], targets[:1] / 2, 0.5, list(map(str, range(20))), intervals=True)
+    assert one_row["intervals"] == {}
+
+
+def test_the_report_shows_each_interval_beside_its_own_number():
+    targets, scores = some_scores(classes=3)
+    report = metrics.report(targets, scores, 0.5, list("abc"), intervals=True)
+    text = metrics.format_report(report)
+    assert "map {:.3f} [{:.3f}, {:.3f}]".format(report["map"], *report["intervals"]["map"]) in text
+    targets[2:, 1] = np.where(targets[2:, 1] == 1, np.nan, targets[2:, 1])
+    report = metrics.report(targets, scores, 0.5, list("abc"), intervals=True)
+    text = metrics.format_report(report)
+    assert "over the 2 classes with 3 known positives" in text
+    assert f"map {report['map']:.3f} [" not in text
+    for name in ("f1_macro_supported", "map_supported"):
+        assert "{} {:.3f} [{:.3f}, {:.3f}]".format(name, report[name], *report["intervals"][name]) in text
+    without_c = metrics.report(targets[:, ::2], scores[:, ::2], 0.5, list("ac"), intervals=True)
+    assert report["intervals"]["map_supported"] == pytest.approx(without_c["intervals"]["map"])
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("positives", [2, 5])
+def test_intervals_cover_the_truth_of_rare_classes(positives):
+    rng = np.random.default_rng(0)
+    prevalence = np.full(20, positives / 150)
+    distances = np.linspace(2, 4, 20)
+    names = list(map(str, range(20)))
+    targets, *models = bench.simulate(rng, 20_000, prevalence, distances)
+    thresholds = [metrics.find_thresholds(targets, p, "pr_curve") for p in models]
+    true_f1 = [metrics.f1_score(targets, p >= t, None) for p, t in zip(models, thresholds)]
+    true_ap = [metrics.average_precision(targets, p, None) for p in models]
+
+    hits = []
+    for _ in range(60):
+        targets, *models = bench.simulate(rng, 150, prevalence, distances)
+        supported = (targets == 1).sum(axis=0) >= 3
+        report = metrics.report(targets, models[0], thresholds[0], names, intervals=True)
+        paired = metrics.paired_differences(targets, models[0], thresholds[0], models[1], thresholds[1])
+        for column, (one, other) in (("f1_macro", true_f1), ("map", true_ap)):
+            name = column if supported.all() else f"{column}_supported"
+            one, other = one[supported].mean(), other[supported].mean()
+            if name in report["intervals"]:
+                low, high = report["intervals"][name]
+                hits.append(low <= one <= high)
+            if name in paired and paired[name][3] is not None:
+                hits.append(paired[name][3] <= other - one <= paired[name][4])
+    assert len(hits) > 200 and np.mean(hits) > 0.92
+
+
+def test_student_t_is_that_of_scipy_and_wider_between_its_steps():
+    freedom = 1 / np.linspace(1e-6, 1, 500)
+    ours = np.interp(1 / freedom, *metrics.STUDENT_T.T)
+    exact = scipy.stats.t.ppf(0.975, freedom)
+    assert (ours > exact * 0.999).all()
+    assert (ours < exact * 1.03)[freedom > 2].all()
 
 
 # B27
@@ -327,7 +459,7 @@ def test_format_report_fits_100_columns():
     targets, scores = some_scores(classes=2)
     targets[:, 1] = np.nan
     names = ["a class name that has forty-four characters..", "b"]
-    text = metrics.format_report(metrics.report(targets, scores, 0.5, names, bootstrap=20))
+    text = metrics.format_report(metrics.report(targets, scores, 0.5, names, intervals=True))
     assert max(map(len, text.splitlines())) <= 100
     assert "n/a" in text and "…" in text and "[0." in text
 
@@ -643,17 +775,9 @@ def test_a_reliability_curve_counts_every_known_label_once():
 
 
 def test_scores_that_are_no_probabilities_have_no_honesty():
-    report = metrics.report([[1], [0]], [[2.0], [-1.0]], 0.5, ["a"], bootstrap=10)
+    report = metrics.report([[1], [0]], [[2.0], [-1.0]], 0.5, ["a"], intervals=True)
     assert math.isnan(report["ece"]) and math.isnan(report["brier"]) and math.isnan(report["log_loss"])
     assert "brier" not in report["intervals"]
-
-
-def test_intervals_come_by_themselves_for_few_rows(monkeypatch):
-    monkeypatch.setattr(metrics, "RESAMPLES", 10)
-    targets, probabilities = example(rows=999)
-    assert "intervals" in metrics.report(targets, probabilities, 0.5, list("abcd"), bootstrap="auto")
-    targets, probabilities = example(rows=1000)
-    assert "intervals" not in metrics.report(targets, probabilities, 0.5, list("abcd"), bootstrap="auto")
 
 
 def test_thresholds_may_differ_by_row():
@@ -666,23 +790,18 @@ def test_thresholds_may_differ_by_row():
 
 def test_paired_differences_are_those_of_two_reports():
     targets, one = example(rows=120)
+    targets = targets[:, :3]
+    one = one[:, :3]
     two = np.clip(one + np.random.default_rng(1).normal(0, 0.2, one.shape), 0, 1)
-    result = metrics.paired_differences(targets, one, 0.5, two, 0.4, resamples=50, seed=3)
-    first = metrics.report(targets, one, 0.5, list("abcd"))
-    second = metrics.report(targets, two, 0.4, list("abcd"))
-    rng = np.random.default_rng(3)
-    drawn = []
-    for _ in range(50):
-        rows = rng.integers(0, 120, 120)
-        values = [metrics.report(targets[rows], p[rows], t, list("abcd"))["map"] for p, t in ((one, 0.5), (two, 0.4))]
-        drawn.append(values[1] - values[0])
+    result = metrics.paired_differences(targets, one, 0.5, two, 0.4)
+    first = metrics.report(targets, one, 0.5, list("abc"))
+    second = metrics.report(targets, two, 0.4, list("abc"))
     assert set(result) == set(metrics.HEADLINES) - {"roc_auc_macro", "ece"}
-    for name, (value, other, difference, low, high) in result.items():
+    for name, (value, other, difference, _, _) in result.items():
         assert (value, other) == pytest.approx((first[name], second[name]))
-        assert difference == pytest.approx(other - value) and low <= high
-    assert result["map"][3:] == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
-    same = metrics.paired_differences(targets, one, 0.5, one, 0.5, resamples=10)
-    assert all(value[2:] == (0, 0, 0) for value in same.values())
+        assert difference == pytest.approx(other - value)
+    same = metrics.paired_differences(targets, one, 0.5, one, 0.5)
+    assert set(same) == set(result) and all(value[2:] == (0, None, None) for value in same.values())
 
 
 def write_run(folder, ids, probabilities, thresholds, split="test"):
@@ -711,9 +830,10 @@ def test_two_runs_are_compared_on_the_same_images(tmp_path, capsys):
     b = write_run(tmp_path / "b", names[::-1], one, [0.5] * 4, split="folds")
     c = write_run(tmp_path / "c", names, np.where(targets == 1, 0.9, 0.1), [0.5] * 4)
     text = metrics.main([str(a), str(b), "--paired"])
-    assert all("+0.000" in line and "noise" in line for line in text.splitlines()[1:])
+    assert all("+0.000" in line and line.endswith("none") for line in text.splitlines()[1:-1])
+    assert text.splitlines()[-1].startswith("3 of 4 classes have at least 3 known positives")
     text = metrics.main([str(a), str(c), "--paired"])
-    line = next(line for line in text.splitlines() if line.startswith("f1_macro"))
+    line = next(line for line in text.splitlines() if line.startswith("f1_macro_supported"))
     assert "noise" not in line and "difference" in text.splitlines()[0]
     assert capsys.readouterr().out.endswith(text + "\n")
     other = write_run(tmp_path / "d", [f"other_{name}" for name in names], one, [0.5] * 4)
