@@ -311,7 +311,7 @@ def fit_calibration(targets, probabilities):
     targets (N, C) with 0, 1, NaN; probabilities (N, C). The two minimise the log loss, summed over
     the known labels, plus twice the squares of log(scale) and of the offsets: normal priors with a
     standard deviation of 0.5, which keep a class with few labels near offset 0. It is temperature
-    scaling (Guo et al. 2017) with a bias per class; the steps are Gauss-Newton.
+    scaling (Guo et al. 2017) with a bias per class; the steps are Newton's.
 
     >>> scale, offsets = fit_calibration([[1], [0], [0], [0]], [[0.9], [0.9], [0.8], [0.8]])
     >>> calibrate([[0.9], [0.8]], scale, offsets).round(2).tolist()
@@ -319,18 +319,37 @@ def fit_calibration(targets, probabilities):
     """
     positive, known, probabilities = _check_both(targets, probabilities, "probabilities")
     z = logit(probabilities)
+
+    def objective(theta):
+        logits = np.exp(theta[0]) * z + theta[1:]
+        return np.logaddexp(0, np.where(positive, -logits, logits))[known].sum() + 2 * (theta**2).sum()
+
     theta = np.zeros(z.shape[1] + 1)  # log(scale), offsets
+    value = objective(theta)
     for _ in range(100):
         scaled = np.exp(theta[0]) * z
         p = sigmoid(scaled + theta[1:])
         error = np.where(known, p - positive, 0)
         weight = np.where(known, p * (1 - p), 0)
         gradient = 4 * theta + np.append((error * scaled).sum(), error.sum(axis=0))
-        curvature = np.diag(4 + np.append((weight * scaled**2).sum(), weight.sum(axis=0)))
-        curvature[0, 1:] = (weight * scaled).sum(axis=0)
-        curvature[1:, 0] = curvature[0, 1:]
-        step = np.linalg.solve(curvature, gradient).clip(-1, 1)
+
+        # Newton's step. Only log(scale) shares second derivatives with the offsets, which are eliminated first. If the
+        # objective bends down along log(scale), the part of the curvature that can be negative is left out.
+        of_offsets = 4 + weight.sum(axis=0)
+        mixed = (weight * scaled).sum(axis=0)
+        curvature = 4 + (weight * scaled**2).sum() - (mixed**2 / of_offsets).sum()
+        bend = (error * scaled).sum()
+        curvature += bend if curvature + bend > 0 else 0
+        step = np.empty_like(theta)
+        step[0] = (gradient[0] - (mixed * gradient[1:] / of_offsets).sum()) / curvature
+        step[1:] = (gradient[1:] - mixed * step[0]) / of_offsets
+
+        # A long step may overshoot: at most 1, and halved until the objective falls
+        step /= max(1, np.abs(step).max())
+        while objective(theta - step) > value and np.abs(step).max() > 1e-9:
+            step /= 2
         theta -= step
+        value = objective(theta)
         if np.abs(step).max() < 1e-9:
             break
     return float(np.exp(theta[0])), theta[1:]

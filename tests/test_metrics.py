@@ -10,9 +10,11 @@ import warnings
 import bench
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.stats
 import sklearn
 import sklearn.metrics as sk
+from hypothesis import example as always_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -729,6 +731,37 @@ def test_a_calibration_has_the_lowest_penalised_log_loss():
     assert scale < 0.9  # they were overconfident
     assert metrics.log_loss(targets, metrics.calibrate(probabilities, scale, offsets)) < metrics.log_loss(
         targets, probabilities)
+
+
+@st.composite
+def calibrations(draw):
+    """Targets with NA and logits that may be extreme, tied, tiny, or all wrong: few of them, so that one minimum is."""
+    shape = (draw(st.integers(1, 12)), draw(st.integers(1, 4)))
+    known = st.sampled_from(draw(st.sampled_from([[0.0, 1.0, np.nan], [0.0, 1.0], [1.0], [0.0]])))
+    targets = draw(arrays(np.float64, shape, elements=known))
+    targets[:, draw(arrays(bool, shape[1]))] = np.nan if draw(st.booleans()) else 1
+    logits = [st.floats(-20, 20), st.floats(-3, 3), st.sampled_from([-16.0, -11.0, 0.0, 9.0, 12.0, 16.0])]
+    return targets, draw(arrays(np.float64, shape, elements=draw(st.sampled_from(logits))))
+
+
+@settings(max_examples=100, deadline=None)
+@given(calibrations())
+@always_with((np.array([[0.0, 1.0], [0.0, 1.0]]), np.array([[12.0, -11.0], [9.0, -14.0]])))
+def test_a_calibration_is_at_the_minimum_that_scipy_finds(problem):
+    targets, logits = problem
+    probabilities = 1 / (1 + np.exp(-logits))
+    known = ~np.isnan(targets)
+    p = np.clip(probabilities, 1e-7, 1 - 1e-7)
+    z = np.log(p / (1 - p))
+
+    def objective(theta):
+        score = np.exp(theta[0]) * z + theta[1:]
+        return np.logaddexp(0, np.where(targets == 1, -score, score))[known].sum() + 2 * np.sum(theta**2)
+
+    scale, offsets = metrics.fit_calibration(targets, probabilities)
+    starts = [np.append(start, np.zeros(len(offsets))) for start in (-3, 0, 2)]
+    lowest = min(scipy.optimize.minimize(objective, start).fun for start in starts)
+    assert objective(np.append(math.log(scale), offsets)) <= lowest + 1e-6
 
 
 def test_a_calibration_ignores_unknown_labels_and_survives_certain_ones():
