@@ -765,8 +765,11 @@ def paired_differences(targets, scores, thresholds, other_scores, other_threshol
         (value, without), (other_value, other_without) = one[name], other[name]
         difference = other_value - value
         reach = _reach(difference, other_without - without)
-        interval = (difference - reach[0], difference + reach[1]) if reach else (None, None)
-        result[name] = value, other_value, difference, *interval
+        low = high = None
+        if reach:
+            most = np.inf if name == "log_loss" else 1.0
+            low, high = max(difference - reach[0], -most), min(difference + reach[1], most)
+        result[name] = value, other_value, difference, low, high
     return result
 
 
@@ -899,14 +902,23 @@ def read_run(folder):
 
 
 def read_json(path):
-    """A JSON object that a run wrote -> dict. Raises ValueError."""
+    """Return the JSON object that a run wrote, a dict with None for NaN and infinities. Raise ValueError for others."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_parse_int, parse_constant=lambda _: None)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not what a run writes: it is nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not what a run writes: it holds no JSON object")
     return content
+
+
+def _parse_int(digits):
+    """Return an integer of a JSON file. Raise ValueError if it is larger than any float, as scores are compared."""
+    if len(digits) > 300:
+        raise ValueError(f"it has a number of {len(digits)} digits")
+    return int(digits)
 
 
 def read_predictions(folder):
@@ -915,29 +927,48 @@ def read_predictions(folder):
     folder = Path(folder)
     split = read_run(folder).get("split")
     ids, classes, scores = _read_numbers(folder / "probabilities.csv")
-    names, _, targets = _read_numbers(folder / f"{'train' if split == 'folds' else split}_metadata.csv")
+    names, columns, targets = _read_numbers(folder / f"{'train' if split == 'folds' else split}_metadata.csv")
     row_of = {name: row for row, name in enumerate(names)}
+    column_of = {name: column for column, name in enumerate(columns)}
     thresholds = read_json(folder / "thresholds.json")
     try:
-        targets = targets[[row_of[name] for name in ids]]
-        thresholds = np.array([thresholds[name] for name in classes])
+        targets = targets[[row_of[name] for name in ids]][:, [column_of[name] for name in classes]]
+        thresholds = [thresholds[name] for name in classes]
     except KeyError as error:
         raise ValueError(f"{folder}: {error} is not in all files of the run: were they changed?") from None
+
+    if not all(isinstance(threshold, (int, float)) for threshold in thresholds):
+        raise ValueError(f"{folder / 'thresholds.json'} is not what a run writes: a threshold is not a number")
     if split == "folds":
-        thresholds = _read_numbers(folder / "fold_thresholds.csv")[2]
-    return ids, classes, targets, scores, thresholds
+        *titles, thresholds = _read_numbers(folder / "fold_thresholds.csv")
+        if titles != [ids, classes]:
+            raise ValueError(f"{folder}: fold_thresholds.csv has other images or classes than probabilities.csv: "
+                             "were they changed?")
+    try:
+        _check_both(targets, scores, "scores")
+    except ValueError as error:
+        raise ValueError(f"{folder}: the labels and probabilities.csv do not fit: {error}") from None
+    return ids, classes, targets, scores, np.array(thresholds)
 
 
 def _read_numbers(path):
     """A CSV file of a run with an ID and numbers -> (IDs, titles of the columns, float64 (N, C)),
     NaN for NA."""
+    ids, values = [], []
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            header, *rows = csv.reader(file)
-        values = np.array([[float(cell.replace("NA", "nan")) for cell in row[1:]] for row in rows])
-        return [row[0] for row in rows], header[1:], values.reshape(len(rows), len(header) - 1)
-    except (OSError, ValueError) as error:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            for row in reader:
+                if len(row) != len(header):
+                    raise ValueError(f"line {reader.line_num} has {len(row)} cells instead of {len(header)}")
+                ids.append(row[0])
+                values.append([float("nan" if cell == "NA" else cell) for cell in row[1:]])
+    except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+    if not values:
+        raise ValueError(f"{path} has no rows")
+    return ids, header[1:], np.array(values)
 
 
 def paired_table(folders):

@@ -627,7 +627,8 @@ def test_a_run_without_a_score_comes_last(make_run):
 
 
 # B22
-@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "5", b"\xff\xfe"])
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "5", b"\xff\xfe", "[" * 100_000, '{"a":' * 100_000,
+                                     '{"f1_macro": 1%s}' % ("0" * 5000), '{"f1_macro": -1%s}' % ("0" * 400)])
 @pytest.mark.parametrize("name", ["metrics.json", "config.json"])
 def test_a_damaged_file_of_a_run_is_named(runs, name, content):
     path = f"{runs[1]}/{name}"
@@ -636,6 +637,12 @@ def test_a_damaged_file_of_a_run_is_named(runs, name, content):
     with pytest.raises(ValueError) as error:
         metrics.main(runs)
     assert path in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_score_that_is_not_finite_counts_as_missing(make_run):
+    runs = [make_run(name, {}, {"f1_macro": value}) for name, value in zip("abcd", (0.2, math.nan, 0.3, -math.inf))]
+    assert order(metrics.main(runs)) == ["c", "a", "b", "d"]
+    assert cells(metrics.main(runs))["f1_macro"] == ("0.300*", "0.200", "n/a", "n/a")
 
 
 def test_results_table_needs_no_torch_and_fails_in_one_line(runs):
@@ -877,3 +884,47 @@ def test_two_runs_are_compared_on_the_same_images(tmp_path, capsys):
     (c / "probabilities.csv").unlink()
     with pytest.raises(ValueError, match=r"probabilities\.csv cannot be read"):
         metrics.main([str(a), str(c), "--paired"])
+
+
+DAMAGED = [
+    ("probabilities.csv", "", "has no rows"),
+    ("probabilities.csv", "ID,a,b,c,d\n", "has no rows"),
+    ("probabilities.csv", "ID,a,b,c,d\n\n", "line 2 has 0 cells instead of 5"),
+    ("probabilities.csv", "ID,a,b,c,d\n00.jpg,1,0\n", "line 2 has 3 cells"),
+    ("probabilities.csv", "ID,a,b,c,d\n00.jpg,1,0,0,x\n", "could not convert"),
+    ("probabilities.csv", f"ID,a,b,c,d\n00.jpg,1,0,0,{'9' * 5000}\n", "scores[0, 3] is inf"),
+    ("probabilities.csv", f"ID,a,b,c,d\n00.jpg,1,0,0,{'9' * 200_000}\n", "field larger than"),
+    ("probabilities.csv", "ID,a,b,c,e\n00.jpg,1,0,0,0\n", "'e' is not in all files"),
+    ("test_metadata.csv", "ID,a,b,c,e\n00.jpg,1,0,0,0\n", "'01.jpg' is not in all files"),
+    ("test_metadata.csv", "ID,a,b,c,d\n01.jpg,1,0,0,2\n", "targets[0, 3] is 2.0"),
+    ("thresholds.json", '{"a": 0.5, "b": 0.5, "c": 0.5}', "'d' is not in all files"),
+    ("thresholds.json", '{"a": 0.5, "b": 0.5, "c": 0.5, "d": [1]}', "a threshold is not a number"),
+    ("thresholds.json", '{"a": 0.5, "b": 0.5, "c": 0.5, "d": null}', "a threshold is not a number"),
+    ("thresholds.json", '{"a": 0.5, "b": 0.5, "c": 0.5, "d": 1%s}' % ("0" * 5000), "a number of 5001 digits"),
+    ("thresholds.json", "[" * 100_000, "nested too deeply"),
+    ("fold_thresholds.csv", "ID,a,b,c,d\n00.jpg,1,0,0,0\n", "fold_thresholds.csv has other images"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", DAMAGED)
+def test_a_damaged_file_of_a_compared_run_is_one_line_that_names_it(tmp_path, name, content, message):
+    _, probabilities = example(rows=50)
+    names = [f"{i:02}.jpg" for i in range(50)]
+    split = "folds" if name.startswith("fold") else "test"
+    runs = [write_run(tmp_path / run, names, probabilities, [0.5] * 4, split) for run in "ab"]
+    (runs[1] / name).write_text(content)
+    if "targets" in message:
+        (runs[1] / "probabilities.csv").write_text("ID,a,b,c,d\n01.jpg,0.5,0.5,0.5,0.5\n")
+    with pytest.raises(ValueError) as error:
+        metrics.main([*map(str, runs), "--paired"])
+    assert message in str(error.value) and str(runs[1]) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_columns_of_labels_in_another_order_are_matched_by_name(tmp_path):
+    _, probabilities = example(rows=50)
+    names = [f"{i:02}.jpg" for i in range(50)]
+    one = write_run(tmp_path / "one", names, probabilities, [0.5] * 4)
+    two = write_run(tmp_path / "two", names, probabilities, [0.5] * 4)
+    rows = [line.split(",") for line in (two / "test_metadata.csv").read_text().splitlines()]
+    (two / "test_metadata.csv").write_text("\n".join(",".join([row[0], *row[:0:-1]]) for row in rows))
+    np.testing.assert_array_equal(metrics.read_predictions(two)[2], metrics.read_predictions(one)[2])
