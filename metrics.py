@@ -23,6 +23,7 @@ Wrong input is a ValueError that names the argument and the first offending plac
 import argparse
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -852,10 +853,11 @@ def _average_precision_without(positive, known, scores):
 def _reach(value, without):
     """Return how far the 95 % interval of a value reaches (down, up); None if no row changes the value.
 
-    without: (N,), the value without each row. The standard error is the jackknife's (Tukey 1958). Few rows may decide
-    about it, such as the positives of rare classes: Student's t has as many degrees of freedom as give the
-    variance of its estimate. The jackknife also estimates the bias, and the interval reaches around the corrected
-    value too: average precision is too high and F1 too low on few positives.
+    without: (N,), the value without each row. The standard error is the jackknife's (Tukey 1958). If it rests on few
+    rows, such as the positives of rare classes, it is itself uncertain: Student's t gets the degrees of freedom that
+    match the variance of its square. The jackknife also estimates the bias, and the interval is longer by twice that:
+    on few positives average precision is too high and F1 too low, and some classes are only covered because they
+    happen to have more positives than usual, which the jackknife cannot see.
     """
     count = len(without)
     moves = without - without.mean()
@@ -866,7 +868,7 @@ def _reach(value, without):
     freedom = min(count - 1, 2 / max((moves**4).sum() / squares**2 - 1 / count, 1e-9))
     reach = np.interp(1 / freedom, *STUDENT_T.T) * error
     bias = (count - 1) * (without.mean() - value)
-    return float(reach + max(bias, 0)), float(reach + max(-bias, 0))
+    return float(reach + 2 * max(bias, 0)), float(reach + 2 * max(-bias, 0))
 
 
 def _interval(name, value, down, up):
@@ -892,7 +894,7 @@ def read_run(folder):
     object.
     """
     folder = Path(folder)
-    if not (folder / "metrics.json").exists():
+    if not os.path.exists(folder / "metrics.json"):  # which is also False for a name that is too long
         raise ValueError(f"{folder} is not the folder of a finished run: it has no metrics.json")
     row = {"run": str(folder)}
     for path in (folder / "config.json", folder / "metrics.json"):

@@ -295,7 +295,7 @@ def interval_by_loops(value, without, transform):
     reach = scipy.stats.t.ppf(0.975, freedom) * math.sqrt((count - 1) / count * squares)
     bias = (count - 1) * (sum(without) / count - value)
     ends = []
-    for move in (-reach - max(bias, 0), reach + max(-bias, 0)):
+    for move in (-reach - 2 * max(bias, 0), reach + 2 * max(-bias, 0)):
         if transform == "logit":
             odds = value / (1 - value) * math.exp(move / (value * (1 - value)))
             ends.append(odds / (1 + odds))
@@ -652,6 +652,8 @@ def test_results_table_needs_no_torch_and_fails_in_one_line(runs):
         [sys.executable, ROOT / "metrics.py", "/nowhere"], capture_output=True, text=True
     )
     assert result.returncode == 2 and result.stdout == ""
+    with pytest.raises(ValueError, match="is not the folder of a finished run"):
+        metrics.main(["x" * 5000])
     assert result.stderr == "error: /nowhere is not the folder of a finished run: it has no metrics.json\n"
 
 
