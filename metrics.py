@@ -666,7 +666,8 @@ def _format_judged(report):
     if supported == 0:
         lines.append(f"no class has {MIN_POSITIVES} known positives: f1_macro and map have no interval")
     elif supported < classes:
-        lines.append(f"over the {supported} classes with {MIN_POSITIVES} known positives, which an interval needs:")
+        least = f"at least {MIN_POSITIVES} known positives"
+        lines.append(f"over the {supported} classes with {least}, which an interval needs:")
         lines.append(_format_values(report, ["f1_macro_supported", "map_supported"]))
     return lines
 
