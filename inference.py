@@ -542,17 +542,17 @@ def _readable(table, errors):
     return np.array([row for row in range(len(table)) if row not in errors])
 
 
-def evaluate(classifier, table, batch_size=32, workers=None, bootstrap="auto"):
-    """Report a classifier on a LabelTable, as targets_for() reads it -> metrics.report() dict.
-    bootstrap: as there."""
+def evaluate(classifier, table, batch_size=32, workers=None):
+    """Report a classifier on a LabelTable, as targets_for() reads it -> metrics.report() dict, with
+    intervals."""
     metrics = import_metrics("--evaluate")
     targets = targets_for(classifier, table)
     probabilities, errors = predict_all(classifier, table.paths, batch_size, workers)
     good = _readable(table, errors)
-    return metrics.report(targets[good], probabilities[good], classifier.thresholds, classifier.classes, bootstrap)
+    return metrics.report(targets[good], probabilities[good], classifier.thresholds, classifier.classes, True)
 
 
-def calibrate(classifier, table, batch_size=32, workers=None, bootstrap="auto"):
+def calibrate(classifier, table, batch_size=32, workers=None):
     """Choose the calibration of a classifier's members and its soft thresholds anew on a
     LabelTable, as targets_for() reads it -> its report there, as of evaluate()."""
     metrics = import_metrics("--calibrate")
@@ -562,7 +562,7 @@ def calibrate(classifier, table, batch_size=32, workers=None, bootstrap="auto"):
     fit_calibration(classifier, logits[:, good], targets)
     probabilities = to_probabilities(classifier, logits[:, good])
     classifier.thresholds = metrics.find_thresholds(targets, probabilities, "soft").tolist()
-    return metrics.report(targets, probabilities, classifier.thresholds, classifier.classes, bootstrap)
+    return metrics.report(targets, probabilities, classifier.thresholds, classifier.classes, intervals=True)
 
 
 def import_metrics(option):
@@ -947,8 +947,6 @@ def parse_options(argv=None):
     group = parser.add_argument_group("labelled data")
     add = group.add_argument
     add("--evaluate", metavar="DATA", help="report the model on this labelled folder")
-    add("--bootstrap", type=number(int), metavar="N",
-        help="95 %% intervals, from N resamples (default: 1000 for fewer than 1,000 images, else 0)")
     add("--calibrate", metavar="DATA", help="choose calibration and thresholds anew on this labelled folder, which the "
         "model was not trained on, and write one model to --out")
     dataset.add_data_options(group)
@@ -970,8 +968,8 @@ def parse_options(argv=None):
             raise InputError("--calibrate writes a model: say where with --out FILE")
         if options.calibrate and options.threshold is not None:
             raise InputError("--calibrate chooses the thresholds: leave out --threshold")
-    for name, value in {**dataset.data_options(options), "bootstrap": options.bootstrap is not None}.items():
-        if value and not options.evaluate and (name == "bootstrap" or not options.calibrate):
+    for name, value in dataset.data_options(options).items():
+        if value and not options.evaluate and not options.calibrate:
             raise InputError(f"--{name.replace('_', '-')} goes with --evaluate DATA")
     return options
 
@@ -1016,8 +1014,7 @@ def use_labels(classifier, options, described):
     table = dataset.read_labels(data, **dataset.data_options(options))
     print_text(described, file=sys.stderr)
     measure = evaluate if options.evaluate else calibrate
-    bootstrap = "auto" if options.bootstrap is None else options.bootstrap
-    report = measure(classifier, table, options.batch_size, options.workers, bootstrap)
+    report = measure(classifier, table, options.batch_size, options.workers)
     if options.calibrate:
         save_model(classifier, options.out)
         print_text(f"written: {options.out}; on the data that it was calibrated with:", file=sys.stderr)

@@ -14,6 +14,7 @@ over the known labels alone. Three consequences are worth knowing:
 
 * A class without a known positive has precision, recall, F1 and average precision 0, and the macro mean counts it.
 * ROC AUC is NaN for a class without a known positive or without a known negative, and so is then the macro mean.
+  (report() also has the means over the classes that can be judged.)
 * A row without a known label is left out of the row-wise numbers (subset accuracy, `average="samples"`).
 
 Wrong input is a ValueError that names the argument and the first offending place.
@@ -22,6 +23,7 @@ Wrong input is a ValueError that names the argument and the first offending plac
 import argparse
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -32,9 +34,13 @@ FALLBACK = 0.5  # the threshold of a class that val says nothing about
 LOGITS = np.linspace(-6, 6, 241)  # what find_thresholds(method="soft") tries
 SOFTNESS = 0.5  # of its counts, in the logit
 PRIOR = 50  # positives that its expectation counts for
-RESAMPLES = 1000  # of a bootstrap interval
+MIN_POSITIVES = 3  # known positives that a class needs to be in an interval; chosen by tests/bench.py intervals
+STUDENT_T = np.array([  # 1 / degrees of freedom, 97.5 % quantile
+    [0, 1.960], [1 / 60, 2.000], [1 / 20, 2.086], [1 / 10, 2.228], [1 / 6, 2.447], [1 / 4, 2.776], [1 / 3, 3.182],
+    [1 / 2, 4.303], [1, 12.706]])
 HEADLINES = ("hamming_loss", "subset_accuracy", "f1_micro", "f1_macro", "f1_weighted", "f1_samples", "map",
              "roc_auc_macro", "ece", "brier", "log_loss")
+JUDGED = ("f1_macro_judged", "map_judged", "roc_auc_macro_judged")  # three of them, over the classes that can be judged
 LOWER_IS_BETTER = ("hamming_loss", "ece", "brier", "log_loss", "val_loss")
 
 
@@ -306,7 +312,7 @@ def fit_calibration(targets, probabilities):
     targets (N, C) with 0, 1, NaN; probabilities (N, C). The two minimise the log loss, summed over
     the known labels, plus twice the squares of log(scale) and of the offsets: normal priors with a
     standard deviation of 0.5, which keep a class with few labels near offset 0. It is temperature
-    scaling (Guo et al. 2017) with a bias per class; the steps are Gauss-Newton.
+    scaling (Guo et al. 2017) with a bias per class; the steps are Newton's.
 
     >>> scale, offsets = fit_calibration([[1], [0], [0], [0]], [[0.9], [0.9], [0.8], [0.8]])
     >>> calibrate([[0.9], [0.8]], scale, offsets).round(2).tolist()
@@ -314,18 +320,37 @@ def fit_calibration(targets, probabilities):
     """
     positive, known, probabilities = _check_both(targets, probabilities, "probabilities")
     z = logit(probabilities)
+
+    def objective(theta):
+        logits = np.exp(theta[0]) * z + theta[1:]
+        return np.logaddexp(0, np.where(positive, -logits, logits))[known].sum() + 2 * (theta**2).sum()
+
     theta = np.zeros(z.shape[1] + 1)  # log(scale), offsets
+    value = objective(theta)
     for _ in range(100):
         scaled = np.exp(theta[0]) * z
         p = sigmoid(scaled + theta[1:])
         error = np.where(known, p - positive, 0)
         weight = np.where(known, p * (1 - p), 0)
         gradient = 4 * theta + np.append((error * scaled).sum(), error.sum(axis=0))
-        curvature = np.diag(4 + np.append((weight * scaled**2).sum(), weight.sum(axis=0)))
-        curvature[0, 1:] = (weight * scaled).sum(axis=0)
-        curvature[1:, 0] = curvature[0, 1:]
-        step = np.linalg.solve(curvature, gradient).clip(-1, 1)
+
+        # Newton's step. Only log(scale) shares second derivatives with the offsets, which are eliminated first. If the
+        # objective bends down along log(scale), the part of the curvature that can be negative is left out.
+        of_offsets = 4 + weight.sum(axis=0)
+        mixed = (weight * scaled).sum(axis=0)
+        curvature = 4 + (weight * scaled**2).sum() - (mixed**2 / of_offsets).sum()
+        bend = (error * scaled).sum()
+        curvature += bend if curvature + bend > 0 else 0
+        step = np.empty_like(theta)
+        step[0] = (gradient[0] - (mixed * gradient[1:] / of_offsets).sum()) / curvature
+        step[1:] = (gradient[1:] - mixed * step[0]) / of_offsets
+
+        # A long step may overshoot: at most 1, and halved until the objective falls
+        step /= max(1, np.abs(step).max())
+        while objective(theta - step) > value and np.abs(step).max() > 1e-9:
+            step /= 2
         theta -= step
+        value = objective(theta)
         if np.abs(step).max() < 1e-9:
             break
     return float(np.exp(theta[0])), theta[1:]
@@ -531,18 +556,25 @@ def between_scores(thresholds, scores):
 # Report
 
 
-def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
+def report(targets, scores, thresholds, classes, intervals=False):
     """Everything about one split -> dict of plain Python values, ready for JSON but for NaN.
 
     targets (N, C) with 0, 1, NaN; scores (N, C), finite; thresholds (C,), one number, or (N, C)
     where they differ by row, of which per_class has the median; classes: C different names.
 
     Keys: rows, the names in HEADLINES (floats; ece, brier and log_loss are NaN where scores are no
-    probabilities), and per_class: name -> precision, recall, f1, average_precision, roc_auc,
-    threshold, positives, negatives, na (counts), prevalence (positives among the known). With
-    `bootstrap` resamples ("auto": 1,000 for fewer than 1,000 rows, else none) "intervals" holds
-    name -> [low, high] for the headlines but ROC AUC and ECE: the 95 % percentile interval (Efron
-    1979) over resampled rows.
+    probabilities), classes_judged (how many classes have a known positive), f1_macro_judged and
+    map_judged (the means over these classes), roc_auc_macro_judged (the mean over those that have a
+    known negative too), NaN where there are none, and per_class: name -> precision, recall, f1,
+    average_precision, roc_auc, threshold, positives, negatives, na (counts), prevalence (positives
+    among the known).
+
+    intervals=True (or anything else that is true) adds "intervals": name -> [low, high], the 95 %
+    intervals of the headlines but ROC AUC and ECE. A class with fewer than 3 known positives says too
+    little of itself, so those of f1_macro and map are there only if every class has 3. If just some
+    classes have, the means over these are f1_macro_supported and map_supported, and these have the
+    intervals. classes_supported says how many classes they cover. A number that no single row changes
+    has no interval, such as those of perfect predictions.
 
     >>> report([[1, 0], [0, 1]], [[0.9, 0.2], [0.1, 0.4]], 0.5, ["cat", "dog"])["f1_macro"]
     0.5
@@ -559,54 +591,8 @@ def report(targets, scores, thresholds, classes, bootstrap=0, seed=0):
     result = {"rows": len(known)} | headlines | {"ece": _calibration_error(positive, known, scores), "per_class": {}}
     for c, name in enumerate(classes):
         result["per_class"][name] = {key: values[c].item() for key, values in columns.items()}
-    if bootstrap == "auto":
-        bootstrap = RESAMPLES if len(known) < 1000 else 0
-    if bootstrap:
-        def measure(rows):
-            return _measure(positive[rows], known[rows], scores[rows], present[rows])[0]
-
-        result["intervals"] = _intervals(measure, headlines, len(known), bootstrap, seed)
-    return result
-
-
-def _intervals(measure, headlines, count, resamples, seed):
-    """95 % intervals of the headlines of measure(rows) over resampled rows -> {name: [low, high]};
-    none of ROC AUC, which may be NaN there."""
-    rng = np.random.default_rng(seed)
-    names = [name for name, value in headlines.items() if name != "roc_auc_macro" and value == value]
-    drawn = []
-    for _ in range(resamples):
-        sample = measure(rng.integers(0, count, count))
-        drawn.append([sample[name] for name in names])
-    return dict(zip(names, np.quantile(drawn, [0.025, 0.975], axis=0).T.tolist()))
-
-
-def paired_differences(targets, scores, thresholds, other_scores, other_thresholds, resamples=RESAMPLES, seed=0):
-    """Two models on the same images -> {headline: (value, other value, difference, low, high)}:
-    other - value, and its 95 % interval over rows that are resampled for both alike; none of ROC
-    AUC and ECE.
-
-    targets (N, C) with 0, 1, NaN; both scores (N, C), finite; both thresholds as of report().
-    """
-    positive, known, scores = _check_both(targets, scores, "scores")
-    other_scores = _check_both(targets, other_scores, "scores")[2]
-    present = scores >= thresholds
-    other_present = other_scores >= other_thresholds
-
-    def subtract(one, other):
-        return {name: other[name] - one[name] for name in one}
-
-    def difference(rows):
-        one = _measure(positive[rows], known[rows], scores[rows], present[rows])[0]
-        other = _measure(positive[rows], known[rows], other_scores[rows], other_present[rows])[0]
-        return subtract(one, other)
-
-    one = _measure(positive, known, scores, present)[0]
-    other = _measure(positive, known, other_scores, other_present)[0]
-    differences = subtract(one, other)
-    result = {}
-    for name, interval in _intervals(difference, differences, len(known), resamples, seed).items():
-        result[name] = (one[name], other[name], differences[name], *interval)
+    if intervals:
+        _add_intervals(result, positive, known, scores, present)
     return result
 
 
@@ -619,6 +605,7 @@ def _measure(positive, known, scores, present):
     average_precisions, aucs = np.array(ranking).T
     positives = _count(positive, 0)
     known_count = _count(known, 0)
+    judged = positives > 0
     headlines = {
         "hamming_loss": _share(positive ^ present, known),
         "subset_accuracy": _subset_accuracy(positive, known, present),
@@ -629,6 +616,10 @@ def _measure(positive, known, scores, present):
         "map": float(average_precisions.mean()),
         "roc_auc_macro": float(aucs.mean()),
         **_honesty(positive, known, scores),
+        "classes_judged": int(judged.sum()),
+        "f1_macro_judged": _mean(f1[judged]),
+        "map_judged": _mean(average_precisions[judged]),
+        "roc_auc_macro_judged": _mean(aucs[~np.isnan(aucs)]),
     }
     columns = {
         "precision": precision, "recall": recall, "f1": f1, "average_precision": average_precisions, "roc_auc": aucs,
@@ -636,6 +627,11 @@ def _measure(positive, known, scores, present):
         "na": len(known) - known_count, "prevalence": _divide(positives, known_count),
     }
     return headlines, columns
+
+
+def _mean(values):
+    """Return the mean of an array, NaN if it is empty."""
+    return float(values.mean()) if len(values) else float("nan")
 
 
 def _cell(value):
@@ -651,6 +647,49 @@ def shorten(text, width):
         return text
     tail = (width - 1) // 2
     return text[: width - 1 - tail] + "…" + text[len(text) - tail :]
+
+
+def _format_judged(report):
+    """Return lines of text about the classes with too few known positives, and the means over the others."""
+    lines = []
+    classes = len(report["per_class"])
+    unjudged = classes - report["classes_judged"]
+
+    if unjudged:
+        lines.append(f"classes without a known positive, which count as 0 in f1_macro and map: {unjudged} of {classes}")
+
+    differ = _differ_from_headlines([report])
+    if differ:
+        lines.append("over the judged classes: " + _format_values(report, differ))
+
+    supported = report.get("classes_supported", classes)
+    if supported == 0:
+        lines.append(f"no class has {MIN_POSITIVES} known positives: f1_macro and map have no interval")
+    elif supported < classes:
+        least = f"at least {MIN_POSITIVES} known positives"
+        lines.append(f"over the {supported} classes with {least}, which an interval needs:")
+        lines.append(_format_values(report, ["f1_macro_supported", "map_supported"]))
+    return lines
+
+
+def _format_values(report, names):
+    """Return some numbers of a report as a line of text, each with its interval if it has one."""
+    texts = []
+    for name in names:
+        texts.append(f"{name} {_cell(report[name])}")
+        if name in report.get("intervals", {}):
+            texts[-1] += " [{:.3f}, {:.3f}]".format(*report["intervals"][name])
+    return "   ".join(texts)
+
+
+def _differ_from_headlines(reports):
+    """Return those of JUDGED that are not the same as their headline in all reports (dicts) that have them."""
+
+    def differs(report, name):
+        value = report.get(name)
+        return value is not None and value == value and value != report.get(name.removesuffix("_judged"))
+
+    return [name for name in JUDGED if any(differs(report, name) for report in reports)]
 
 
 REPORT_COLUMNS = {  # column of the report's table -> its title, as wide as the column
@@ -670,17 +709,12 @@ def format_report(report, most=30):
     >>> print(format_report(numbers).splitlines()[0])
     hamming_loss 0.000   subset_accuracy 1.000   map 1.000   roc_auc_macro 1.000
     """
-    intervals = report.get("intervals", {})
-    headlines = []
-    for name in sorted(HEADLINES, key=lambda name: name.startswith("f1")):  # the four F1s last
-        text = f"{name} {_cell(report[name])}"
-        if name in intervals:
-            text += " [{:.3f}, {:.3f}]".format(*intervals[name])
-        headlines.append(text)
-    per_line = 2 if intervals else 4
-    lines = ["   ".join(headlines[start : start + per_line]) for start in range(0, len(headlines), per_line)]
+    names = sorted(HEADLINES, key=lambda name: name.startswith("f1"))  # the four F1s last
+    per_line = 2 if "intervals" in report else 4
+    lines = [_format_values(report, names[start : start + per_line]) for start in range(0, len(names), per_line)]
 
     per_class = report["per_class"]
+    lines += _format_judged(report)
     width = max(5, min(28, max(map(len, per_class))))
     lines += ["", " ".join(["class".ljust(width), *REPORT_COLUMNS.values()])]
     names = list(per_class)
@@ -697,6 +731,159 @@ def format_report(report, most=30):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Intervals: how far a number may be from that of very many images like these
+#
+# They follow from the jackknife: how much a number changes when a row is left out. Resampling rows (the bootstrap) does
+# worse here. A resample may lack a class, and the positives that it has twice raise the average precision.
+# `tests/bench.py intervals` simulates how often the intervals cover the truth; it chose what is below.
+
+
+def _add_intervals(result, positive, known, scores, present):
+    """Add to a report what intervals=True asks for."""
+    result["classes_supported"] = int((_count(positive, 0) >= MIN_POSITIVES).sum())
+    result["intervals"] = {}
+    for name, (value, without) in _jackknife(positive, known, scores, present).items():
+        result.setdefault(name, value)  # the means over the supported classes are new
+        reach = _reach(value, without)
+        if reach:
+            result["intervals"][name] = _interval(name, value, *reach)
+
+
+def paired_differences(targets, scores, thresholds, other_scores, other_thresholds):
+    """Compare two models on the same images: return {name: (value, other value, difference, low, high)}.
+
+    targets (N, C) with 0, 1, NaN; both scores (N, C), finite; both thresholds as of report(). The names
+    are those of the headlines but ROC AUC and ECE, and of the means over supported classes that report()
+    explains. difference is other value - value; low and high are its 95 % interval, or None where it has
+    none, as in report().
+    """
+    positive, known, scores = _check_both(targets, scores, "scores")
+    other_scores = _check_both(targets, other_scores, "scores")[2]
+    one = _jackknife(positive, known, scores, scores >= thresholds)
+    other = _jackknife(positive, known, other_scores, other_scores >= other_thresholds)
+
+    result = {}
+    for name in [name for name in one if name in other]:
+        (value, without), (other_value, other_without) = one[name], other[name]
+        difference = other_value - value
+        reach = _reach(difference, other_without - without)
+        low = high = None
+        if reach:
+            most = np.inf if name == "log_loss" else 1.0
+            low, high = max(difference - reach[0], -most), min(difference + reach[1], most)
+        result[name] = value, other_value, difference, low, high
+    return result
+
+
+def _jackknife(positive, known, scores, present):
+    """Return {name: (value, values (N,) without row 0, row 1, ...)} of the headlines but ROC AUC and ECE.
+
+    If some classes have too few known positives, f1_macro and map do not change, which leaves them without an interval,
+    and f1_macro_supported and map_supported are over the other classes.
+    """
+    headlines, columns = _measure(positive, known, scores, present)
+    present = present & known
+    positives = columns["positives"]
+    supported = positives >= MIN_POSITIVES
+    probabilities = _are_probabilities(scores)
+
+    # Class by class, as all values of all classes at once would take many times the memory of the scores.
+    f1_macro, f1_weighted, average_precision, squares, losses = np.zeros((5, len(known)))
+    for c in range(len(positives)):
+        is_positive, is_known, score, is_present = (array[:, c] for array in (positive, known, scores, present))
+        f1 = _ratio_without(2 * (is_positive & is_present), is_positive.astype(int) + is_present)
+        f1_weighted += f1 * (positives[c] - is_positive)
+        if supported[c]:
+            f1_macro += f1 / supported.sum()
+            average_precision += _average_precision_without(is_positive, is_known, score) / supported.sum()
+        if probabilities:
+            p = score.astype(float)
+            squares += np.where(is_known, (p - is_positive) ** 2, 0)
+            p = np.clip(p, 1e-7, 1 - 1e-7)
+            losses -= np.where(is_known, np.log(np.where(is_positive, p, 1 - p)), 0)
+
+    judged = known.any(axis=1)
+    wrong = positive ^ present
+    hits, counted = _count(positive & present, 1), _count(positive, 1) + _count(present, 1)
+    known_count = _count(known, 1)
+    without = {
+        "hamming_loss": _ratio_without(_count(wrong, 1), known_count),
+        "subset_accuracy": _ratio_without(judged & ~wrong.any(axis=1), judged),
+        "f1_micro": _ratio_without(2 * hits, counted),
+        "f1_weighted": _divide(f1_weighted, positives.sum() - _count(positive, 1)),
+        "f1_samples": _ratio_without(_divide(2 * hits, counted), judged),
+    }
+    if probabilities:
+        without |= {"brier": _ratio_without(squares, known_count), "log_loss": _ratio_without(losses, known_count)}
+    result = {name: (headlines[name], values) for name, values in without.items()}
+    if not supported.all():
+        result |= {name: (headlines[name], np.full(len(known), headlines[name])) for name in ("f1_macro", "map")}
+    if supported.any():
+        suffix = "" if supported.all() else "_supported"
+        result[f"f1_macro{suffix}"] = float(columns["f1"][supported].mean()), f1_macro
+        result[f"map{suffix}"] = float(columns["average_precision"][supported].mean()), average_precision
+    return result
+
+
+def _ratio_without(numerator, denominator):
+    """Return sum(numerator) / sum(denominator), both (N,), without each of the N rows; 0 where that is 0 / 0."""
+    return _divide(numerator.sum() - numerator, denominator.sum() - denominator)
+
+
+def _average_precision_without(positive, known, scores):
+    """Return the average precision of one class, with two positives or more, without each of its rows (N,)."""
+    positives = np.sort(scores[positive])
+    hits = _at_least(positives, positives)
+    ranks = _at_least(np.sort(scores[known]), positives)
+    precision = hits / ranks
+
+    # What the precisions at all positives that score no more than a row gain when it is left out: a negative takes
+    # away 1 from their ranks, a positive 1 from their hits too. Rank 1 is that of a positive which goes itself.
+    fewer = np.maximum(ranks - 1, 1)
+    below = np.searchsorted(positives, scores, side="right")
+    gain = np.append(0, np.cumsum(hits / fewer - precision))[below]
+    total = precision.sum() + np.where(known, gain, 0)
+    result = total / len(positives)
+
+    gone = np.append(0, np.cumsum((hits - 1) / fewer - precision))[below]
+    own = ((hits - 1) / fewer)[below - 1]
+    result[positive] = ((precision.sum() + gone - own) / (len(positives) - 1))[positive]
+    return result
+
+
+def _reach(value, without):
+    """Return how far the 95 % interval of a value reaches (down, up); None if no row changes the value.
+
+    without: (N,), the value without each row. The standard error is the jackknife's (Tukey 1958). If it rests on few
+    rows, such as the positives of rare classes, it is itself uncertain: Student's t gets the degrees of freedom that
+    match the variance of its square. The jackknife also estimates the bias, and the interval is longer by twice that:
+    on few positives average precision is too high and F1 too low, and some classes are only covered because they
+    happen to have more positives than usual, which the jackknife cannot see.
+    """
+    count = len(without)
+    moves = without - without.mean()
+    squares = (moves**2).sum()
+    if count < 2 or np.abs(moves).max() < 1e-12:
+        return None
+    error = np.sqrt((count - 1) / count * squares)
+    freedom = min(count - 1, 2 / max((moves**4).sum() / squares**2 - 1 / count, 1e-9))
+    reach = np.interp(1 / freedom, *STUDENT_T.T) * error
+    bias = (count - 1) * (without.mean() - value)
+    return float(reach + 2 * max(bias, 0)), float(reach + 2 * max(-bias, 0))
+
+
+def _interval(name, value, down, up):
+    """Return [low, high] around a value that the interval reaches down and up from. It does so on the scale of logits,
+    log_loss on that of logarithms, as no value is below 0 and only log_loss is above 1."""
+    if name == "log_loss":
+        low, high = value * np.exp(-down / value), value * np.exp(up / value)
+    else:
+        slope = max(value * (1 - value), 1e-12)  # 0 if the value is 1 because of the only row that can be judged
+        low, high = sigmoid(logit(value) - down / slope), sigmoid(logit(value) + up / slope)
+    return [float(min(low, value)), float(max(high, value))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Results table
 
 
@@ -708,7 +895,7 @@ def read_run(folder):
     object.
     """
     folder = Path(folder)
-    if not (folder / "metrics.json").exists():
+    if not os.path.exists(folder / "metrics.json"):  # which is also False for a name that is too long
         raise ValueError(f"{folder} is not the folder of a finished run: it has no metrics.json")
     row = {"run": str(folder)}
     for path in (folder / "config.json", folder / "metrics.json"):
@@ -718,14 +905,23 @@ def read_run(folder):
 
 
 def read_json(path):
-    """A JSON object that a run wrote -> dict. Raises ValueError."""
+    """Return the JSON object that a run wrote, a dict with None for NaN and infinities. Raise ValueError for others."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_parse_int, parse_constant=lambda _: None)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not what a run writes: it is nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not what a run writes: it holds no JSON object")
     return content
+
+
+def _parse_int(digits):
+    """Return an integer of a JSON file. Raise ValueError if it is larger than any float, as scores are compared."""
+    if len(digits) > 300:
+        raise ValueError(f"it has a number of {len(digits)} digits")
+    return int(digits)
 
 
 def read_predictions(folder):
@@ -734,29 +930,48 @@ def read_predictions(folder):
     folder = Path(folder)
     split = read_run(folder).get("split")
     ids, classes, scores = _read_numbers(folder / "probabilities.csv")
-    names, _, targets = _read_numbers(folder / f"{'train' if split == 'folds' else split}_metadata.csv")
+    names, columns, targets = _read_numbers(folder / f"{'train' if split == 'folds' else split}_metadata.csv")
     row_of = {name: row for row, name in enumerate(names)}
+    column_of = {name: column for column, name in enumerate(columns)}
     thresholds = read_json(folder / "thresholds.json")
     try:
-        targets = targets[[row_of[name] for name in ids]]
-        thresholds = np.array([thresholds[name] for name in classes])
+        targets = targets[[row_of[name] for name in ids]][:, [column_of[name] for name in classes]]
+        thresholds = [thresholds[name] for name in classes]
     except KeyError as error:
         raise ValueError(f"{folder}: {error} is not in all files of the run: were they changed?") from None
+
+    if not all(isinstance(threshold, (int, float)) for threshold in thresholds):
+        raise ValueError(f"{folder / 'thresholds.json'} is not what a run writes: a threshold is not a number")
     if split == "folds":
-        thresholds = _read_numbers(folder / "fold_thresholds.csv")[2]
-    return ids, classes, targets, scores, thresholds
+        *titles, thresholds = _read_numbers(folder / "fold_thresholds.csv")
+        if titles != [ids, classes]:
+            raise ValueError(f"{folder}: fold_thresholds.csv has other images or classes than probabilities.csv: "
+                             "were they changed?")
+    try:
+        _check_both(targets, scores, "scores")
+    except ValueError as error:
+        raise ValueError(f"{folder}: the labels and probabilities.csv do not fit: {error}") from None
+    return ids, classes, targets, scores, np.array(thresholds)
 
 
 def _read_numbers(path):
     """A CSV file of a run with an ID and numbers -> (IDs, titles of the columns, float64 (N, C)),
     NaN for NA."""
+    ids, values = [], []
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            header, *rows = csv.reader(file)
-        values = np.array([[float(cell.replace("NA", "nan")) for cell in row[1:]] for row in rows])
-        return [row[0] for row in rows], header[1:], values.reshape(len(rows), len(header) - 1)
-    except (OSError, ValueError) as error:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            for row in reader:
+                if len(row) != len(header):
+                    raise ValueError(f"line {reader.line_num} has {len(row)} cells instead of {len(header)}")
+                ids.append(row[0])
+                values.append([float("nan" if cell == "NA" else cell) for cell in row[1:]])
+    except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+    if not values:
+        raise ValueError(f"{path} has no rows")
+    return ids, header[1:], np.array(values)
 
 
 def paired_table(folders):
@@ -771,9 +986,17 @@ def paired_table(folders):
     other_thresholds = np.broadcast_to(other[4], scores.shape)[order]
     differences = paired_differences(targets, scores, thresholds, other[3][order], other_thresholds)
     for name, (one, two, difference, low, high) in differences.items():
-        noise = "" if low > 0 or high < 0 else "  noise"
-        table.append([name, _cell(one), _cell(two), f"{difference:+.3f}", f"[{low:+.3f}, {high:+.3f}]{noise}"])
-    return _aligned(table)
+        interval = "none"
+        if low is not None:
+            interval = f"[{low:+.3f}, {high:+.3f}]" + ("" if low > 0 or high < 0 else "  noise")
+        table.append([name, _cell(one), _cell(two), f"{difference:+.3f}", interval])
+    text = _aligned(table)
+
+    supported = int(((targets == 1).sum(axis=0) >= MIN_POSITIVES).sum())
+    if supported < len(classes):
+        text += (f"\n{supported} of {len(classes)} classes have at least {MIN_POSITIVES} known positives: "
+                 "f1_macro and map have an interval over these alone")
+    return text
 
 
 def _aligned(table):
@@ -785,7 +1008,7 @@ def _aligned(table):
 
 OPTION_COLUMNS = ("preset", "backbone", "head", "size", "epochs", "batch_size", "lr", "lr_backbone", "train_layers",
                   "unfreeze", "augment", "pos_weight", "thresholds", "seed")  # shown where runs differ
-SCORE_COLUMNS = ("split", "val_loss", "val_f1_weighted", *HEADLINES)
+SCORE_COLUMNS = ("split", "val_loss", "val_f1_weighted", *HEADLINES, *JUDGED)
 
 
 def results_table(rows, sort="f1_macro", ascending=False, group_by=(), group_mode="best"):
@@ -808,8 +1031,10 @@ def results_table(rows, sort="f1_macro", ascending=False, group_by=(), group_mod
         rows = [_mean_row(group_by, group) if group_mode == "mean" else group[0] for group in groups.values()]
         rows = _in_order(rows, sort, ascending)
     differing = [name for name in OPTION_COLUMNS if len({str(row.get(name)) for row in rows}) > 1]
+    differ = _differ_from_headlines(rows)
+    scores = [name for name in SCORE_COLUMNS if name not in JUDGED or name in differ]
     table = []
-    for name in dict.fromkeys(["run", *group_by, *differing, *SCORE_COLUMNS, sort]):
+    for name in dict.fromkeys(["run", *group_by, *differing, *scores, sort]):
         values = [row.get(name) for row in rows]
         if any(value is not None for value in values):
             table.append([name, *_result_cells(name, values)])

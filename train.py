@@ -830,7 +830,7 @@ def best_epoch(history, monitor, min_delta=0.0):
     return epoch, waited
 
 
-def evaluate_split(run, split, bootstrap=0):
+def evaluate_split(run, split, intervals=False):
     """-> (LabelTable, probabilities, report) of a split's readable images. Calibration and
     thresholds are chosen on val, before its report."""
     classifier = run.classifier
@@ -843,7 +843,7 @@ def evaluate_split(run, split, bootstrap=0):
     probabilities = inference.to_probabilities(classifier, logits[None])
     if split == "val":
         classifier.thresholds = choose_thresholds(run.options, table.targets, probabilities)
-    report = metrics.report(table.targets, probabilities, classifier.thresholds, table.classes, bootstrap)
+    report = metrics.report(table.targets, probabilities, classifier.thresholds, table.classes, intervals)
     total, known = LOSSES[run.options.loss](logits, torch.from_numpy(table.targets), run.pos_weight.cpu())
     report["loss"] = (total / known).item()
     return table, probabilities, report
@@ -1027,7 +1027,7 @@ def report_folds(options, classifier, table, parts, raw):
         own = parts == k
         scale, offsets, thresholds[own] = fit_to(options, table.targets[~own], raw[~own])
         probabilities[own] = metrics.calibrate(raw[own], scale, offsets)
-    report = {"split": "folds"} | metrics.report(table.targets, probabilities, thresholds, table.classes, "auto")
+    report = {"split": "folds"} | metrics.report(table.targets, probabilities, thresholds, table.classes, True)
     report["images"] = report.pop("rows")
     report |= {f"val_{name}": report[name] for name in metrics.HEADLINES}
     of_folds = []
@@ -1035,7 +1035,7 @@ def report_folds(options, classifier, table, parts, raw):
         own = parts == k
         of_folds.append(metrics.report(table.targets[own], probabilities[own], thresholds[own], table.classes))
     report["folds"] = {}
-    for name in metrics.HEADLINES:
+    for name in (*metrics.HEADLINES, *metrics.JUDGED):
         values = [one[name] for one in of_folds]
         report["folds"][name] = {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1))}
     scale, offsets, classifier.thresholds = fit_to(options, table.targets, raw)
@@ -1046,8 +1046,11 @@ def report_folds(options, classifier, table, parts, raw):
 def format_folds(report):
     """The report of cross_validate() as text."""
     text = f"\nall folds, {report['images']} images\n{metrics.format_report(report)}\n"
-    for name in ("f1_macro", "map"):
-        text += "\n{}: {mean:.3f} +- {deviation:.3f} over the folds".format(name, **report["folds"][name])
+    folds = report["folds"]
+    for name in ("f1_macro", "map", "f1_macro_judged", "map_judged"):
+        headline = name.removesuffix("_judged")
+        if name == headline or folds[name] != folds[headline]:  # a rare class may have no positive in a fold
+            text += "\n{}: {mean:.3f} +- {deviation:.3f} over the folds".format(name, **folds[name])
     if "test" in report:
         text += f"\n\ntest split, {report['test']['images']} images, all networks together\n"
         text += metrics.format_report(report["test"])
@@ -1228,12 +1231,12 @@ def finish(run):
     best.precision = run.classifier.precision
     run.classifier = best
     split = "test" if len(run.tables["test"]) else "val"
-    table, probabilities, scores = evaluate_split(run, "val", "auto" if split == "val" else 0)
+    table, probabilities, scores = evaluate_split(run, "val", intervals=split == "val")
     if is_leader():
         curves = inference.pr_curves(table.targets, probabilities, best.thresholds, best.classes)
         dataset.write_png(run.out / "pr_curves.png", curves)
     if split == "test":
-        table, probabilities, scores = evaluate_split(run, "test", "auto")
+        table, probabilities, scores = evaluate_split(run, "test", intervals=True)
     report = {"split": split, "images": scores.pop("rows"), "loss": scores.pop("loss"), "epoch": best.epoch}
     report |= {f"val_{name}": value for name, value in best.scores.items()}
     report |= scores

@@ -1,6 +1,7 @@
 """Measurements beside a stated reference, in one run, alternating: ratios hold on a noisy machine, seconds do not.
 
     python tests/bench.py metrics            # metrics.py beside scikit-learn, on the size of COCO's validation set
+    python tests/bench.py intervals [REPLICATIONS [CLASSES [MIN_POSITIVES]]]   # how often they cover the truth
     python tests/bench.py baseline           # a linear classifier on the pixels of the demo data
     python tests/bench.py train DATA         # images/s beside a plain loop, and beside the compute ceiling
     python tests/bench.py learn [DATA [WEIGHTS [SEEDS]]]   # time to the plain loop's best val mAP
@@ -141,6 +142,90 @@ def bench_metrics():
         function()
         seconds = time.perf_counter() - start
         print(f"{name:28} {seconds:7.2f}  {peak_memory(function) / scores.nbytes:.2f} x the scores", flush=True)
+
+
+def simulate(rng, rows, prevalence, distances):
+    """Return targets, probabilities of a model and those of a weaker one, (rows, classes) each.
+
+    Scores are Gaussian, and higher by `distances` (classes,) for positives. The labels of an image are correlated, and
+    so are its scores, within a model and between the two.
+    """
+    def gaussian(correlation):
+        own, shared = rng.normal(size=(rows, len(prevalence))), rng.normal(size=(rows, 1))
+        return np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own
+
+    def probabilities(noise, distance):
+        score = noise + distance * targets
+        return metrics.sigmoid(distance * (score - distance / 2) + np.log(prevalence / (1 - prevalence)))
+
+    border = [statistics.NormalDist().inv_cdf(1 - share) for share in prevalence]
+    targets = (gaussian(0.2) > border).astype(float)
+    noise = gaussian(0.2)
+    return targets, probabilities(noise, distances), probabilities(0.8 * noise + 0.6 * gaussian(0.2), 0.9 * distances)
+
+
+def bench_intervals(replications=500, classes=20, least=metrics.MIN_POSITIVES):
+    """Print how often the 95 % intervals cover the truth, which is what 100,000 images say at the same thresholds.
+
+    The truth of an interval of f1_macro or map is the mean over the classes that this interval covers.
+    """
+    replications, classes, metrics.MIN_POSITIVES = int(replications), int(classes), int(least)
+    names = [str(c) for c in range(classes)]
+    columns = {"f1_macro": "f1", "map": "average_precision"}
+    print(f"{classes} classes, covered from {least} positives; {replications} replications; coverage +- standard error")
+    for rows, fewest, most in [(rows, *few) for rows in (150, 1000) for few in ((2, 2), (5, 5), (20, 20), (2, 50))]:
+        rng = np.random.default_rng(0)
+        prevalence = np.geomspace(most, fewest, classes) / rows
+        distances = 0.3 + np.linspace(0.7, 1.3, classes) * np.sqrt(-2 * np.log(prevalence))
+
+        # The truth of both models
+        targets, *models = simulate(rng, 100_000, prevalence, distances)
+        thresholds = [metrics.find_thresholds(targets, p, "pr_curve") for p in models]
+        truths = [metrics.report(targets, p, t, names) for p, t in zip(models, thresholds)]
+        f1 = [row["f1"] for row in truths[0]["per_class"].values()]
+        positives = f"{fewest} to {most}" if fewest < most else fewest
+        print(f"\n{rows} images, {positives} positives per class; true F1 {min(f1):.2f} to {max(f1):.2f}, mean "
+              f"{np.mean(f1):.2f}, mAP {truths[0]['map']:.2f}, of the other model {truths[1]['map']:.2f}")
+
+        # Does each interval of a small test set cover it?
+        covered = {}
+        for _ in range(replications):
+            targets, *models = simulate(rng, rows, prevalence, distances)
+            supported = (targets == 1).sum(axis=0) >= metrics.MIN_POSITIVES
+
+            def truth(name, supported=supported, truths=truths):
+                values = []
+                for report in truths:
+                    if name in columns:
+                        column = [row[columns[name]] for row in report["per_class"].values()]
+                        values.append(np.mean(np.array(column)[supported]))
+                    else:
+                        values.append(report[name])
+                return values
+
+            report = metrics.report(targets, models[0], thresholds[0], names, intervals=True)
+            for name, (low, high) in report["intervals"].items():
+                assert low <= report[name] <= high
+                name = name.removesuffix("_supported")
+                covered.setdefault((name, "single"), []).append((low <= truth(name)[0] <= high, high - low))
+            differences = metrics.paired_differences(targets, models[0], thresholds[0], models[1], thresholds[1])
+            for name, (*_, difference, low, high) in differences.items():
+                if low is None:
+                    continue
+                assert low <= difference <= high
+                name = name.removesuffix("_supported")
+                one, other = truth(name)
+                covered.setdefault((name, "paired"), []).append((low <= other - one <= high, high - low))
+
+        for name in dict.fromkeys(name for name, _ in covered):
+            line = f"{name:16}"
+            for kind in ("single", "paired"):
+                hits, widths = zip(*covered.get((name, kind), [(np.nan, np.nan)]))
+                share = np.mean(hits)
+                error = np.sqrt(share * (1 - share) / len(hits))
+                line += (f"  {kind} {share:.3f} +- {error:.3f}, width {np.mean(widths):.3f}, "
+                         f"given {len(hits) / replications:4.0%}")
+            print(line, flush=True)
 
 
 def bench_baseline(data="data/demo"):
@@ -617,9 +702,9 @@ def bench_thresholds(*folders):
         print(f"{name + ', ' + kind:20} " + " ".join(f"{value:8.3f}" for value in np.mean(values, axis=0)))
 
 
-BENCHES = {"metrics": bench_metrics, "baseline": bench_baseline, "train": bench_train, "learn": bench_learn,
-           "recipe": bench_recipe, "infer": bench_infer, "labels": bench_labels, "cache": bench_cache,
-           "thresholds": bench_thresholds, "pointing": bench_pointing}
+BENCHES = {"metrics": bench_metrics, "intervals": bench_intervals, "baseline": bench_baseline, "train": bench_train,
+           "learn": bench_learn, "recipe": bench_recipe, "infer": bench_infer, "labels": bench_labels,
+           "cache": bench_cache, "thresholds": bench_thresholds, "pointing": bench_pointing}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHES:

@@ -13,10 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small images gain
 
 import dataset  # noqa: E402
 import inference  # noqa: E402
-import metrics  # noqa: E402
 import train  # noqa: E402
-
-metrics.RESAMPLES = 20  # of the intervals in reports, which most tests do not look at
 
 SMALL = ["--weights", "none", "--size", "32", "-q", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
 

@@ -523,7 +523,6 @@ WRONG = [  # Q8
     (["--threshold", "nan"], "--threshold: nan: it must be a number from 0"),
     (["--threshold", "-0.1"], "--threshold: -0.1: it must be a number from 0"),
     (["--heatmap"], "--heatmap draws into the folder of --save DIR"),
-    (["--bootstrap", "5"], "--bootstrap goes with --evaluate"),
     (["--labels", "x.csv"], "--labels goes with --evaluate"),
     (["--evaluate", "data"], "--evaluate"),
     (["--format", "xml"], "--format: invalid choice: 'xml'"),
@@ -559,7 +558,6 @@ def test_evaluate_reports_on_a_labelled_folder(model, demo, capsys):
     text = run(capsys, "--evaluate", demo, "--model", model)
     assert "80 rows, 80 images" in text
     assert "f1_macro" in text and "bracket" in text and text.count("[0.") >= 6
-    assert "[0." not in run(capsys, "--evaluate", demo, "--model", model, "--bootstrap", 0)
 
 
 # Q15
@@ -955,7 +953,7 @@ def surveyed(demo, tmp_path_factory):
 
 
 def evaluated(*arguments):
-    return inference.main(["--evaluate", *map(str, arguments), "--bootstrap", "0", *CPU])
+    return inference.main(["--evaluate", *map(str, arguments), *CPU])
 
 
 CALIBRATED = {"one": (1, []), "one mirrored": (1, ["--tta"]), "two": (2, []), "two mirrored": (2, ["--tta"])}
@@ -1057,7 +1055,6 @@ NO_CALIBRATION = [
     (["--calibrate", "DATA", "--out", "OUT", "--format", "csv"], "--calibrate is about its DATA"),
     (["--calibrate", "DATA", "--out", "OUT", "--evaluate", "DATA"], "--evaluate and --calibrate"),
     (["--calibrate", "DATA", "--out", "OUT", "--threshold", "0.3"], "--threshold"),
-    (["--calibrate", "DATA", "--out", "OUT", "--bootstrap", "5"], "--bootstrap goes with --evaluate"),
     (["--calibrate", "/nowhere", "--out", "OUT"], "/nowhere is not a folder"),
     (["--calibrate", "DEMO", "--out", "OUT"], "the data has no labels for a, b, c"),
     (["--calibrate", "DATA", "--out", "FILE/model.pth"], "FILE"),
@@ -1077,13 +1074,11 @@ def test_wrong_calibrations_are_errors_of_one_line(two, surveyed, demo, images, 
     assert not (in_folder / "new.pth").exists() and not (in_folder / "drawn").exists()
 
 
-def test_intervals_come_by_default_for_few_images(two, surveyed, capsys):
+def test_the_report_of_a_labelled_folder_has_intervals(two, surveyed, capsys):
     text = run(capsys, "--evaluate", surveyed, "--model", two[0])
     assert text.count("[0.") >= 6
-    assert "[0." not in run(capsys, "--evaluate", surveyed, "--model", two[0], "--bootstrap", 0)
     report = inference.main(["--evaluate", str(surveyed), "--model", two[0], *CPU])
     assert report["intervals"]["f1_macro"][0] <= report["f1_macro"] <= report["intervals"]["f1_macro"][1]
-    assert "intervals" not in evaluated(surveyed, "--model", two[0])
 
 
 def test_a_model_of_several_is_deployed_without_metrics(two, images, surveyed, monkeypatch, capsys, tmp_path):
