@@ -80,19 +80,44 @@ def torchvision_models():
     return torchvision.models
 
 
+class InFullPrecision:
+    """Compute a layer in the precision of its weights, also where autocast lowers that of the others: logits in bf16
+    have 8 significant bits, so that different images tie."""
+
+    def forward(self, features):
+        features = features.to(next(self.parameters()).dtype)
+        kind = features.device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return super().forward(features)
+
+        with torch.autocast(kind, enabled=False):
+            return super().forward(features)
+
+
+class LinearHead(InFullPrecision, nn.Linear):
+    """A head of one linear layer."""
+
+
+class LayersHead(InFullPrecision, nn.Sequential):
+    """A head of several layers."""
+
+
 def _build_head(head, features, num_classes, dropout):
     if head == "mlp":
         first, second = (*dropout, dropout[-1])[:2]
         hidden = features // 4
-        return nn.Sequential(
+        return LayersHead(
             nn.BatchNorm1d(features), nn.Dropout(first), nn.Linear(features, hidden), nn.ReLU(),
             nn.Dropout(second), nn.Linear(hidden, num_classes),
         )
+    if head == "linear" and not dropout[0]:
+        return LinearHead(features, num_classes)
+
     layers = [nn.Dropout(dropout[0])] if dropout[0] else []
     layers.append(nn.Linear(features, num_classes))
     if head == "bn":
         layers.append(nn.BatchNorm1d(num_classes))
-    return nn.Sequential(*layers) if len(layers) > 1 else layers[0]
+    return LayersHead(*layers)
 
 
 def choose_device(name):
@@ -174,7 +199,8 @@ def to_device(network, device):
 
 
 def forward(network, images, precision):
-    """Normalised images (B, 3, H, W), or features (B, F) for a head -> float32 logits (B, C)."""
+    """Return the float32 logits (B, C) of normalised images (B, 3, H, W), or of features (B, F) for a head. The
+    backbone computes in `precision`, the head in fp32."""
     if images.dim() == 4:
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):

@@ -10,6 +10,7 @@ import math
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -875,6 +876,50 @@ def test_a_head_for_other_classes_takes_the_rows_of_the_names_both_know(head, tm
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Precision
+
+
+HALF = [("resnet18", head) for head in inference.HEADS] + [
+    (backbone, "linear") for backbone in ("densenet121", "mobilenet_v2", "efficientnet_b0")]
+
+
+@pytest.mark.parametrize("backbone, head", HALF)
+def test_the_head_computes_in_fp32_behind_a_backbone_in_bf16(backbone, head):
+    torch.manual_seed(0)
+    network = inference.build_model(backbone, head, 5)
+    with torch.no_grad():
+        inference.forward(network.train(), torch.randn(4, 3, 64, 64), torch.float32)  # BatchNorm's statistics
+    layer = network.eval().get_submodule(inference.BACKBONES[backbone])
+    features = []
+    layer.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].detach().clone()))
+    images = torch.randn(2, 3, 64, 64)
+    for network_used in (network, inference.share_tensors(network)):
+        with torch.no_grad():
+            logits = inference.forward(network_used, images, torch.bfloat16)
+            assert features[-1].dtype == torch.bfloat16
+            assert logits.dtype == torch.float32
+            assert torch.equal(logits, layer(features[-1].float()))
+        assert not torch.equal(logits, logits.bfloat16().float())
+    rough = logits
+    with torch.no_grad():
+        exact = inference.forward(network, images, torch.float32)
+    torch.testing.assert_close(rough, exact, rtol=0.1, atol=0.1)
+
+
+def test_the_gradients_of_the_head_are_those_of_fp32():
+    torch.manual_seed(0)
+    network = inference.build_model("resnet18", "linear", 5)
+    features = []
+    network.fc.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].detach().float()))
+    inference.forward(network.eval(), torch.randn(3, 3, 64, 64), torch.bfloat16).square().sum().backward()
+    weight = network.fc.weight.detach().clone().requires_grad_()
+    nn_logits = torch.nn.functional.linear(features[0], weight, network.fc.bias.detach())
+    nn_logits.square().sum().backward()
+    torch.testing.assert_close(network.fc.weight.grad, weight.grad)
+    assert network.conv1.weight.grad.abs().sum() > 0
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Presets
 
 TABLE = """
@@ -1140,12 +1185,19 @@ OPTIONS = [
     (["--train-layers", "layer9"], "resnet18 has no layer layer9"),
     (["--dropout", "0.1", "0.2", "0.3"], "--dropout"),
     (["--size", "1"], "--size: 1: it must be a number from 32 up"),  # Q16
+    (["--plot-title", "x" * 300], "also names a file, and it is longer than 200 bytes"),
+    (["--plot-title", "\u00e9" * 101], "also names a file, and it is longer than 200 bytes"),
+    (["--plot-title", "a\0b"], "it has control characters"),
+    (["--plot-title", "a\nb"], "it has control characters"),
+    (["--plot-title", "\udcff"], "it has control characters"),
+    (["--plot-title", "  "], "it is blank"),
+    (["--plot-title", "predictions"], "a run writes another file of that name"),
     (["--frobnicate"], "unrecognized arguments: --frobnicate (see --help)"),
 ]
 
 
 @pytest.mark.parametrize("arguments, message", OPTIONS,
-                         ids=[" ".join(arguments) for arguments, _ in OPTIONS])
+                         ids=[repr(" ".join(arguments))[1:30] for arguments, _ in OPTIONS])
 def test_options(demo, tmp_path, capsys, arguments, message):
     code, out, errors = as_command(capsys, train.main, "--data", demo, "--out", tmp_path / "out", *SMALL,
                                    *arguments)
