@@ -625,7 +625,7 @@ def train_epoch(run, progress):
     started = time.perf_counter() - state.seconds
     losses = []
     for (*_, used), batch in zip(order, load_batches(run, order)):
-        rates = learning_rates(options, state.epoch + used / count)
+        rates = learning_rates(options, state.epoch + (state.images + used) / 2 / count)
         for group, rate in zip(run.optimizer.param_groups, rates):
             group.update(lr=rate, weight_decay=options.wd)
         losses.append(train_step(run, *batch))
@@ -727,7 +727,8 @@ def load_batches(run, order):
 
 
 def rate_factor(options, progress):
-    """The factor on both rates after `progress` epochs, a fraction: where the step in hand ends."""
+    """Return the factor on both rates after `progress` epochs, a fraction: the middle of the current step, so that
+    neither the first step nor the last one has the rate 0."""
     if options.schedule == "cosine":
         warmup = min(1.0, options.epochs / 10)
         return min(progress / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress / options.epochs)))

@@ -326,6 +326,30 @@ def test_the_rate_is_a_function_of_options_and_progress():
     assert {train.rate_factor(constant, value) for value in (0.1, 1.0, 8.0)} == {1.0}
 
 
+def test_one_step_in_all_trains_something(few_images, tmp_path):
+    start = inference.build_model("resnet18", "linear", 2)
+    torch.save(start.state_dict(), tmp_path / "start.pth")
+    with watched_rates() as rates:
+        run("--data", few_images, "--out", tmp_path / "out", "--weights", tmp_path / "start.pth", "--epochs", 1,
+            "-b", 64, "--lr", 1e-3, "--train-layers", "all", "--wd", 0)
+    assert rates == [pytest.approx((5e-4, 5e-4))]
+    changed = changed_layers(start.state_dict(), tensors(tmp_path / "out" / "last.pth"))
+    assert {"conv1", "layer4", "fc"} <= changed
+
+
+@pytest.mark.parametrize("epochs, size", [(1, 8), (3, 64), (3, 4)])
+def test_no_step_of_the_cosine_has_rate_0_and_their_mean_is_that_of_the_curve(few_images, tmp_path, epochs, size):
+    with watched_rates() as rates:
+        run("--data", few_images, "--out", tmp_path / "out", "--epochs", epochs, "-b", size, "--lr", 1e-3)
+    head = [pair[1] / 1e-3 for pair in rates]
+    assert min(head) > 0 and max(head) <= 1
+    options = train.parse_options(["--epochs", str(epochs)])
+    edges = np.linspace(0, epochs, len(head) + 1)
+    fine = [np.mean([train.rate_factor(options, value) for value in np.linspace(*edge, 1001)])
+            for edge in itertools.pairwise(edges)]
+    assert np.mean(head) == pytest.approx(np.mean(fine), abs=0.08)
+
+
 # B10
 @pytest.mark.parametrize("epochs", ["1", "2", "3"])
 def test_the_first_steps_of_multistep_have_the_whole_rate(epochs):
