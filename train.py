@@ -28,6 +28,8 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -178,7 +180,8 @@ def option_parser():
     add("--max-threshold", type=real, metavar="T", help="a threshold above it becomes 0.5")
     add = parser.add_argument_group("output").add_argument
     add("--out", default="outputs", metavar="DIR", help="folder for everything the run writes")
-    add("--plot-title", default="", metavar="TEXT", help="over loss_curve.png, and a copy's name")
+    add("--plot-title", type=plot_title, default="", metavar="TEXT", help="title of loss_curve.png, also saved as "
+        "TITLE.png")
     add("--export-splits", metavar="DIR", help="copy the images into DIR/images/train, val, test")
     add("--registry", metavar="DIR", help="keep the best run (by F1 on val) of each configuration")
     add("--tensorboard", action="store_true", help="write scalars (package tensorboard)")
@@ -236,6 +239,22 @@ def threshold_method(text):
         if 0 <= float(text) <= 1:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text}: use soft, pr_curve, grid, global or a number from 0 to 1")
+
+
+def plot_title(text):
+    """Return a --plot-title that can be the name of a file: a type= function for argparse."""
+    problem = None
+    if text and not text.strip():
+        problem = "it is blank"
+    elif any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
+        problem = "it has control characters"
+    elif len(text.encode()) > 200:  # file systems allow 255 bytes, with what is added to a name while it is written
+        problem = "it is longer than 200 bytes"
+    elif title_path(Path(), text).name in set(RUN_FILES) - {"loss_curve.png"}:
+        problem = "a run writes another file of that name"
+    if problem:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} also names a file, and {problem}: use another title")
+    return text
 
 
 def cache_size(text):
@@ -453,9 +472,22 @@ def check_batches(options, count, smallest):
     share = count // steps_per_epoch(options, count) // ranks
     if ranks > smallest or share == 0:
         raise InputError(f"{ranks} processes are too many for batches of {options.batch_size} and splits of {smallest}")
-    if share == 1 and (options.head != "linear" or options.size <= 32):
+    if share == 1 and not trains_on_one_image(options):
+        larger = f", or raise --size {options.size}" if options.head == "linear" else ""
         raise InputError(f"with -b {options.batch_size} and {count} images to train on a process gets a single "
-                         "image in a step, and BatchNorm needs two: raise -b, or add images")
+                         f"image in a step, and BatchNorm needs two: raise -b, or add images{larger}")
+
+
+def trains_on_one_image(options):
+    """Return whether the network can train on one image at a time: BatchNorm needs two values of each channel."""
+    with torch.device("meta"):  # shapes are computed, and no values
+        network = inference.build_model(options.backbone, options.head, 1, options.dropout)
+        image = torch.empty(1, 3, options.size, options.size)
+    try:
+        network.train()(image)
+    except ValueError:  # of BatchNorm
+        return False
+    return True
 
 
 def steps_per_epoch(options, count):

@@ -1231,6 +1231,43 @@ def test_options(demo, tmp_path, capsys, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("title", ["a/b", "..", "/", "x" * 200, "\u640d\u5931\u3000\u66f2\u7dda", "", "loss_curve"])
+def test_titles_that_can_name_a_file_do(few_images, tmp_path, title):
+    run("--data", few_images, "--out", tmp_path / "out", "--plot-title", title, "--epochs", 1)
+    name = f"{title.replace('/', '_')}.png" if title else "loss_curve.png"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "out" / "loss_curve.png").read_bytes()
+
+
+@pytest.mark.parametrize("backbone, head, size", [("densenet121", "linear", 40), ("resnet18", "linear", 32),
+                                                  ("resnet18", "mlp", 224)])
+def test_single_images_that_batchnorm_cannot_train_on_are_an_error(few_images, tmp_path, capsys, real_networks,
+                                                                   backbone, head, size):
+    code, _, errors = as_command(capsys, train.main, "--data", few_images, "--out", tmp_path / "out", *SMALL, "-b", 1,
+                                 "--backbone", backbone, "--head", head, "--size", size)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "BatchNorm needs two: raise -b" in errors
+    assert (f"raise --size {size}" in errors) == (head == "linear")
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "densenet121", "vgg16"])
+def test_single_images_are_trained_on_exactly_where_the_network_can(backbone, real_networks):
+    for size in (32, 33, 64):
+        options = train.parse_options(["--backbone", backbone, "--size", str(size)])
+        with torch.device("meta"):
+            network = inference.build_model(backbone, "linear", 2)
+            image = torch.zeros(1, 3, size, size)
+        values = []  # of each channel at each BatchNorm
+
+        def count(_, inputs, values=values):
+            values.append(inputs[0].shape[2:].numel())
+
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.register_forward_pre_hook(count)
+        network.eval()(image)
+        assert train.trains_on_one_image(options) == (min(values, default=2) > 1)
+
+
 # Q8
 def test_layers_that_are_never_unfrozen_are_warned_about(few_images, tmp_path, capsys):
     options = ["--data", few_images, "--out", tmp_path / "out", "--epochs", 1, "--train-layers", "head"]
