@@ -461,8 +461,29 @@ def read_data(options):
         raise InputError(f"{options.data}: no label of the train split is known: there is nothing to learn from")
     for warning in dataset.one_sided(tables["train"]):
         print_warning(f"train split: {warning}: such a class cannot be learned")
+    for name in ("val", "test"):
+        if len(tables[name]) and np.isnan(tables[name].targets).all():
+            print_warning(f"{name} split: no label is known: " + (
+                "the last epoch is kept, and nothing is calibrated on it" if name == "val" else "nothing is reported"))
+    if len(tables["val"]):
+        check_val(options, tables["val"].targets)
+    if options.monitor != "last" and (options.folds or len(tables["test"]) == 0):
+        print_warning(f"--monitor {options.monitor} chooses the epoch on the images that are reported, which makes the "
+                      "model look better than it is: --monitor last does not choose")
     check_batches(options, len(tables["train"]), min(len(part) for part in tables.values() if len(part)))
     return tables
+
+
+def check_val(options, targets):
+    """Raise an InputError when the score of --monitor cannot change from epoch to epoch on val, with its targets (N,
+    C)."""
+    needs = {"loss": "a known label", "f1": "a known positive label",
+             "map": "a class with known positives and known negatives"}
+    positive, negative = (targets == 1).any(axis=0), (targets == 0).any(axis=0)
+    has = {"loss": positive | negative, "f1": positive, "map": positive & negative}
+    if options.monitor != "last" and not has[options.monitor].any():
+        raise InputError(f"--monitor {options.monitor} needs {needs[options.monitor]} on val, and there is none: know "
+                         "more labels, change --split, or keep the last epoch with --monitor last --patience 0")
 
 
 def check_batches(options, count, smallest):

@@ -944,6 +944,79 @@ def test_the_gradients_of_the_head_are_those_of_fp32():
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Val splits that say nothing
+
+
+def divided(make_data, val, test="10"):
+    """Data of two classes whose parts are its own: 12 images in train, and in val and test the given labels, two for
+    each image."""
+    rows = [("train", f"{i % 2} {i // 2 % 2}") for i in range(12)]
+    for part, labels in (("val", val), ("test", test)):
+        rows += [(part, f"{a} {b}") for a, b in zip(labels[::2], labels[1::2])]
+    names = [f"{i:02}.png" for i in range(len(rows))]
+    lines = [f"{name} {part} {labels}\n" for name, (part, labels) in zip(names, rows)]
+    return make_data("image split red tall\n" + "".join(lines).replace("?", "NA"), names)
+
+
+@pytest.mark.parametrize("monitor, val, needs", [
+    ("loss", "????", "a known label"), ("map", "????", "a class with"), ("f1", "????", "a known positive label"),
+    ("map", "0000", "a class with known positives and known negatives"), ("f1", "0?00", "a known positive label"),
+    ("map", "1?1?", "a class with known positives and known negatives"), ("map", "1010", "a class with"),
+])
+def test_a_val_split_that_cannot_choose_an_epoch_is_an_error(make_data, tmp_path, capsys, monitor, val, needs):
+    arguments = ["--data", divided(make_data, val), "--out", tmp_path / "out", *SMALL, "--monitor", monitor]
+    for more in ([], ["--patience", 3]):
+        code, _, errors = as_command(capsys, train.main, *arguments, *more)
+        assert code == 2
+        assert errors.splitlines()[-1].startswith(f"error: --monitor {monitor} needs {needs}")
+        assert "on val, and there is none" in errors and "--monitor last" in errors
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("monitor, val", [("loss", "0000"), ("loss", "1???"), ("f1", "1?1?"), ("map", "1001"),
+                                          ("last", "0000"), ("last", "1?1?")])
+def test_a_val_split_that_can_choose_an_epoch_does(make_data, tmp_path, capsys, monitor, val):
+    report = run("--data", divided(make_data, val), "--out", tmp_path / "out", "--monitor", monitor, "--epochs", 1)
+    assert math.isfinite(report["val_loss"])
+    assert "no label is known" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("thresholds", ["soft", "pr_curve", "grid", "global"])
+def test_the_last_epoch_without_known_labels_on_val_is_calibrated_by_nothing(make_data, tmp_path, capsys, thresholds):
+    data = divided(make_data, "????")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = run("--data", data, "--out", tmp_path / "out", "--epochs", 1, "--thresholds", thresholds)
+    assert "warning: val split: no label is known: the last epoch is kept" in capsys.readouterr().err
+    classifier = inference.load_model(tmp_path / "out" / "model.pth", "cpu", "fp32")
+    assert classifier.thresholds == [0.5, 0.5]
+    assert classifier.members[0].scale == 1
+    assert classifier.members[0].offsets == pytest.approx([0, 0], abs=1e-6)  # both classes have pos_weight 1
+    assert math.isfinite(report["loss"])
+
+
+def test_a_test_split_without_known_labels_is_warned_about(make_data, tmp_path, capsys):
+    run("--data", divided(make_data, "1001", "????"), "--out", tmp_path / "out", "--epochs", 1)
+    assert "warning: test split: no label is known: nothing is reported" in capsys.readouterr().err
+
+
+def test_val_labels_that_are_all_of_unreadable_images_cannot_choose_an_epoch(make_data, tmp_path, capsys):
+    data = divided(make_data, "??1???")
+    (data / "images" / "13.png").write_bytes(b"no image")
+    arguments = ["--data", data, "--out", tmp_path / "out", *SMALL, "--monitor", "loss", "--epochs", 1]
+    code, _, errors = as_command(capsys, train.main, *arguments)
+    assert code == 2
+    assert errors.splitlines()[-1].startswith("error: --monitor loss needs a known label on val")
+
+
+@pytest.mark.parametrize("monitor, test, warned", [("map", 0, True), ("last", 0, False), ("map", 1, False)])
+def test_a_best_epoch_that_is_chosen_by_what_is_reported_is_warned_about(few_images, tmp_path, capsys, monitor, test,
+                                                                          warned):
+    run("--data", few_images, "--out", tmp_path / "out", "--split", 2, 1, test, "--monitor", monitor, "--epochs", 1)
+    assert ("chooses the epoch on the images that are reported" in capsys.readouterr().err) == warned
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Presets
 
 TABLE = """
