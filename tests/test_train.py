@@ -848,6 +848,73 @@ def test_weights_from_a_file_are_loaded_where_they_fit(trained, tmp_path):
         inference.load_weights(network, tmp_path / "w.pth", "resnet18")
 
 
+def behind(prefix, state):
+    """A state_dict whose names have a prefix."""
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+WRAPPERS = {
+    "module.": lambda state: behind("module.", state),
+    "_orig_mod.module.": lambda state: behind("_orig_mod.module.", state),
+    "lightning": lambda state: {"epoch": 3, "state_dict": behind("model.net.", state) | {"loss.weight": torch.ones(3)}},
+    "other head": lambda state: behind("backbone.", {name: state[name] for name in state if "fc" not in name})
+                                | {"classifier.weight": torch.ones(2, 3)},
+    "twice": lambda state: {"model": {"state_dict": behind("_orig_mod.", state)}},
+    "other key": lambda state: {"model_state_dict": state, "optimizer": {"state": {}}},
+}
+
+
+@pytest.mark.parametrize("case", WRAPPERS)
+def test_what_wrappers_put_before_all_names_is_left_out(case, tmp_path):
+    state = inference.build_model("resnet18", "linear", 3).state_dict()
+    torch.save(WRAPPERS[case](state), tmp_path / "w.pth")
+    network = inference.build_model("resnet18", "linear", 3)
+    inference.load_weights(network, tmp_path / "w.pth", "resnet18")
+    for name, tensor in network.state_dict().items():
+        if not name.startswith("fc") or case != "other head":
+            assert torch.equal(tensor, state[name]), name
+
+
+def test_a_file_of_two_networks_is_an_error_that_names_both(tmp_path):
+    state = inference.build_model("resnet18", "linear", 3).state_dict()
+    torch.save(behind("model.", state) | behind("ema.", state), tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"w.pth holds several networks, model and ema"):
+        inference.load_weights(inference.build_model("resnet18", "linear", 3), tmp_path / "w.pth", "resnet18")
+
+
+@pytest.mark.parametrize("saved, wanted", [("resnet50", "resnet18"), ("resnet18", "resnet50"),
+                                           ("mobilenet_v2", "resnet18"), ("resnet50", "densenet121")])
+def test_weights_of_another_backbone_are_refused_and_named(saved, wanted, tmp_path, real_networks):
+    torch.save(inference.build_model(saved, "linear", 3).state_dict(), tmp_path / "w.pth")
+    network = inference.build_model(wanted, "linear", 3)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    message = rf"w.pth has .* {wanted}: it looks like {saved}: give --backbone {saved}"
+    with pytest.raises(InputError, match=message) as error:
+        inference.load_weights(network, tmp_path / "w.pth", wanted)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["conv1 layer1 layer2", "grey conv1", "fc"])
+def test_weights_of_a_part_of_the_backbone_are_taken(part, tmp_path, real_networks):
+    state = inference.build_model("resnet18", "linear", 3).state_dict()
+    kept = {name: tensor for name, tensor in state.items() if name.startswith(tuple(part.split()))}
+    if part == "grey conv1":
+        kept = state | {"conv1.weight": state["conv1.weight"][:, :1]}
+    torch.save(kept, tmp_path / "w.pth")
+    network = inference.build_model("resnet18", "linear", 3)
+    taken, _, _ = inference.load_weights(network, tmp_path / "w.pth", "resnet18")
+    assert set(taken) == kept.keys() - ({"conv1.weight"} if part == "grey conv1" else set())
+
+
+def test_weights_of_which_less_than_half_fit_are_refused(tmp_path):
+    state = inference.build_model("resnet18", "linear", 3).state_dict()
+    count = sum(tensor.numel() for tensor in state.values())
+    torch.save(state | {"decoder.weight": torch.zeros(count + 1000)}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"w.pth has weights of which (49|50)% fit resnet18: is it"):
+        inference.load_weights(inference.build_model("resnet18", "linear", 3), tmp_path / "w.pth", "resnet18")
+
+
 def test_imagenet_weights_that_cannot_be_had(demo, tmp_path, monkeypatch):
     import torchvision
 
@@ -897,6 +964,37 @@ def test_a_head_for_other_classes_takes_the_rows_of_the_names_both_know(head, tm
         assert torch.equal(now[2], was[0])
         assert torch.equal(now[1], before[name][1])
     assert torch.equal(network.state_dict()["conv1.weight"], source.state_dict()["conv1.weight"])
+
+
+@pytest.mark.parametrize("saved, wanted, dropout", [
+    ("linear", "bn", 0.0), ("bn", "linear", 0.0), ("mlp", "linear", 0.0), ("linear", "bn", 0.2)])
+def test_no_rows_are_said_to_be_taken_by_name_when_the_heads_differ(demo, tmp_path, capsys, saved, wanted, dropout):
+    classes = dataset.read_labels(demo).classes[::-1]
+    network = inference.build_model("resnet18", saved, len(classes), [dropout])
+    classifier = classifier_of(network, "resnet18", saved, [dropout], classes, {}, [0.5] * len(classes), 32)
+    inference.save_model(classifier, tmp_path / "model.pth")
+    torch.manual_seed(0)
+    alone = inference.build_model("resnet18", wanted, len(classes), [dropout])
+    fresh = {name: tensor.clone() for name, tensor in alone.state_dict().items()}
+    taken, skipped, common = inference.load_weights(alone, tmp_path / "model.pth", "resnet18", classes[::-1])
+    assert common == [] and not any("head row" in name for name in skipped)
+    for name, tensor in alone.state_dict().items():
+        if name in inference._class_tensors(alone, "resnet18"):
+            assert torch.equal(tensor, fresh[name]) and name not in taken, name
+    loud = [option for option in LOUD if option not in ("--weights", "none")]
+    train.main(["--data", str(demo), "--out", str(tmp_path / "out"), "--weights", str(tmp_path / "model.pth"), *loud,
+                "--head", wanted, "--dropout", str(dropout), "--epochs", "1"])
+    assert "taken by class name" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["model.pth", "last.pth"])
+def test_a_head_of_as_many_other_classes_is_not_taken_by_place(trained, kind):
+    network = inference.build_model("resnet18", "linear", 6)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    others = [f"other_{number}" for number in range(6)]
+    taken, _, common = inference.load_weights(network, trained[0] / kind, "resnet18", others)
+    assert (common, {"fc.weight", "fc.bias"} & set(taken)) == ([], set())
+    assert torch.equal(network.fc.weight, before["fc.weight"])
 
 
 # ----------------------------------------------------------------------------------------------------------
