@@ -1399,21 +1399,14 @@ def fold_folders(out):
 def remove_old_run(options):
     """Remove what an older run left in --out, and in the folders of its folds."""
     out = Path(options.out)
-    old = []
-    folds = list(out.glob("fold_[0-9]*"))
-    for folder in [out, *folds]:
-        old += [folder / name for name in RUN_FILES]
-        old += folder.glob("predictions_*_t-*.json")
-        with contextlib.suppress(ValueError):
-            title = metrics.read_json(folder / "config.json").get("plot_title")
-            if title:
-                old.append(title_path(folder, title))
-    old = [path for path in old if path.exists()]
-    for path in old:
-        path.unlink()
-    for folder in folds:
-        with contextlib.suppress(OSError):  # there is something else in it
-            folder.rmdir()
+    old = 0
+    for folder in [*fold_folders(out), out]:
+        for path in files_of_run(folder):
+            path.unlink()
+            old += 1
+        if folder != out:
+            with contextlib.suppress(OSError):  # there is something else in it
+                folder.rmdir()
     if old:
         print_once(options, f"the run that was in {out} is replaced")
 
@@ -1546,10 +1539,8 @@ def register(options, report):
 
 
 def export_splits(tables, folder):
-    """Copy the images into folder/images/train, val, test. Raises InputError when it has images."""
+    """Copy the images into folder/images/train, val, test; check_out() has looked whether they are there already."""
     images = Path(folder) / "images"
-    if images.is_dir() and any(images.iterdir()):
-        raise InputError(f"--export-splits {folder}: {images} is not empty: name a new folder")
     for split, table in tables.items():
         target = images / split
         target.mkdir(parents=True, exist_ok=True)
@@ -1675,6 +1666,7 @@ def main(argv=None):
     options = parse_options(argv)
     start_processes(options)
     tables = read_data(options)
+    check_out(options, tables)
     print_configuration(options)
     report = cross_validate(options, tables) if options.folds else train(build(options, tables))
     print_last_words(options, (tables["test"].paths or tables["val"].paths or tables["train"].paths)[0])

@@ -1115,6 +1115,103 @@ def test_a_best_epoch_that_is_chosen_by_what_is_reported_is_warned_about(few_ima
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Files that are not the run's own
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+REPLACED = [("train_metadata.csv", []), ("predictions.csv", []), ("classes.json", []), ("config.json", []),
+            ("loss_curve.png", []), ("My title.png", ["--plot-title", "My title"]),
+            ("fold_2/thresholds.json", ["--folds", 3])]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("name, more", REPLACED, ids=[name for name, _ in REPLACED])
+def test_a_file_that_no_run_wrote_is_not_replaced(few_images, tmp_path, capsys, name, more, resumed):
+    for out in (few_images, tmp_path / "mine"):  # the data folder, and another one
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        before = files_of(out)
+        code, _, errors = as_command(capsys, train.main, "--data", few_images, "--labels", few_images / "labels.txt",
+                                     "--out", out, *SMALL, *more, *["--resume"][:resumed])
+        assert (code, errors.count("\n")) == (2, 1)
+        assert str(path) in errors and "name another --out" in errors
+        assert files_of(out) == before
+        shutil.rmtree(path.parent) if path.parent != out else path.unlink()
+
+
+@pytest.mark.parametrize("option", ["--labels", "--weights", "--label-groups", "--data", "--images", "link"])
+def test_a_file_that_the_run_reads_is_not_replaced(demo, trained, tmp_path, capsys, option):
+    out = tmp_path / "run"
+    shutil.copytree(trained[0], out)
+    names = {"--labels": "train_metadata.csv", "--weights": "model.pth", "--label-groups": "label_groups.json",
+             "--data": "test_metadata.csv", "--images": "predictions.png", "link": "last.pth"}
+    path = out / names[option]
+    if option == "--images":
+        first = read_rows(out / "train_metadata.csv")[0]["ID"]
+        (tmp_path / "labels.csv").write_text(f"image,a\npredictions.png,1\n{first},0\nloss_curve.png,0\n")
+        shutil.copy(demo / "images" / first, out)
+        given = ["--data", tmp_path, "--labels", tmp_path / "labels.csv", "--images", out]
+    elif option == "--data":
+        (out / "label_groups.json").unlink()
+        given = ["--data", out, "--images", demo / "images"]
+    elif option == "link":
+        (tmp_path / "weights.pth").symlink_to(path)
+        given = ["--weights", tmp_path / "weights.pth"]
+    else:
+        given = [option, path]
+    before = files_of(out)
+    code, _, errors = as_command(capsys, train.main, "--data", demo, "--out", out, *SMALL, "--size", "64", *given)
+    assert code == 2
+    named = {"link": tmp_path / "weights.pth", "--images": out / "loss_curve.png"}.get(option, path)
+    error = errors.splitlines()[-1]
+    assert error.startswith("error: ") and str(named) in error and "lies in --out, and would be replaced" in error
+    assert files_of(out) == before
+
+
+def test_a_run_into_the_folder_of_its_data_is_replaced_by_the_next_one(few_images, tmp_path, capsys):
+    images = files_of(few_images)
+    for rate in (1e-3, 1e-2):
+        run("--data", few_images, "--out", few_images, "--epochs", 1, "--lr", rate)
+        assert read_json(few_images / "config.json")["lr"] == rate
+    run("--data", few_images, "--out", few_images, "--epochs", 2, "--lr", 1e-2, "--resume")
+    assert {name: content for name, content in files_of(few_images).items() if name in images} == images
+
+
+def test_files_like_those_of_a_run_stay_where_no_run_was(few_images, tmp_path):
+    out = tmp_path / "out"
+    (out / "fold_1").mkdir(parents=True)
+    mine = [out / "predictions_mine_t-1.json", out / "fold_1" / "metrics.json", out / "notes.txt"]
+    for path in mine:
+        path.write_text("mine")
+    run("--data", few_images, "--out", out, "--epochs", 1)
+    run("--data", few_images, "--out", tmp_path / "other", "--epochs", 1)
+    assert all(path.read_text() == "mine" for path in mine)
+
+
+@pytest.mark.parametrize("title", [["a"], {"a": 1}, 3, "a\0b", "x" * 300, ".."])
+def test_an_old_run_whose_title_is_odd_is_replaced(few_images, tmp_path, title):
+    run("--data", few_images, "--out", tmp_path / "out", "--epochs", 1)
+    config = tmp_path / "out" / "config.json"
+    config.write_text(json.dumps(read_json(config) | {"plot_title": title}))
+    run("--data", few_images, "--out", tmp_path / "out", "--epochs", 2)
+    assert len(read_rows(tmp_path / "out" / "history.csv")) == 2
+
+
+def test_a_folder_of_splits_that_is_not_empty_leaves_the_run_before_alone(few_images, tmp_path, capsys):
+    run("--data", few_images, "--out", tmp_path / "out", "--epochs", 1)
+    before = files_of(tmp_path / "out")
+    code, _, errors = as_command(capsys, train.main, "--data", few_images, "--out", tmp_path / "out", *SMALL,
+                                 "--export-splits", few_images)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert f"--export-splits {few_images}: {few_images}/images is not empty" in errors
+    assert files_of(tmp_path / "out") == before
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Presets
 
 TABLE = """
