@@ -509,37 +509,33 @@ def _without_prefix(weights, own):
 
 
 def _refuse_other_backbone(source, state, taken, backbone):
-    """Raise an InputError when less than half of the file's weights fit, or another backbone fits better.
+    """Raise an InputError when less than half of the file fits, or when it is plainly that of another backbone.
 
-    The head does not count. Weights that the file lacks do not count either: files of the first layers alone are of
-    use. But a ResNet18's file has the right shapes for half of a ResNet50, so shapes alone do not tell them apart.
+    The head does not count, and nor does what the file lacks, since files of the first layers alone are of use. Half
+    of a ResNet18 has the names and shapes of a ResNet50, so that another backbone which fits as a whole decides first.
     """
 
     def fitting(name, shapes):
-        """Return how many weights of the file a backbone has a place for."""
-        fit = [key for key, shape in shapes.items() if key in sizes and state[key].shape == shape]
-        return sum(sizes[key] for key in fit if not key.startswith(BACKBONES[name] + "."))
+        """Return which share of the file a backbone has a place for: of its tensors or of its weights, the lower."""
+        sizes = {key: tensor.numel() for key, tensor in state.items()
+                 if isinstance(tensor, torch.Tensor) and not key.startswith(BACKBONES[name] + ".")}
+        fit = [key for key in sizes if shapes.get(key) == state[key].shape]
+        return min(len(fit) / max(len(sizes), 1), sum(sizes[key] for key in fit) / max(sum(sizes.values()), 1))
 
-    sizes = {name: tensor.numel() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-    total = sum(size for name, size in sizes.items() if not name.startswith(BACKBONES[backbone] + "."))
-    fits = {backbone: fitting(backbone, {name: tensor.shape for name, tensor in taken.items()})}
-    if taken and fits[backbone] == total:
+    share = fitting(backbone, {key: tensor.shape for key, tensor in taken.items()})
+    if taken and (share == 1 or all(key.startswith(BACKBONES[backbone] + ".") for key in state)):
         return
 
     for name in BACKBONES:
-        if name != backbone:
-            with torch.device("meta"):  # shapes alone, which take no time
-                other = torchvision_models().get_model(name, weights=None)
-            fits[name] = fitting(name, {key: tensor.shape for key, tensor in other.state_dict().items()})
-    best = max(fits, key=fits.get)  # the first of equals: the backbone asked for
-    if taken and best == backbone and 2 * fits[backbone] >= total:
-        return
-    looks = f"it looks like {best}: give --backbone {best}, or other --weights"
-    if best == backbone or not fits[best]:
-        looks = "is it of another backbone?"
+        with torch.device("meta"):  # shapes alone, which take no time
+            other = torchvision_models().get_model(name, weights=None).state_dict()
+        if fitting(name, {key: tensor.shape for key, tensor in other.items()}) > max(share, 0.9):
+            raise InputError(f"{source} has weights of which {share:.0%} fit {backbone}: it looks like {name}: give "
+                             f"--backbone {name}, or other --weights")
     if not taken:
-        raise InputError(f"{source} has no tensor that fits {backbone}: {looks}")
-    raise InputError(f"{source} has weights of which {fits[backbone] / total:.0%} fit {backbone}: {looks}")
+        raise InputError(f"{source} has no tensor that fits {backbone}: is it of another backbone?")
+    if share < 0.5:
+        raise InputError(f"{source} has weights of which {share:.0%} fit {backbone}: is it of another backbone?")
 
 
 def _class_tensors(network, backbone):

@@ -907,6 +907,18 @@ def test_weights_of_a_part_of_the_backbone_are_taken(part, tmp_path, real_networ
     assert set(taken) == kept.keys() - ({"conv1.weight"} if part == "grey conv1" else set())
 
 
+def test_weights_of_a_deeper_or_wider_network_are_taken_where_at_least_half_fits(tmp_path, real_networks):
+    from torchvision import models
+
+    for name, fits in (("resnet34", True), ("vgg16_bn", False)):  # whose first linear layers are most of its weights
+        with torch.device("meta"):
+            state = models.get_model(name, weights=None).state_dict()
+            network = inference.build_model("resnet18" if fits else "vgg16", "linear", 3)
+        weights = inference.Weights(name, state, [], torch.empty(0))
+        with contextlib.nullcontext() if fits else pytest.raises(InputError, match="vgg16_bn has weights of which 11%"):
+            inference.load_weights(network, weights, "resnet18" if fits else "vgg16")
+
+
 def test_weights_of_which_less_than_half_fit_are_refused(tmp_path):
     state = inference.build_model("resnet18", "linear", 3).state_dict()
     count = sum(tensor.numel() for tensor in state.values())
