@@ -469,7 +469,7 @@ def read_data(options):
         check_val(options, tables["val"].targets)
     if options.monitor != "last" and (options.folds or len(tables["test"]) == 0):
         print_warning(f"--monitor {options.monitor} chooses the epoch on the images that are reported, which makes the "
-                      "model look better than it is: --monitor last does not choose")
+                      "model look better than it is: --monitor last --patience 0 keeps the last one")
     check_batches(options, len(tables["train"]), min(len(part) for part in tables.values() if len(part)))
     return tables
 
@@ -1264,6 +1264,8 @@ def read_state(options, tables):
             raise InputError(f"--resume: {path} has --{name} {before[name]}, not {value}")
         if before.get(name) != value and name not in ("resume", "quiet", "weights"):
             changed.append(f"{name} {before.get(name)} -> {value}")
+    if content["state"]["history"] and content["state"]["epoch"] < options.epochs:
+        check_comparable(options, before, path)
     if changed:
         print_warning(f"resumed with other options than before: {', '.join(changed)}")
     if before["weights"] != options.weights:
@@ -1271,6 +1273,17 @@ def read_state(options, tables):
     if content["state"]["epoch"] > options.epochs:
         print_warning(f"--epochs {options.epochs}: {content['state']['epoch']} epochs are trained already")
     return content
+
+
+def check_comparable(options, before, path):
+    """Raise an InputError when an option changes what --monitor measures, so that the best epoch of a resumed run would
+    be chosen among scores of two kinds."""
+    decisive = {"loss": ("loss", "pos_weight", "pos_weight_clip"), "f1": ("calibration", "thresholds", "max_threshold")}
+    for name in decisive.get(options.monitor, ()):
+        if before[name] != vars(options)[name]:
+            raise InputError(f"--resume: with another --{name.replace('_', '-')} the {options.monitor} of further "
+                             f"epochs cannot be compared with that of the epochs in {path}: keep it, or start again "
+                             "without --resume")
 
 
 def load_state(run, content):

@@ -543,6 +543,22 @@ def test_an_epoch_that_is_best_by_other_options_and_at_hand_is_kept(options, tmp
     assert same_tensors(tensors(tmp_path / "out" / "model.pth"), last if kept == 3 else before)
 
 
+@pytest.mark.parametrize("monitor, more", [("loss", ["--loss", "asymmetric", "--pos-weight", "sqrt"]),
+                                           ("loss", ["--pos-weight", "none"]), ("f1", ["--thresholds", "0.3"]),
+                                           ("f1", ["--calibration", "none"])])
+def test_epochs_that_are_measured_in_another_way_are_not_compared(options, tmp_path, capsys, monitor, more):
+    arguments = [*options, "--monitor", monitor, "--resume"]
+    train.main([*arguments[:-1], "--epochs", "1"])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    code, _, errors = as_command(capsys, train.main, *arguments, "--epochs", "2", *more)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert f"error: --resume: with another {more[0]} the {monitor} of further epochs cannot be compared" in errors
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    train.main([*arguments, "--epochs", "1", *more])  # no further epoch
+    train.main([*options, "--resume", "--epochs", "2", "--monitor", "map", *more])
+
+
 def test_a_run_killed_between_its_two_checkpoints_still_has_its_best_epoch(demo, trained, tmp_path, monkeypatch):
     options = ["--data", str(demo), "--out", str(tmp_path), "--epochs", "2", *SMALL]
     with monkeypatch.context() as patch, pytest.raises(Killed):
