@@ -80,19 +80,44 @@ def torchvision_models():
     return torchvision.models
 
 
+class InFullPrecision:
+    """Compute a layer in the precision of its weights, also where autocast lowers that of the others: logits in bf16
+    have 8 significant bits, so that different images tie."""
+
+    def forward(self, features):
+        features = features.to(next(self.parameters()).dtype)
+        kind = features.device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return super().forward(features)
+
+        with torch.autocast(kind, enabled=False):
+            return super().forward(features)
+
+
+class LinearHead(InFullPrecision, nn.Linear):
+    """A head of one linear layer."""
+
+
+class LayersHead(InFullPrecision, nn.Sequential):
+    """A head of several layers."""
+
+
 def _build_head(head, features, num_classes, dropout):
     if head == "mlp":
         first, second = (*dropout, dropout[-1])[:2]
         hidden = features // 4
-        return nn.Sequential(
+        return LayersHead(
             nn.BatchNorm1d(features), nn.Dropout(first), nn.Linear(features, hidden), nn.ReLU(),
             nn.Dropout(second), nn.Linear(hidden, num_classes),
         )
+    if head == "linear" and not dropout[0]:
+        return LinearHead(features, num_classes)
+
     layers = [nn.Dropout(dropout[0])] if dropout[0] else []
     layers.append(nn.Linear(features, num_classes))
     if head == "bn":
         layers.append(nn.BatchNorm1d(num_classes))
-    return nn.Sequential(*layers) if len(layers) > 1 else layers[0]
+    return LayersHead(*layers)
 
 
 def choose_device(name):
@@ -174,7 +199,8 @@ def to_device(network, device):
 
 
 def forward(network, images, precision):
-    """Normalised images (B, 3, H, W), or features (B, F) for a head -> float32 logits (B, C)."""
+    """Return the float32 logits (B, C) of normalised images (B, 3, H, W), or of features (B, F) for a head. The
+    backbone computes in `precision`, the head in fp32."""
     if images.dim() == 4:
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
@@ -264,6 +290,7 @@ class Classifier:
     mirrored: bool = False  # the probabilities of the mirrored image are averaged too
     epoch: int = 0
     scores: dict = field(default_factory=dict)  # on val, at that epoch
+    trained_on: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # train.image_keys()
     options: dict = field(default_factory=dict)  # of the run that trained it
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: torch.dtype = torch.float32  # None: chosen for each predict() by what is fastest for so many images
@@ -291,6 +318,7 @@ SAVED_FIELDS = ("classes", "groups", "thresholds", "mirrored", "epoch", "scores"
 def save_model(classifier, path):
     """Write a Classifier as model.pth: plain tensors, numbers and strings."""
     content = {"format": FORMAT, "members": []} | {name: getattr(classifier, name) for name in SAVED_FIELDS}
+    content["trained_on"] = classifier.trained_on
     for member in classifier.members:
         state = {name: tensor.cpu().contiguous() for name, tensor in member.network.state_dict().items()}
         content["members"].append({name: getattr(member, name) for name in MEMBER_FIELDS} | {"network": state})
@@ -358,7 +386,10 @@ def load_model(path="outputs/model.pth", device="auto", precision="auto"):
     if len(content["thresholds"]) != count:
         raise InputError(f"{path} is damaged: it has {len(content['thresholds'])} thresholds for {count} classes")
     precision = None if precision == "auto" else choose_precision(precision, device)[0]
-    return Classifier(members, **{name: content[name] for name in SAVED_FIELDS}, device=device, precision=precision)
+    classifier = Classifier(members, **{name: content[name] for name in SAVED_FIELDS}, device=device,
+                            precision=precision)
+    classifier.trained_on = content.get("trained_on", classifier.trained_on)  # older files do not have it
+    return classifier
 
 
 def _join(classifiers, paths):
@@ -370,32 +401,53 @@ def _join(classifiers, paths):
     members = [member for classifier in classifiers for member in classifier.members]
     thresholds = np.mean([classifier.thresholds for classifier in classifiers], axis=0).tolist()
     mirrored = any(classifier.mirrored for classifier in classifiers)
-    return replace(first, members=members, thresholds=thresholds, mirrored=mirrored)
+    trained_on = torch.cat([classifier.trained_on for classifier in classifiers])
+    return replace(first, members=members, thresholds=thresholds, mirrored=mirrored, trained_on=trained_on)
+
+
+@dataclass
+class Weights:
+    """The content of a file of weights, or torchvision's weights."""
+
+    source: str  # "imagenet", or the file
+    tensors: dict  # name -> tensor
+    classes: list  # that a checkpoint of train.py names, else empty
+    trained_on: torch.Tensor  # keys of the images that it says it was trained on: see train.image_keys()
 
 
 def load_weights(network, weights, backbone, classes=()):
-    """Load every tensor whose name and shape match -> (names taken, {name: why not} of the others,
-    classes taken).
+    """Load every tensor whose name and shape match, and return (names taken, {name: why not} of the others, classes
+    taken).
 
-    weights: "imagenet" (torchvision's default weights of the backbone), or the path of a state_dict
-    or a model.pth. Of a model.pth the head's last layers are taken row by row, for the classes that
-    it and `classes` both name. Raises InputError when the weights cannot be had or nothing matches.
+    weights: what read_weights() returns, or its argument. Of a checkpoint of train.py the head's last layers are taken
+    row by row, for the classes that it and `classes` both name. Raises InputError when the weights cannot be had,
+    match nothing, or are those of another backbone.
     """
-    state, known = _read_weights(weights, backbone)
+    if not isinstance(weights, Weights):
+        weights = read_weights(weights, backbone)
     own = network.state_dict()
+    state = _without_prefix(weights, own)
+    known = weights.classes
     skipped = {}
     common = []
+
+    # Rows of the head are found by the names of their classes, all of a class or nothing: by their places, they could
+    # be those of other classes.
     if known and classes:
-        common = [name for name in classes if name in known]
-        rows = [classes.index(name) for name in common]
-        saved_rows = [known.index(name) for name in common]
-        for name in _class_tensors(network, backbone):
-            if name in state and state[name].shape == (len(known), *own[name].shape[1:]):
-                merged = own[name].clone()
-                merged[rows] = state[name][saved_rows].to(merged)
-                state[name] = merged
-        skipped |= {f"head row of {name}": "new class" for name in classes if name not in known}
-        skipped |= {f"head row of {name}": "class that is gone" for name in known if name not in classes}
+        rows = _class_tensors(network, backbone)
+        if all(name in state and state[name].shape == (len(known), *own[name].shape[1:]) for name in rows):
+            common = [name for name in classes if name in known]
+            skipped |= {f"head row of {name}": "new class" for name in classes if name not in known}
+            skipped |= {f"head row of {name}": "class that is gone" for name in known if name not in classes}
+        for name in rows:
+            saved = state.pop(name, None)
+            if common:
+                state[name] = own[name].clone()
+                for label in common:
+                    state[name][classes.index(label)] = saved[known.index(label)]
+            elif saved is not None:
+                skipped[name] = "of another head, or of other classes"
+
     taken = {}
     for name, tensor in state.items():
         if name not in own:
@@ -404,28 +456,86 @@ def load_weights(network, weights, backbone, classes=()):
             skipped[name] = f"another shape than {tuple(own[name].shape)}"
         else:
             taken[name] = tensor
-    if not taken:
-        raise InputError(f"{weights} has no tensor that fits {backbone}: is it of another backbone?")
+    _refuse_other_backbone(weights.source, state, taken, backbone)
     network.load_state_dict(taken, strict=False)
     skipped |= {name: "not in the file" for name in own if name not in taken and name not in skipped}
     return list(taken), skipped, common
 
 
-def _read_weights(weights, backbone):
-    """-> ({name: tensor}, the classes that the file names)."""
+def read_weights(weights, backbone):
+    """Return the Weights of "imagenet" (torchvision's default weights of the backbone), or of a file: a model.pth, a
+    last.pth or a state_dict. Raises InputError."""
+    nothing = torch.empty(0, dtype=torch.int64)
     if weights == "imagenet":
-        return _download(backbone), []
+        return Weights(weights, _download(backbone), [], nothing)
+
     content = read_checkpoint(weights)
     if not isinstance(content, dict):
         raise InputError(f"{weights} holds no state_dict")
     known = []
-    if "members" in content:  # a model.pth
+    trained_on = nothing
+    if "format" in content and "classes" in content:  # of train.py
         known = list(content["classes"])
+        trained_on = content.get("trained_on", nothing)
+    if "members" in content:  # a model.pth
         content = content["members"][0]
-    for key in ("network", "state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}, known
+
+    # Other programs wrap the tensors, some of them twice.
+    wrappers = ("network", "state_dict", "model_state_dict", "model")
+    while inner := [content[key] for key in wrappers if isinstance(content.get(key), dict)]:
+        content = inner[0]
+    return Weights(str(weights), {str(name): tensor for name, tensor in content.items()}, known, trained_on)
+
+
+def _without_prefix(weights, own):
+    """Return the tensors of Weights without what wrappers put before their names: module., _orig_mod., model.backbone.
+
+    The prefix is the one behind which most names of the network follow: in net.conv1.weight, net.layer1.0.conv1.weight
+    it is "net.", as "net.layer1.0." has a single one behind it. Raises InputError when two have equally many.
+    """
+    counts = Counter()
+    for name in weights.tensors:
+        parts = name.split(".")
+        counts.update(".".join(parts[:start]) for start in range(len(parts)) if ".".join(parts[start:]) in own)
+    most = [prefix for prefix, count in counts.items() if count == max(counts.values())]
+    best = min(most, key=len, default="")
+    if not all(prefix.startswith(best) for prefix in most):
+        raise InputError(f"{weights.source} holds several networks, {' and '.join(most)}: save the one to use alone")
+
+    if not best:
+        return dict(weights.tensors)
+    inside = {name[len(best) + 1 :]: tensor for name, tensor in weights.tensors.items() if name.startswith(best + ".")}
+    return {name: tensor for name, tensor in weights.tensors.items() if not name.startswith(best + ".")} | inside
+
+
+def _refuse_other_backbone(source, state, taken, backbone):
+    """Raise an InputError when less than half of the file fits, or when it is plainly that of another backbone.
+
+    The head does not count, and nor does what the file lacks, since files of the first layers alone are of use. Half
+    of a ResNet18 has the names and shapes of a ResNet50, so that another backbone which fits as a whole decides first.
+    """
+
+    def fitting(name, shapes):
+        """Return which share of the file a backbone has a place for: of its tensors or of its weights, the lower."""
+        sizes = {key: tensor.numel() for key, tensor in state.items()
+                 if isinstance(tensor, torch.Tensor) and not key.startswith(BACKBONES[name] + ".")}
+        fit = [key for key in sizes if shapes.get(key) == state[key].shape]
+        return min(len(fit) / max(len(sizes), 1), sum(sizes[key] for key in fit) / max(sum(sizes.values()), 1))
+
+    share = fitting(backbone, {key: tensor.shape for key, tensor in taken.items()})
+    if taken and (share == 1 or all(key.startswith(BACKBONES[backbone] + ".") for key in state)):
+        return
+
+    for name in BACKBONES:
+        with torch.device("meta"):  # shapes alone, which take no time
+            other = torchvision_models().get_model(name, weights=None).state_dict()
+        if fitting(name, {key: tensor.shape for key, tensor in other.items()}) > max(share, 0.9):
+            raise InputError(f"{source} has weights of which {share:.0%} fit {backbone}: it looks like {name}: give "
+                             f"--backbone {name}, or other --weights")
+    if not taken:
+        raise InputError(f"{source} has no tensor that fits {backbone}: is it of another backbone?")
+    if share < 0.5:
+        raise InputError(f"{source} has weights of which {share:.0%} fit {backbone}: is it of another backbone?")
 
 
 def _class_tensors(network, backbone):

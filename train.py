@@ -28,6 +28,8 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -178,7 +180,8 @@ def option_parser():
     add("--max-threshold", type=real, metavar="T", help="a threshold above it becomes 0.5")
     add = parser.add_argument_group("output").add_argument
     add("--out", default="outputs", metavar="DIR", help="folder for everything the run writes")
-    add("--plot-title", default="", metavar="TEXT", help="over loss_curve.png, and a copy's name")
+    add("--plot-title", type=plot_title, default="", metavar="TEXT", help="title of loss_curve.png, also saved as "
+        "TITLE.png")
     add("--export-splits", metavar="DIR", help="copy the images into DIR/images/train, val, test")
     add("--registry", metavar="DIR", help="keep the best run (by F1 on val) of each configuration")
     add("--tensorboard", action="store_true", help="write scalars (package tensorboard)")
@@ -236,6 +239,22 @@ def threshold_method(text):
         if 0 <= float(text) <= 1:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text}: use soft, pr_curve, grid, global or a number from 0 to 1")
+
+
+def plot_title(text):
+    """Return a --plot-title that can be the name of a file: a type= function for argparse."""
+    problem = None
+    if text and not text.strip():
+        problem = "it is blank"
+    elif any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
+        problem = "it has control characters"
+    elif len(text.encode()) > 200:  # file systems allow 255 bytes, with what is added to a name while it is written
+        problem = "it is longer than 200 bytes"
+    elif title_path(Path(), text).name in set(RUN_FILES) - {"loss_curve.png"}:
+        problem = "a run writes another file of that name"
+    if problem:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} also names a file, and {problem}: use another title")
+    return text
 
 
 def cache_size(text):
@@ -442,8 +461,29 @@ def read_data(options):
         raise InputError(f"{options.data}: no label of the train split is known: there is nothing to learn from")
     for warning in dataset.one_sided(tables["train"]):
         print_warning(f"train split: {warning}: such a class cannot be learned")
+    for name in ("val", "test"):
+        if len(tables[name]) and np.isnan(tables[name].targets).all():
+            print_warning(f"{name} split: no label is known: " + (
+                "the last epoch is kept, and nothing is calibrated on it" if name == "val" else "nothing is reported"))
+    if len(tables["val"]):
+        check_val(options, tables["val"].targets)
+    if options.monitor != "last" and (options.folds or len(tables["test"]) == 0):
+        print_warning(f"--monitor {options.monitor} chooses the epoch on the images that are reported, which makes the "
+                      "model look better than it is: --monitor last --patience 0 keeps the last one")
     check_batches(options, len(tables["train"]), min(len(part) for part in tables.values() if len(part)))
     return tables
+
+
+def check_val(options, targets):
+    """Raise an InputError when the score of --monitor cannot change from epoch to epoch on val, with its targets (N,
+    C)."""
+    needs = {"loss": "a known label", "f1": "a known positive label",
+             "map": "a class with known positives and known negatives"}
+    positive, negative = (targets == 1).any(axis=0), (targets == 0).any(axis=0)
+    has = {"loss": positive | negative, "f1": positive, "map": positive & negative}
+    if options.monitor != "last" and not has[options.monitor].any():
+        raise InputError(f"--monitor {options.monitor} needs {needs[options.monitor]} on val, and there is none: know "
+                         "more labels, change --split, or keep the last epoch with --monitor last --patience 0")
 
 
 def check_batches(options, count, smallest):
@@ -453,9 +493,22 @@ def check_batches(options, count, smallest):
     share = count // steps_per_epoch(options, count) // ranks
     if ranks > smallest or share == 0:
         raise InputError(f"{ranks} processes are too many for batches of {options.batch_size} and splits of {smallest}")
-    if share == 1 and (options.head != "linear" or options.size <= 32):
+    if share == 1 and not trains_on_one_image(options):
+        larger = f", or raise --size {options.size}" if options.head == "linear" else ""
         raise InputError(f"with -b {options.batch_size} and {count} images to train on a process gets a single "
-                         "image in a step, and BatchNorm needs two: raise -b, or add images")
+                         f"image in a step, and BatchNorm needs two: raise -b, or add images{larger}")
+
+
+def trains_on_one_image(options):
+    """Return whether the network can train on one image at a time: BatchNorm needs two values of each channel."""
+    with torch.device("meta"):  # shapes are computed, and no values
+        network = inference.build_model(options.backbone, options.head, 1, options.dropout)
+        image = torch.empty(1, 3, options.size, options.size)
+    try:
+        network.train()(image)
+    except ValueError:  # of BatchNorm
+        return False
+    return True
 
 
 def steps_per_epoch(options, count):
@@ -533,8 +586,11 @@ class Run:
         return self.classifier.members[0]
 
 
-def build(options, tables):
-    """Build the network and all that trains it, or with --resume take it from last.pth -> Run."""
+def build(options, tables, weights=None):
+    """Build the Run: the network and all that trains it, or with --resume what last.pth holds.
+
+    weights: what read_weights() returned, if it was called before.
+    """
     last = read_state(options, tables) if options.resume else None
     torch.manual_seed(options.seed)
     table = tables["train"]
@@ -542,12 +598,21 @@ def build(options, tables):
     network = inference.build_model(options.backbone, options.head, len(table.classes), options.dropout)
     for layers in (options.train_layers, options.unfreeze or "all"):
         select_parameters(network, options.backbone, layers)  # a wrong name is an error now, not in epoch N
-    fresh = load_weights(network, options, table.classes)
+    if last:  # it holds the whole network
+        fresh, trained_on = tuple(last["fresh"]), last["trained_on"]
+    else:
+        weights = weights or read_weights(options)
+        fresh = load_weights(network, weights, options, table.classes)
+        trained_on = image_keys(table)
+        if weights:
+            warn_of_tested_images(weights, tables)
+            trained_on = torch.cat([weights.trained_on, trained_on]).unique()
     network = inference.to_device(network, device)
     count = len(table.classes)
     member = inference.Member(network, options.backbone, options.head, options.dropout, options.size, [0.0] * count)
     classifier = inference.Classifier([member], table.classes, table.groups, [0.5] * count, options=dict(vars(options)),
-                                      device=device, precision=choose_precision(options, device, last))
+                                      trained_on=trained_on, device=device,
+                                      precision=choose_precision(options, device, last))
     pos_weight = compute_pos_weight(table.targets, options.pos_weight, options.pos_weight_clip)
     budget = cache_budget(options.cache) / sum(len(part) for part in tables.values())
     images = {name: dataset.ImageDataset(part, options.size, budget * len(part)) for name, part in tables.items()}
@@ -563,13 +628,18 @@ def build(options, tables):
     return run
 
 
-def load_weights(network, options, classes):
-    """Load --weights into the network -> the names of the parameters that it has nothing for."""
+def read_weights(options):
+    """Return what --weights names as inference.Weights, or None from scratch."""
+    return None if options.weights == "none" else inference.read_weights(options.weights, options.backbone)
+
+
+def load_weights(network, weights, options, classes):
+    """Load what read_weights() returned, and return the names of the parameters that it has nothing for."""
     names = [name for name, _ in network.named_parameters()]
-    if options.weights == "none":
+    if weights is None:
         print_once(options, "weights: none, training from scratch")
         return tuple(names)
-    taken, skipped, common = inference.load_weights(network, options.weights, options.backbone, classes)
+    taken, skipped, common = inference.load_weights(network, weights, options.backbone, classes)
     print_once(options, f"weights: {len(taken)} tensors taken from {options.weights}")
     if common:
         print_once(options, f"  head rows taken by class name: {', '.join(common)}")
@@ -578,6 +648,37 @@ def load_weights(network, options, classes):
         layers = dict.fromkeys(name.rpartition(".")[0] or name for name in tensors)
         print_once(options, f"  {len(tensors)} not taken, {reason}: {', '.join(layers)}")
     return tuple(name for name in names if name not in taken)
+
+
+def image_keys(table):
+    """Return a number for each image, int64 (N,), by which a later run knows it again, also under another name: a hash
+    of the size and the first 64 KB of its file, since whole files take too long."""
+
+    def key(path):
+        try:
+            with open(path, "rb") as file:
+                content = str(os.fstat(file.fileno()).st_size).encode() + file.read(2**16)
+        except OSError:  # training reports it
+            content = os.fsencode(path)
+        return int.from_bytes(hashlib.sha256(content).digest()[:8], "little", signed=True)
+
+    with ThreadPoolExecutor(inference.default_workers()) as pool:
+        return torch.tensor(list(pool.map(key, table.paths)), dtype=torch.int64)
+
+
+def count_trained_on(weights, table):
+    """Return how many images of a table some Weights say that they were trained on."""
+    if weights is None or not len(weights.trained_on):
+        return 0
+    return int(torch.isin(image_keys(table), weights.trained_on).sum())
+
+
+def warn_of_tested_images(weights, tables):
+    """Warn when the weights know images of val or test: folds refuse such weights before they begin."""
+    for name in ("val", "test"):
+        if known := count_trained_on(weights, tables[name]):
+            print_warning(f"{name} split: --weights {weights.source} was trained on {known} of the {len(tables[name])} "
+                          "images: the scores there say too little about new images")
 
 
 def choose_precision(options, device, last):
@@ -603,6 +704,10 @@ def fit(run):
     options, state = run.options, run.state
     progress = ProgressLine(run)
     with signals_noted(run):
+        # A run that was killed after last.pth was written, or that is resumed with another --monitor.
+        if state.epoch and not state.images and find_best(run) != run.classifier.epoch:
+            validate_last(run)
+
         while state.epoch < options.epochs:
             waited = best_epoch(state.history, options.monitor, options.min_delta)[1]
             if 0 < options.patience <= waited:
@@ -615,6 +720,10 @@ def fit(run):
             if should_stop(run):
                 save_and_stop(run)
 
+        # A run that is resumed with fewer --epochs than before, else the last epoch is validated.
+        if not state.images and "val_loss" not in state.history[-1]:
+            validate_last(run)
+
 
 def train_epoch(run, progress):
     """One pass over (what is left of) the train split; a signal ends it after the step in hand."""
@@ -625,7 +734,7 @@ def train_epoch(run, progress):
     started = time.perf_counter() - state.seconds
     losses = []
     for (*_, used), batch in zip(order, load_batches(run, order)):
-        rates = learning_rates(options, state.epoch + used / count)
+        rates = learning_rates(options, state.epoch + (state.images + used) / 2 / count)
         for group, rate in zip(run.optimizer.param_groups, rates):
             group.update(lr=rate, weight_decay=options.wd)
         losses.append(train_step(run, *batch))
@@ -727,7 +836,8 @@ def load_batches(run, order):
 
 
 def rate_factor(options, progress):
-    """The factor on both rates after `progress` epochs, a fraction: where the step in hand ends."""
+    """Return the factor on both rates after `progress` epochs, a fraction: the middle of the current step, so that
+    neither the first step nor the last one has the rate 0."""
     if options.schedule == "cosine":
         warmup = min(1.0, options.epochs / 10)
         return min(progress / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress / options.epochs)))
@@ -786,9 +896,7 @@ def end_epoch(run):
     rates = learning_rates(options, state.epoch + 0.5)
     row = {"epoch": epoch, "steps": len(losses), "train_loss": float(np.mean(losses)) if losses else math.nan}
     if epoch % options.val_every == 0 or epoch == options.epochs:
-        report = evaluate_split(run, "val")[2]
-        scores = {name: report[name] for name in ("loss", *metrics.HEADLINES)}
-        row |= {f"val_{name}": value for name, value in scores.items()}
+        row |= validate(run)
     every = options.train_metrics_every
     if every and (epoch % every == 0 or epoch == options.epochs):
         report = evaluate_split(run, "train")[2]
@@ -799,19 +907,47 @@ def end_epoch(run):
     state.epoch = epoch
     state.images = 0
     state.seconds = 0.0
-    if is_leader():
-        if best_epoch(state.history, options.monitor, options.min_delta)[0] == epoch:
-            run.classifier.epoch = epoch
-            run.classifier.scores = scores
-            inference.save_model(run.classifier, run.out / "model.pth")
-        save_state(run)
-        write_history(run)
+    save_epoch(run)
     if run.board:
         for name, value in row.items():
             run.board.add_scalar(f"epoch/{name}", value, epoch)
         for step, loss in enumerate(losses, len(state.losses) - len(losses) + 1):
             run.board.add_scalar("iteration/train_loss", loss, step)
         run.board.flush()
+
+
+def validate(run):
+    """Return the scores on val, named as in the history."""
+    table, _, report = evaluate_split(run, "val")
+    check_val(run.options, table.targets)  # images that cannot be read may have had the labels that count
+    return {f"val_{name}": report[name] for name in ("loss", *metrics.HEADLINES)}
+
+
+def validate_last(run):
+    """Validate the last epoch of a resumed run, whose network last.pth held, and keep it if it is the best."""
+    run.state.history[-1] |= validate(run)
+    save_epoch(run)
+
+
+def save_epoch(run):
+    """Save a finished epoch: the state, the model if it is the best, and the history.
+
+    The state comes first. A run that is killed before the model is written still has it in the state.
+    """
+    if not is_leader():
+        return
+    save_state(run)
+    row = run.state.history[-1]
+    if find_best(run) == row["epoch"]:
+        run.classifier.epoch = row["epoch"]
+        run.classifier.scores = {name: row[f"val_{name}"] for name in ("loss", *metrics.HEADLINES)}
+        inference.save_model(run.classifier, run.out / "model.pth")
+    write_history(run)
+
+
+def find_best(run):
+    """Return the epoch that is best by the run's options, 0 before the first validation."""
+    return best_epoch(run.state.history, run.options.monitor, run.options.min_delta)[0]
 
 
 def best_epoch(history, monitor, min_delta=0.0):
@@ -968,14 +1104,24 @@ def cross_validate(options, tables):
     parts = dataset.divide(pool, [1] * options.folds, options.split_method, options.seed)
     sizes = np.bincount(parts)
     check_batches(options, len(pool) - sizes.max(), sizes.min())
-    if Path(options.weights).is_file() and Path(options.weights).resolve().parent == out.resolve():
-        raise InputError(f"--weights {options.weights} lies in --out, and would be replaced: name another --out")
+    for k in range(options.folds):
+        check_val(options, pool.targets[parts == k])
+
+    # The weights are read once: a fold must not begin with what another one has just written.
+    weights = None
+    begun = [(out / f"fold_{k + 1}" / "last.pth").exists() for k in range(options.folds)]
+    if not options.resume or (begun[0] and not all(begun)):
+        weights = read_weights(options)
+    if known := sum(count_trained_on(weights, table) for table in (pool, tables["test"])):
+        raise InputError(f"--weights {options.weights} was trained on {known} of the images that --folds tests on: use "
+                         "weights that have not seen them, such as imagenet")
     members = []
+    trained_on = []
     raw = np.full(pool.targets.shape, np.nan)  # probabilities that are not calibrated yet
     with folder_locked(out) if is_leader() else contextlib.nullcontext():
         for k in range(options.folds):
             print_once(options, f"\nfold {k + 1} of {options.folds}")
-            run = build_fold(options, pool, parts == k, out / f"fold_{k + 1}")
+            run = build_fold(options, pool, parts == k, out / f"fold_{k + 1}", weights)
             if k == 0 and is_leader():
                 if not options.resume:
                     remove_old_run(options)
@@ -985,7 +1131,9 @@ def cross_validate(options, tables):
             rows, logits = predict_split(run, "val")
             raw[np.flatnonzero(parts == k)[rows]] = inference.to_probabilities(run.classifier, logits[None])
             members += run.classifier.members
-        classifier = replace(run.classifier, members=members, epoch=0, scores={})
+            trained_on.append(run.classifier.trained_on)
+        trained_on = torch.cat(trained_on).unique()
+        classifier = replace(run.classifier, members=members, epoch=0, scores={}, trained_on=trained_on)
         good = np.flatnonzero(~np.isnan(raw).any(axis=1))
         table = pool.subset(good)
         report, probabilities, thresholds = report_folds(options, classifier, table, parts[good], raw[good])
@@ -1003,9 +1151,9 @@ def cross_validate(options, tables):
     return report
 
 
-def build_fold(options, pool, own, out):
-    """The run of a fold, into the folder `out`: it validates on the rows that are its `own` (N,),
-    boolean."""
+def build_fold(options, pool, own, out, weights):
+    """Return the Run of a fold, into the folder `out`: it validates on the rows that are its `own` (N,), boolean.
+    weights: as of build()."""
     fold = argparse.Namespace(**vars(options))
     fold.out = str(out)
     fold.folds = 0
@@ -1014,7 +1162,7 @@ def build_fold(options, pool, own, out):
     if out.name != "fold_1" and not (out / "last.pth").exists():  # it was not begun
         fold.resume = False
     rows = {"train": np.flatnonzero(~own), "val": np.flatnonzero(own), "test": []}
-    return build(fold, {name: pool.subset(rows[name]) for name in PARTS})
+    return build(fold, {name: pool.subset(rows[name]) for name in PARTS}, weights)
 
 
 def report_folds(options, classifier, table, parts, raw):
@@ -1090,7 +1238,8 @@ def save_state(run):
     content = {
         "format": inference.FORMAT, "options": run.classifier.options, "classes": run.classifier.classes,
         "splits": splits_digest(run.tables), "precision": precision_name(run.classifier.precision),
-        "state": dict(vars(run.state)), "network": run.member.network.state_dict(),
+        "state": dict(vars(run.state)), "fresh": list(run.fresh), "trained_on": run.classifier.trained_on,
+        "network": run.member.network.state_dict(),
         "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "random": torch.get_rng_state(),
     }
     if run.classifier.device.type == "cuda":
@@ -1108,21 +1257,46 @@ def read_state(options, tables):
     inference.check_content(path, content, names, "last.pth")
     if content["classes"] != tables["train"].classes or content["splits"] != splits_digest(tables):
         raise InputError(f"--resume: {path} is of other splits or labels: give the same data and seed, or a new --out")
+    if "fresh" not in content:
+        raise InputError(f"--resume: {path} was written by an older version, and does not say which layers had no "
+                         "weights: resume it with that version, or start again without --resume")
     before = content["options"]
     changed = []
     for name, value in vars(options).items():
         if before.get(name) != value and name in ("backbone", "head"):
             raise InputError(f"--resume: {path} has --{name} {before[name]}, not {value}")
-        if before.get(name) != value and name not in ("resume", "quiet"):
+        if before.get(name) != value and name not in ("resume", "quiet", "weights"):
             changed.append(f"{name} {before.get(name)} -> {value}")
+    if content["state"]["history"] and content["state"]["epoch"] < options.epochs:
+        check_comparable(options, before, path)
     if changed:
         print_warning(f"resumed with other options than before: {', '.join(changed)}")
+    if before["weights"] != options.weights:
+        print_warning(f"--weights {options.weights} is not loaded: --resume goes on with the network of {path}")
+    if content["state"]["epoch"] > options.epochs:
+        print_warning(f"--epochs {options.epochs}: {content['state']['epoch']} epochs are trained already")
     return content
 
 
+def check_comparable(options, before, path):
+    """Raise an InputError when an option changes what --monitor measures, so that the best epoch of a resumed run would
+    be chosen among scores of two kinds."""
+    decisive = {"loss": ("loss", "pos_weight", "pos_weight_clip"), "f1": ("calibration", "thresholds", "max_threshold")}
+    for name in decisive.get(options.monitor, ()):
+        if before[name] != vars(options)[name]:
+            raise InputError(f"--resume: with another --{name.replace('_', '-')} the {options.monitor} of further "
+                             f"epochs cannot be compared with that of the epochs in {path}: keep it, or start again "
+                             "without --resume")
+
+
 def load_state(run, content):
-    """Put a run to where last.pth was written."""
+    """Put a run to where last.pth was written. Raises InputError when the best epoch by its options is lost."""
     run.state = State(**content["state"])
+    if (run.out / "model.pth").exists():
+        saved = inference.read_checkpoint(run.out / "model.pth")
+        inference.check_content(run.out / "model.pth", saved, ("members", *inference.SAVED_FIELDS), "model.pth")
+        run.classifier.epoch, run.classifier.scores = saved["epoch"], saved["scores"]
+    check_kept(run, content["options"])
     run.member.network.load_state_dict(content["network"])
     run.optimizer.load_state_dict(content["optimizer"])
     if run.scaler.is_enabled() and content["scaler"]:
@@ -1131,6 +1305,25 @@ def load_state(run, content):
     if "random_cuda" in content and run.classifier.device.type == "cuda":
         torch.cuda.set_rng_state(content["random_cuda"], run.classifier.device)
     print_once(run.options, f"resumed after {run.state}, from {run.out / 'last.pth'}")
+
+
+def check_kept(run, before):
+    """Raise an InputError when the epoch that is best by the options of a resumed run, which had others before, is
+    neither in model.pth, nor in last.pth, nor still to come."""
+    options, state = run.options, run.state
+    best = find_best(run)
+    kept = run.classifier.epoch
+    if best == 0 and state.images and state.epoch >= options.epochs:
+        raise InputError(f"--resume --epochs {options.epochs}: no epoch was validated yet, and the run has begun the "
+                         f"next one: give --epochs {state.epoch + 1} or more")
+    if best == kept or (best == state.epoch and not state.images):
+        return
+    if options.monitor == "last" and state.epoch < options.epochs:
+        return
+    held = f"holds epoch {kept}" if kept else "is not there"
+    raise InputError(f"--resume: by --monitor {options.monitor} --min-delta {options.min_delta:g} epoch {best} is the "
+                     f"best, but its network is lost ({run.out / 'model.pth'} {held}): resume with --monitor "
+                     f"{before['monitor']} --min-delta {before['min_delta']:g}, or start again in another --out")
 
 
 @contextlib.contextmanager
@@ -1153,24 +1346,83 @@ def folder_locked(out):
         yield
 
 
+def check_out(options, tables):
+    """Raise an InputError when the run would replace a file that it reads, or that no run wrote."""
+    out = Path(options.out)
+    names = {*RUN_FILES, title_path(out, options.plot_title or "loss_curve").name}
+    reads = files_read(options, tables, names)
+
+    written = [out, *(out / f"fold_{k + 1}" for k in range(options.folds))]
+    for folder in dict.fromkeys([*written, *fold_folders(out)]):
+        ours = files_of_run(folder)
+        there = [folder / name for name in sorted(names) if (folder / name).exists()] if folder in written else []
+        for path in [*ours, *there]:
+            what = reads.get(os.path.realpath(path))
+            if what:
+                raise InputError(f"{what} lies in --out, and would be replaced: name another --out")
+            if path not in ours:
+                raise InputError(f"--out {out}: {path} would be replaced, and no run of train.py wrote it: name "
+                                 "another --out")
+
+    if options.export_splits and not options.resume:
+        images = Path(options.export_splits) / "images"
+        if images.is_dir() and any(images.iterdir()):
+            raise InputError(f"--export-splits {options.export_splits}: {images} is not empty: name a new folder")
+
+
+def files_read(options, tables, names):
+    """Return the files that a run reads as {real path: what it is, in words}; of its images those with one of the
+    `names`, since there may be millions."""
+    data = Path(options.data)
+    paths = {str(data / "label_groups.json")}
+    for table in tables.values():
+        paths.update(origin.rpartition(":")[0] for origin in table.origins)  # FILE:LINE
+        paths.update(str(path) for path in table.paths if os.path.basename(path) in names)
+    reads = {os.path.realpath(path): f"{path}, which the run reads," for path in paths}
+
+    given = ["labels", "label_groups", "image_list"]
+    if options.folds or not options.resume:
+        given.append("weights")
+    for option in given:
+        value = getattr(options, option)
+        if value:  # a label file may be named from within DATA
+            path = Path(value) if option == "weights" or Path(value).exists() else data / value
+            reads[os.path.realpath(path)] = f"--{option.replace('_', '-')} {value}"
+    return reads
+
+
+def files_of_run(folder):
+    """Return the files in a folder that an earlier run wrote there; config.json, by which they are known, is last."""
+    try:
+        config = metrics.read_json(folder / "config.json")
+    except ValueError:
+        return []
+    if not {"data", "out", "backbone"} <= config.keys():  # somebody else's config.json
+        return []
+    names = {*RUN_FILES} - {"config.json"}
+    if config.get("plot_title") and isinstance(config["plot_title"], str):
+        names.add(title_path(folder, config["plot_title"]).name)
+    present = [path for path in sorted(folder.iterdir()) if path.is_file() or path.is_symlink()]
+    ours = [path for path in present if path.name in names or path.match("predictions_*_t-*.json")]
+    return [*ours, folder / "config.json"]
+
+
+def fold_folders(out):
+    """Return the folders of folds in --out."""
+    return sorted(path for path in out.glob("fold_[0-9]*") if path.is_dir())
+
+
 def remove_old_run(options):
     """Remove what an older run left in --out, and in the folders of its folds."""
     out = Path(options.out)
-    old = []
-    folds = list(out.glob("fold_[0-9]*"))
-    for folder in [out, *folds]:
-        old += [folder / name for name in RUN_FILES]
-        old += folder.glob("predictions_*_t-*.json")
-        with contextlib.suppress(ValueError):
-            title = metrics.read_json(folder / "config.json").get("plot_title")
-            if title:
-                old.append(title_path(folder, title))
-    old = [path for path in old if path.exists()]
-    for path in old:
-        path.unlink()
-    for folder in folds:
-        with contextlib.suppress(OSError):  # there is something else in it
-            folder.rmdir()
+    old = 0
+    for folder in [*fold_folders(out), out]:
+        for path in files_of_run(folder):
+            path.unlink()
+            old += 1
+        if folder != out:
+            with contextlib.suppress(OSError):  # there is something else in it
+                folder.rmdir()
     if old:
         print_once(options, f"the run that was in {out} is replaced")
 
@@ -1303,10 +1555,8 @@ def register(options, report):
 
 
 def export_splits(tables, folder):
-    """Copy the images into folder/images/train, val, test. Raises InputError when it has images."""
+    """Copy the images into folder/images/train, val, test; check_out() has looked whether they are there already."""
     images = Path(folder) / "images"
-    if images.is_dir() and any(images.iterdir()):
-        raise InputError(f"--export-splits {folder}: {images} is not empty: name a new folder")
     for split, table in tables.items():
         target = images / split
         target.mkdir(parents=True, exist_ok=True)
@@ -1432,6 +1682,7 @@ def main(argv=None):
     options = parse_options(argv)
     start_processes(options)
     tables = read_data(options)
+    check_out(options, tables)
     print_configuration(options)
     report = cross_validate(options, tables) if options.folds else train(build(options, tables))
     print_last_words(options, (tables["test"].paths or tables["val"].paths or tables["train"].paths)[0])

@@ -19,7 +19,7 @@ import dataset
 import inference
 import metrics
 import train
-from conftest import ROOT, SMALL, as_command
+from conftest import ROOT, SMALL, as_command, classifier_of
 from dataset import InputError
 
 RUN = ["--epochs", "2", "--lr", "3e-3", *SMALL]
@@ -63,6 +63,11 @@ def same_networks(a, b):
         return False
     return all(one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
                for one, other in zip(a, b))
+
+
+def tensors_of(network):
+    """A copy of a network's tensors."""
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
 def load(path):
@@ -387,15 +392,86 @@ def test_folds_that_train_on_a_single_image_are_an_error_of_one_line(make_data, 
     assert "BatchNorm" in errors
 
 
-def test_weights_of_the_run_that_is_replaced_are_refused(plain, demo, tmp_path, capsys):
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("name", ["model.pth", "fold_1/model.pth", "fold_2/last.pth", "link"])
+def test_weights_of_the_run_that_is_replaced_are_refused(plain, demo, tmp_path, capsys, name, resumed):
     out = tmp_path / "out"
     shutil.copytree(plain[0], out)
-    before = (out / "model.pth").read_bytes()
-    arguments = ["--data", demo, "--out", out, *RUN, "--folds", 2, "--weights", out / "model.pth"]
+    (tmp_path / "link").symlink_to(out / "fold_1" / "model.pth")
+    if resumed:
+        shutil.rmtree(out / "fold_3")
+    before = contents(out)
+    weights = tmp_path / name if name == "link" else out / name
+    arguments = ["--data", demo, "--out", out, *RUN, "--folds", 3, "--weights", weights, *["--resume"][:resumed]]
     code, _, errors = as_command(capsys, train.main, *arguments)
     assert code == 2
     assert errors.splitlines()[-1].startswith("error: --weights") and "name another --out" in errors
-    assert (out / "model.pth").read_bytes() == before
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("name", ["model.pth", "fold_1/model.pth", "fold_2/last.pth"])
+@pytest.mark.parametrize("more", [["--folds", 3], ["--folds", 2, "--seed", 1, "--split", 0.2, 0.2, 0.6]])
+def test_folds_refuse_weights_that_were_trained_on_the_images_they_test_on(plain, demo, tmp_path, capsys, name, more):
+    renamed = tmp_path / "data"
+    shutil.copytree(demo, renamed)
+    text = (renamed / "labels.txt").read_text()
+    for path in list((renamed / "images").iterdir()):
+        path.rename(path.with_name(f"new_{path.name}"))
+        text = text.replace(path.name, f"new_{path.name}")
+    (renamed / "labels.txt").write_text(text)
+    code, _, errors = as_command(capsys, train.main, "--data", renamed, "--out", tmp_path / "out", *RUN, *more,
+                                 "--weights", plain[0] / name)
+    count = 80 if name == "model.pth" else 53
+    assert (code, errors.count("\n")) == (2, 1)
+    assert f"was trained on {count} of the images that --folds tests on" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_fold_begins_with_the_weights_as_they_were_and_head_rows_by_name(demo, tmp_path):
+    classes = dataset.read_labels(demo).classes
+    torch.manual_seed(3)
+    network = inference.build_model("resnet18", "linear", len(classes))
+    saved = classifier_of(network, "resnet18", "linear", [0.0], classes[::-1], {}, [0.5] * len(classes), 32)
+    weights = tmp_path / "weights.pth"
+    inference.save_model(saved, weights)
+    expected = tensors_of(network)
+    still = ["--lr", 0, "--wd", 0, "--train-layers", "head", "--epochs", 1]
+    with calls_at({1: lambda: torch.save({}, weights)}):  # by then all of them were read
+        run(demo, tmp_path / "out", "--folds", 2, "--weights", weights, *still)
+    for name in ("fc.weight", "fc.bias"):
+        expected[name] = expected[name].flip(0)
+    folds = networks(tmp_path / "out" / "model.pth")
+    assert same_networks(folds, [expected, expected])
+
+
+def test_folds_resume_without_their_weights_once_all_have_begun(demo, trained, tmp_path, capsys):
+    weights = tmp_path / "weights.pth"
+    torch.save(networks(trained[0] / "model.pth")[0], weights)
+    arguments = ["--folds", 2, "--weights", weights, "--epochs", 1, "-b", 8]
+    report = run(demo, tmp_path / "whole", *arguments)
+    with calls_at({1: interrupt}), pytest.raises(KeyboardInterrupt):  # within the first fold
+        run(demo, tmp_path / "out", *arguments)
+    weights.rename(tmp_path / "moved.pth")
+    code, _, errors = as_command(capsys, train.main, "--data", demo, "--out", tmp_path / "out", *RUN, *arguments,
+                                 "--resume")
+    assert code == 2
+    assert errors.endswith(f"\nerror: {weights} is not there\n")
+    (tmp_path / "moved.pth").rename(weights)
+    with calls_at({5: interrupt}), pytest.raises(KeyboardInterrupt):  # within the second one
+        run(demo, tmp_path / "out", *arguments, "--resume")
+    assert (tmp_path / "out" / "fold_2" / "last.pth").exists()
+    weights.unlink()
+    assert run(demo, tmp_path / "out", *arguments, "--resume") == report
+
+
+def test_the_model_of_folds_knows_every_image_that_a_network_was_trained_on(plain, demo, tmp_path, capsys):
+    run(demo, tmp_path, "--weights", plain[0] / "model.pth", "--epochs", 1, "--lr", 0, "--wd", 0)
+    errors = capsys.readouterr().err
+    for part in ("val", "test"):
+        count = len(names_in(tmp_path / f"{part}_metadata.csv"))
+        assert f"{part} split: --weights {plain[0]}/model.pth was trained on {count} of the {count} images" in errors
+    run(demo, tmp_path / "again", "--weights", tmp_path / "model.pth", "--epochs", 1, "--lr", 0, "--wd", 0)
+    assert "was trained on" in capsys.readouterr().err  # which these weights know from those before them
 
 
 def epochs(out):
@@ -415,10 +491,21 @@ def test_under_folds_every_epoch_is_trained_and_the_last_one_kept(demo, tmp_path
     assert epochs(tmp_path) == [(5, 5), (5, 5)]
 
 
-def test_a_monitor_and_patience_that_are_given_hold_under_folds_too(demo, tmp_path):
+def test_a_monitor_and_patience_that_are_given_hold_under_folds_too(demo, tmp_path, capsys):
     run(demo, tmp_path, "--folds", 2, "--lr", 0, "--wd", 0, "--train-layers", "head", "--epochs", 5,
         "--monitor", "map", "--patience", 2)
     assert epochs(tmp_path) == [(3, 1), (3, 1)]
+    assert "warning: --monitor map chooses the epoch on the images that are reported" in capsys.readouterr().err
+
+
+def test_a_fold_without_the_labels_that_the_monitor_needs_is_an_error_before_training(make_data, tmp_path, capsys):
+    names = [f"{i}.png" for i in range(12)]
+    data = make_data("".join(f"{name} {int(i == 0)}\n" for i, name in enumerate(names)), names)
+    arguments = ["--data", data, "--out", tmp_path / "out", *RUN, "--folds", 3, "--monitor", "map", "--size", 64]
+    code, _, errors = as_command(capsys, train.main, *arguments)
+    assert code == 2
+    assert errors.splitlines()[-1].startswith("error: --monitor map needs a class with known positives and known neg")
+    assert not (tmp_path / "out").exists()
 
 
 def test_splits_that_folds_do_not_have_are_not_exported(demo, tmp_path, capsys):

@@ -407,6 +407,171 @@ def test_labels_that_were_corrected_since_are_not_passed_over(options, few_image
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
+def change_state(path, change):
+    """Change the content of a last.pth."""
+    content = inference.read_checkpoint(path)
+    change(content)
+    torch.save(content, path)
+
+
+def test_resume_needs_no_weights_and_knows_which_layers_had_none(few_images, trained, tmp_path, monkeypatch):
+    weights = tmp_path / "weights.pth"
+    torch.save({name: tensor for name, tensor in tensors(trained[0] / "model.pth").items()
+                if not name.startswith(("layer2", "fc"))}, weights)
+    arguments = [*SMALL, "--data", str(few_images), "--weights", str(weights), "--epochs", "4", "-b", "4"]
+    train.main([*arguments, "--out", str(tmp_path / "whole")])
+    arguments += ["--out", str(tmp_path / "parts")]
+    with calls_at({2: interrupt}), pytest.raises(KeyboardInterrupt):  # the head and layer2 are trained alone
+        train.main(arguments)
+    weights.unlink()
+    train.main([*arguments, "--resume"])
+    whole, parts = (tensors(tmp_path / name / "last.pth") for name in ("whole", "parts"))
+    assert same_tensors(whole, parts)
+    assert history(tmp_path / "whole") == history(tmp_path / "parts")
+
+    monkeypatch.setattr(inference, "_download", lambda *_: pytest.fail("downloaded again"))
+    train.main([*arguments, "--resume", "--weights", "imagenet"])
+
+
+def test_weights_that_are_named_anew_on_resume_are_said_to_be_unused(options, trained, tmp_path, capsys):
+    train.main([*options, "--epochs", "1"])
+    capsys.readouterr()
+    train.main([*options, "--epochs", "1", "--resume", "--weights", str(trained[0] / "model.pth")])
+    errors = capsys.readouterr().err
+    assert f"--weights {trained[0]}/model.pth is not loaded" in errors
+    assert "weights none ->" not in errors
+
+
+def test_a_state_that_does_not_say_what_was_new_is_an_error_of_one_line(options, tmp_path, capsys):
+    train.main([*options, "--epochs", "1"])
+    change_state(tmp_path / "out" / "last.pth", lambda content: content.pop("fresh"))
+    capsys.readouterr()
+    code, out, errors = as_command(capsys, train.main, *options, "--resume")
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert "last.pth was written by an older version" in errors and "start again without --resume" in errors
+
+
+@pytest.mark.parametrize("monitor", ["last", "loss"])
+@pytest.mark.parametrize("epochs", ["1", "2"])
+def test_the_last_epoch_of_a_run_that_is_cut_short_is_validated(options, tmp_path, monitor, epochs):
+    arguments = [*options, "--val-every", "5", "--monitor", monitor, "-b", "8"]
+    with calls_at({6: interrupt}), pytest.raises(KeyboardInterrupt):
+        train.main([*arguments, "--epochs", "7"])
+    assert (saved_state(tmp_path / "out")["epoch"], saved_state(tmp_path / "out")["images"]) == (2, 0)
+    assert not (tmp_path / "out" / "model.pth").exists()
+    state = tensors(tmp_path / "out" / "last.pth")
+    report = train.main([*arguments, "--epochs", epochs, "--resume"])
+    assert report["epoch"] == 2
+    assert float(history(tmp_path / "out")[-1]["val_loss"]) == pytest.approx(report["val_loss"])
+    assert same_tensors(tensors(tmp_path / "out" / "model.pth"), state)
+    report = train.main([*arguments, "--epochs", "3", "--monitor", "last", "--resume"])
+    assert report["epoch"] == 3
+
+
+def test_a_run_that_was_stopped_after_its_last_validation_keeps_its_last_epoch(options, tmp_path):
+    arguments = [*options, "--val-every", "2", "-b", "8"]
+    with calls_at({9: interrupt}), pytest.raises(KeyboardInterrupt):
+        train.main([*arguments, "--epochs", "9"])
+    assert (saved_state(tmp_path / "out")["epoch"], saved_state(tmp_path / "out")["images"]) == (3, 0)
+    assert inference.load_model(tmp_path / "out" / "model.pth", "cpu").epoch == 2
+    assert train.main([*arguments, "--epochs", "3", "--resume"])["epoch"] == 3
+    assert same_tensors(*(tensors(tmp_path / "out" / name) for name in ("model.pth", "last.pth")))
+
+
+def test_a_run_that_is_cut_short_before_any_validation_says_how_far_it_must_go(options, tmp_path, capsys):
+    arguments = [*options, "--val-every", "5", "-b", "8"]
+    with calls_at({7: interrupt}), pytest.raises(KeyboardInterrupt):  # within epoch 3
+        train.main([*arguments, "--epochs", "7"])
+    capsys.readouterr()
+    code, _, errors = as_command(capsys, train.main, *arguments, "--epochs", "2", "--resume")
+    assert code == 2
+    assert errors.splitlines()[-1].startswith("error: --resume --epochs 2: no epoch was validated yet")
+    assert errors.splitlines()[-1].endswith("give --epochs 3 or more")
+    assert train.main([*arguments, "--epochs", "3", "--resume"])["epoch"] == 3
+
+
+def test_fewer_epochs_than_are_trained_end_the_run_as_it_is(options, tmp_path, capsys):
+    report = train.main([*options, "--epochs", "3"])
+    capsys.readouterr()
+    again = train.main([*options, "--epochs", "1", "--resume"])
+    assert "--epochs 1: 3 epochs are trained already" in capsys.readouterr().err
+    assert again == report
+
+
+def saved_run(options, out, losses, monitor):
+    """A finished run of three epochs whose losses on val were these, with an epoch kept by the monitor."""
+
+    def evaluate(run, split, *more):
+        table, probabilities, report = evaluate_split(run, split, *more)
+        return table, probabilities, report | {"loss": losses[run.state.epoch] if split == "val" else 1.0}
+
+    evaluate_split = train.evaluate_split
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "evaluate_split", lambda run, split, *more: evaluate(run, split, *more))
+        losses = [*losses, losses[-1]]  # at the end, on val, after the last epoch
+        train.main([*options, "--epochs", "3", "--monitor", monitor])
+
+
+@pytest.mark.parametrize("before, losses, more, lost", [
+    ("last", (1.0, 2.5, 4.6), ["--monitor", "loss"], 1),
+    ("last", (1.0, 2.5, 4.6), ["--monitor", "loss", "--epochs", "5"], 1),
+    ("loss", (3.0, 2.9, 2.8), ["--monitor", "loss", "--min-delta", "1"], 1),
+    ("last", (3.0, 2.0, 4.6), ["--monitor", "loss", "--patience", "3"], 2),
+])
+def test_an_epoch_that_is_best_by_other_options_but_lost_is_an_error(options, tmp_path, capsys, before, losses, more,
+                                                                    lost):
+    saved_run(options, tmp_path / "out", losses, before)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    code, _, errors = as_command(capsys, train.main, *options, "--epochs", "3", *more, "--resume")
+    assert code == 2
+    assert f"epoch {lost} is the best, but its network is lost" in errors.splitlines()[-1]
+    assert f"model.pth holds epoch 3): resume with --monitor {before} --min-delta 0, or" in errors.splitlines()[-1]
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("before, losses, after, kept", [
+    ("last", (4.6, 2.5, 1.0), "loss", 3),  # the epoch that was kept
+    ("loss", (1.0, 2.5, 4.6), "last", 3),  # the one of last.pth
+    ("loss", (1.0, 0.5, 4.6), "loss", 2),
+])
+def test_an_epoch_that_is_best_by_other_options_and_at_hand_is_kept(options, tmp_path, before, losses, after, kept):
+    saved_run(options, tmp_path / "out", losses, before)
+    last = tensors(tmp_path / "out" / "last.pth")
+    before = tensors(tmp_path / "out" / "model.pth")
+    assert train.main([*options, "--epochs", "3", "--monitor", after, "--resume"])["epoch"] == kept
+    assert same_tensors(tensors(tmp_path / "out" / "model.pth"), last if kept == 3 else before)
+
+
+@pytest.mark.parametrize("monitor, more", [("loss", ["--loss", "asymmetric", "--pos-weight", "sqrt"]),
+                                           ("loss", ["--pos-weight", "none"]), ("f1", ["--thresholds", "0.3"]),
+                                           ("f1", ["--calibration", "none"])])
+def test_epochs_that_are_measured_in_another_way_are_not_compared(options, tmp_path, capsys, monitor, more):
+    arguments = [*options, "--monitor", monitor, "--resume"]
+    train.main([*arguments[:-1], "--epochs", "1"])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    code, _, errors = as_command(capsys, train.main, *arguments, "--epochs", "2", *more)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert f"error: --resume: with another {more[0]} the {monitor} of further epochs cannot be compared" in errors
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    train.main([*arguments, "--epochs", "1", *more])  # no further epoch
+    train.main([*options, "--resume", "--epochs", "2", "--monitor", "map", *more])
+
+
+def test_a_run_killed_between_its_two_checkpoints_still_has_its_best_epoch(demo, trained, tmp_path, monkeypatch):
+    options = ["--data", str(demo), "--out", str(tmp_path), "--epochs", "2", *SMALL]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        save_model = inference.save_model
+        patch.setattr(inference, "save_model", lambda classifier, path: (
+            kill() if classifier.epoch == 2 else save_model(classifier, path)))
+        train.main(options)
+    assert saved_state(tmp_path)["epoch"] == 2
+    assert inference.load_model(tmp_path / "model.pth", "cpu").epoch == 1
+    assert train.main([*options, "--resume"]) == trained[1]
+    assert same_tensors(tensors(tmp_path / "model.pth"), tensors(trained[0] / "model.pth"))
+
+
 # ----------------------------------------------------------------------------------------------------------
 # One folder, one run
 

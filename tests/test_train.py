@@ -10,6 +10,7 @@ import math
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -323,6 +324,30 @@ def test_the_rate_is_a_function_of_options_and_progress():
     assert factors == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
     constant = train.parse_options(["--schedule", "constant", "--epochs", "8"])
     assert {train.rate_factor(constant, value) for value in (0.1, 1.0, 8.0)} == {1.0}
+
+
+def test_one_step_in_all_trains_something(few_images, tmp_path):
+    start = inference.build_model("resnet18", "linear", 2)
+    torch.save(start.state_dict(), tmp_path / "start.pth")
+    with watched_rates() as rates:
+        run("--data", few_images, "--out", tmp_path / "out", "--weights", tmp_path / "start.pth", "--epochs", 1,
+            "-b", 64, "--lr", 1e-3, "--train-layers", "all", "--wd", 0)
+    assert rates == [pytest.approx((5e-4, 5e-4))]
+    changed = changed_layers(start.state_dict(), tensors(tmp_path / "out" / "last.pth"))
+    assert {"conv1", "layer4", "fc"} <= changed
+
+
+@pytest.mark.parametrize("epochs, size", [(1, 8), (3, 64), (3, 4)])
+def test_no_step_of_the_cosine_has_rate_0_and_their_mean_is_that_of_the_curve(few_images, tmp_path, epochs, size):
+    with watched_rates() as rates:
+        run("--data", few_images, "--out", tmp_path / "out", "--epochs", epochs, "-b", size, "--lr", 1e-3)
+    head = [pair[1] / 1e-3 for pair in rates]
+    assert min(head) > 0 and max(head) <= 1
+    options = train.parse_options(["--epochs", str(epochs)])
+    edges = np.linspace(0, epochs, len(head) + 1)
+    fine = [np.mean([train.rate_factor(options, value) for value in np.linspace(*edge, 1001)])
+            for edge in itertools.pairwise(edges)]
+    assert np.mean(head) == pytest.approx(np.mean(fine), abs=0.08)
 
 
 # B10
@@ -823,6 +848,85 @@ def test_weights_from_a_file_are_loaded_where_they_fit(trained, tmp_path):
         inference.load_weights(network, tmp_path / "w.pth", "resnet18")
 
 
+def behind(prefix, state):
+    """A state_dict whose names have a prefix."""
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+WRAPPERS = {
+    "module.": lambda state: behind("module.", state),
+    "_orig_mod.module.": lambda state: behind("_orig_mod.module.", state),
+    "lightning": lambda state: {"epoch": 3, "state_dict": behind("model.net.", state) | {"loss.weight": torch.ones(3)}},
+    "other head": lambda state: behind("backbone.", {name: state[name] for name in state if "fc" not in name})
+                                | {"classifier.weight": torch.ones(2, 3)},
+    "twice": lambda state: {"model": {"state_dict": behind("_orig_mod.", state)}},
+    "other key": lambda state: {"model_state_dict": state, "optimizer": {"state": {}}},
+}
+
+
+@pytest.mark.parametrize("case", WRAPPERS)
+def test_what_wrappers_put_before_all_names_is_left_out(case, tmp_path):
+    state = inference.build_model("resnet18", "linear", 3).state_dict()
+    torch.save(WRAPPERS[case](state), tmp_path / "w.pth")
+    network = inference.build_model("resnet18", "linear", 3)
+    inference.load_weights(network, tmp_path / "w.pth", "resnet18")
+    for name, tensor in network.state_dict().items():
+        if not name.startswith("fc") or case != "other head":
+            assert torch.equal(tensor, state[name]), name
+
+
+def test_a_file_of_two_networks_is_an_error_that_names_both(tmp_path):
+    state = inference.build_model("resnet18", "linear", 3).state_dict()
+    torch.save(behind("model.", state) | behind("ema.", state), tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"w.pth holds several networks, model and ema"):
+        inference.load_weights(inference.build_model("resnet18", "linear", 3), tmp_path / "w.pth", "resnet18")
+
+
+@pytest.mark.parametrize("saved, wanted", [("resnet50", "resnet18"), ("resnet18", "resnet50"),
+                                           ("mobilenet_v2", "resnet18"), ("resnet50", "densenet121")])
+def test_weights_of_another_backbone_are_refused_and_named(saved, wanted, tmp_path, real_networks):
+    torch.save(inference.build_model(saved, "linear", 3).state_dict(), tmp_path / "w.pth")
+    network = inference.build_model(wanted, "linear", 3)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    message = rf"w.pth has .* {wanted}: it looks like {saved}: give --backbone {saved}"
+    with pytest.raises(InputError, match=message) as error:
+        inference.load_weights(network, tmp_path / "w.pth", wanted)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["conv1 layer1 layer2", "grey conv1", "fc"])
+def test_weights_of_a_part_of_the_backbone_are_taken(part, tmp_path, real_networks):
+    state = inference.build_model("resnet18", "linear", 3).state_dict()
+    kept = {name: tensor for name, tensor in state.items() if name.startswith(tuple(part.split()))}
+    if part == "grey conv1":
+        kept = state | {"conv1.weight": state["conv1.weight"][:, :1]}
+    torch.save(kept, tmp_path / "w.pth")
+    network = inference.build_model("resnet18", "linear", 3)
+    taken, _, _ = inference.load_weights(network, tmp_path / "w.pth", "resnet18")
+    assert set(taken) == kept.keys() - ({"conv1.weight"} if part == "grey conv1" else set())
+
+
+def test_weights_of_a_deeper_or_wider_network_are_taken_where_at_least_half_fits(tmp_path, real_networks):
+    from torchvision import models
+
+    for name, fits in (("resnet34", True), ("vgg16_bn", False)):  # whose first linear layers are most of its weights
+        with torch.device("meta"):
+            state = models.get_model(name, weights=None).state_dict()
+            network = inference.build_model("resnet18" if fits else "vgg16", "linear", 3)
+        weights = inference.Weights(name, state, [], torch.empty(0))
+        with contextlib.nullcontext() if fits else pytest.raises(InputError, match="vgg16_bn has weights of which 11%"):
+            inference.load_weights(network, weights, "resnet18" if fits else "vgg16")
+
+
+def test_weights_of_which_less_than_half_fit_are_refused(tmp_path):
+    state = inference.build_model("resnet18", "linear", 3).state_dict()
+    count = sum(tensor.numel() for tensor in state.values())
+    torch.save(state | {"decoder.weight": torch.zeros(count + 1000)}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"w.pth has weights of which (49|50)% fit resnet18: is it"):
+        inference.load_weights(inference.build_model("resnet18", "linear", 3), tmp_path / "w.pth", "resnet18")
+
+
 def test_imagenet_weights_that_cannot_be_had(demo, tmp_path, monkeypatch):
     import torchvision
 
@@ -872,6 +976,251 @@ def test_a_head_for_other_classes_takes_the_rows_of_the_names_both_know(head, tm
         assert torch.equal(now[2], was[0])
         assert torch.equal(now[1], before[name][1])
     assert torch.equal(network.state_dict()["conv1.weight"], source.state_dict()["conv1.weight"])
+
+
+@pytest.mark.parametrize("saved, wanted, dropout", [
+    ("linear", "bn", 0.0), ("bn", "linear", 0.0), ("mlp", "linear", 0.0), ("linear", "bn", 0.2)])
+def test_no_rows_are_said_to_be_taken_by_name_when_the_heads_differ(demo, tmp_path, capsys, saved, wanted, dropout):
+    classes = dataset.read_labels(demo).classes[::-1]
+    network = inference.build_model("resnet18", saved, len(classes), [dropout])
+    classifier = classifier_of(network, "resnet18", saved, [dropout], classes, {}, [0.5] * len(classes), 32)
+    inference.save_model(classifier, tmp_path / "model.pth")
+    torch.manual_seed(0)
+    alone = inference.build_model("resnet18", wanted, len(classes), [dropout])
+    fresh = {name: tensor.clone() for name, tensor in alone.state_dict().items()}
+    taken, skipped, common = inference.load_weights(alone, tmp_path / "model.pth", "resnet18", classes[::-1])
+    assert common == [] and not any("head row" in name for name in skipped)
+    for name, tensor in alone.state_dict().items():
+        if name in inference._class_tensors(alone, "resnet18"):
+            assert torch.equal(tensor, fresh[name]) and name not in taken, name
+    loud = [option for option in LOUD if option not in ("--weights", "none")]
+    train.main(["--data", str(demo), "--out", str(tmp_path / "out"), "--weights", str(tmp_path / "model.pth"), *loud,
+                "--head", wanted, "--dropout", str(dropout), "--epochs", "1"])
+    assert "taken by class name" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["model.pth", "last.pth"])
+def test_a_head_of_as_many_other_classes_is_not_taken_by_place(trained, kind):
+    network = inference.build_model("resnet18", "linear", 6)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    others = [f"other_{number}" for number in range(6)]
+    taken, _, common = inference.load_weights(network, trained[0] / kind, "resnet18", others)
+    assert (common, {"fc.weight", "fc.bias"} & set(taken)) == ([], set())
+    assert torch.equal(network.fc.weight, before["fc.weight"])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Precision
+
+
+HALF = [("resnet18", head) for head in inference.HEADS] + [
+    (backbone, "linear") for backbone in ("densenet121", "mobilenet_v2", "efficientnet_b0")]
+
+
+@pytest.mark.parametrize("backbone, head", HALF)
+def test_the_head_computes_in_fp32_behind_a_backbone_in_bf16(backbone, head):
+    torch.manual_seed(0)
+    network = inference.build_model(backbone, head, 5)
+    with torch.no_grad():
+        inference.forward(network.train(), torch.randn(4, 3, 64, 64), torch.float32)  # BatchNorm's statistics
+    layer = network.eval().get_submodule(inference.BACKBONES[backbone])
+    features = []
+    layer.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].detach().clone()))
+    images = torch.randn(2, 3, 64, 64)
+    for network_used in (network, inference.share_tensors(network)):
+        with torch.no_grad():
+            logits = inference.forward(network_used, images, torch.bfloat16)
+            assert features[-1].dtype == torch.bfloat16
+            assert logits.dtype == torch.float32
+            assert torch.equal(logits, layer(features[-1].float()))
+        assert not torch.equal(logits, logits.bfloat16().float())
+    rough = logits
+    with torch.no_grad():
+        exact = inference.forward(network, images, torch.float32)
+    torch.testing.assert_close(rough, exact, rtol=0.1, atol=0.1)
+
+
+def test_the_gradients_of_the_head_are_those_of_fp32():
+    torch.manual_seed(0)
+    network = inference.build_model("resnet18", "linear", 5)
+    features = []
+    network.fc.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].detach().float()))
+    inference.forward(network.eval(), torch.randn(3, 3, 64, 64), torch.bfloat16).square().sum().backward()
+    weight = network.fc.weight.detach().clone().requires_grad_()
+    nn_logits = torch.nn.functional.linear(features[0], weight, network.fc.bias.detach())
+    nn_logits.square().sum().backward()
+    torch.testing.assert_close(network.fc.weight.grad, weight.grad)
+    assert network.conv1.weight.grad.abs().sum() > 0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Val splits that say nothing
+
+
+def divided(make_data, val, test="10"):
+    """Data of two classes whose parts are its own: 12 images in train, and in val and test the given labels, two for
+    each image."""
+    rows = [("train", f"{i % 2} {i // 2 % 2}") for i in range(12)]
+    for part, labels in (("val", val), ("test", test)):
+        rows += [(part, f"{a} {b}") for a, b in zip(labels[::2], labels[1::2])]
+    names = [f"{i:02}.png" for i in range(len(rows))]
+    lines = [f"{name} {part} {labels}\n" for name, (part, labels) in zip(names, rows)]
+    return make_data("image split red tall\n" + "".join(lines).replace("?", "NA"), names)
+
+
+@pytest.mark.parametrize("monitor, val, needs", [
+    ("loss", "????", "a known label"), ("map", "????", "a class with"), ("f1", "????", "a known positive label"),
+    ("map", "0000", "a class with known positives and known negatives"), ("f1", "0?00", "a known positive label"),
+    ("map", "1?1?", "a class with known positives and known negatives"), ("map", "1010", "a class with"),
+])
+def test_a_val_split_that_cannot_choose_an_epoch_is_an_error(make_data, tmp_path, capsys, monitor, val, needs):
+    arguments = ["--data", divided(make_data, val), "--out", tmp_path / "out", *SMALL, "--monitor", monitor]
+    for more in ([], ["--patience", 3]):
+        code, _, errors = as_command(capsys, train.main, *arguments, *more)
+        assert code == 2
+        assert errors.splitlines()[-1].startswith(f"error: --monitor {monitor} needs {needs}")
+        assert "on val, and there is none" in errors and "--monitor last" in errors
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("monitor, val", [("loss", "0000"), ("loss", "1???"), ("f1", "1?1?"), ("map", "1001"),
+                                          ("last", "0000"), ("last", "1?1?")])
+def test_a_val_split_that_can_choose_an_epoch_does(make_data, tmp_path, capsys, monitor, val):
+    report = run("--data", divided(make_data, val), "--out", tmp_path / "out", "--monitor", monitor, "--epochs", 1)
+    assert math.isfinite(report["val_loss"])
+    assert "no label is known" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("thresholds", ["soft", "pr_curve", "grid", "global"])
+def test_the_last_epoch_without_known_labels_on_val_is_calibrated_by_nothing(make_data, tmp_path, capsys, thresholds):
+    data = divided(make_data, "????")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = run("--data", data, "--out", tmp_path / "out", "--epochs", 1, "--thresholds", thresholds)
+    assert "warning: val split: no label is known: the last epoch is kept" in capsys.readouterr().err
+    classifier = inference.load_model(tmp_path / "out" / "model.pth", "cpu", "fp32")
+    assert classifier.thresholds == [0.5, 0.5]
+    assert classifier.members[0].scale == 1
+    assert classifier.members[0].offsets == pytest.approx([0, 0], abs=1e-6)  # both classes have pos_weight 1
+    assert math.isfinite(report["loss"])
+
+
+def test_a_test_split_without_known_labels_is_warned_about(make_data, tmp_path, capsys):
+    run("--data", divided(make_data, "1001", "????"), "--out", tmp_path / "out", "--epochs", 1)
+    assert "warning: test split: no label is known: nothing is reported" in capsys.readouterr().err
+
+
+def test_val_labels_that_are_all_of_unreadable_images_cannot_choose_an_epoch(make_data, tmp_path, capsys):
+    data = divided(make_data, "??1???")
+    (data / "images" / "13.png").write_bytes(b"no image")
+    arguments = ["--data", data, "--out", tmp_path / "out", *SMALL, "--monitor", "loss", "--epochs", 1]
+    code, _, errors = as_command(capsys, train.main, *arguments)
+    assert code == 2
+    assert errors.splitlines()[-1].startswith("error: --monitor loss needs a known label on val")
+
+
+@pytest.mark.parametrize("monitor, test, warned", [("map", 0, True), ("last", 0, False), ("map", 1, False)])
+def test_a_best_epoch_that_is_chosen_by_what_is_reported_is_warned_about(few_images, tmp_path, capsys, monitor, test,
+                                                                          warned):
+    run("--data", few_images, "--out", tmp_path / "out", "--split", 2, 1, test, "--monitor", monitor, "--epochs", 1)
+    assert ("chooses the epoch on the images that are reported" in capsys.readouterr().err) == warned
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files that are not the run's own
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+REPLACED = [("train_metadata.csv", []), ("predictions.csv", []), ("classes.json", []), ("config.json", []),
+            ("loss_curve.png", []), ("My title.png", ["--plot-title", "My title"]),
+            ("fold_2/thresholds.json", ["--folds", 3])]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("name, more", REPLACED, ids=[name for name, _ in REPLACED])
+def test_a_file_that_no_run_wrote_is_not_replaced(few_images, tmp_path, capsys, name, more, resumed):
+    for out in (few_images, tmp_path / "mine"):  # the data folder, and another one
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        before = files_of(out)
+        code, _, errors = as_command(capsys, train.main, "--data", few_images, "--labels", few_images / "labels.txt",
+                                     "--out", out, *SMALL, *more, *["--resume"][:resumed])
+        assert (code, errors.count("\n")) == (2, 1)
+        assert str(path) in errors and "name another --out" in errors
+        assert files_of(out) == before
+        shutil.rmtree(path.parent) if path.parent != out else path.unlink()
+
+
+@pytest.mark.parametrize("option", ["--labels", "--weights", "--label-groups", "--data", "--images", "link"])
+def test_a_file_that_the_run_reads_is_not_replaced(demo, trained, tmp_path, capsys, option):
+    out = tmp_path / "run"
+    shutil.copytree(trained[0], out)
+    names = {"--labels": "train_metadata.csv", "--weights": "model.pth", "--label-groups": "label_groups.json",
+             "--data": "test_metadata.csv", "--images": "predictions.png", "link": "last.pth"}
+    path = out / names[option]
+    if option == "--images":
+        first = read_rows(out / "train_metadata.csv")[0]["ID"]
+        (tmp_path / "labels.csv").write_text(f"image,a\npredictions.png,1\n{first},0\nloss_curve.png,0\n")
+        shutil.copy(demo / "images" / first, out)
+        given = ["--data", tmp_path, "--labels", tmp_path / "labels.csv", "--images", out]
+    elif option == "--data":
+        (out / "label_groups.json").unlink()
+        given = ["--data", out, "--images", demo / "images"]
+    elif option == "link":
+        (tmp_path / "weights.pth").symlink_to(path)
+        given = ["--weights", tmp_path / "weights.pth"]
+    else:
+        given = [option, path]
+    before = files_of(out)
+    code, _, errors = as_command(capsys, train.main, "--data", demo, "--out", out, *SMALL, "--size", "64", *given)
+    assert code == 2
+    named = {"link": tmp_path / "weights.pth", "--images": out / "loss_curve.png"}.get(option, path)
+    error = errors.splitlines()[-1]
+    assert error.startswith("error: ") and str(named) in error and "lies in --out, and would be replaced" in error
+    assert files_of(out) == before
+
+
+def test_a_run_into_the_folder_of_its_data_is_replaced_by_the_next_one(few_images, tmp_path, capsys):
+    images = files_of(few_images)
+    for rate in (1e-3, 1e-2):
+        run("--data", few_images, "--out", few_images, "--epochs", 1, "--lr", rate)
+        assert read_json(few_images / "config.json")["lr"] == rate
+    run("--data", few_images, "--out", few_images, "--epochs", 2, "--lr", 1e-2, "--resume")
+    assert {name: content for name, content in files_of(few_images).items() if name in images} == images
+
+
+def test_files_like_those_of_a_run_stay_where_no_run_was(few_images, tmp_path):
+    out = tmp_path / "out"
+    (out / "fold_1").mkdir(parents=True)
+    mine = [out / "predictions_mine_t-1.json", out / "fold_1" / "metrics.json", out / "notes.txt"]
+    for path in mine:
+        path.write_text("mine")
+    run("--data", few_images, "--out", out, "--epochs", 1)
+    run("--data", few_images, "--out", tmp_path / "other", "--epochs", 1)
+    assert all(path.read_text() == "mine" for path in mine)
+
+
+@pytest.mark.parametrize("title", [["a"], {"a": 1}, 3, "a\0b", "x" * 300, ".."])
+def test_an_old_run_whose_title_is_odd_is_replaced(few_images, tmp_path, title):
+    run("--data", few_images, "--out", tmp_path / "out", "--epochs", 1)
+    config = tmp_path / "out" / "config.json"
+    config.write_text(json.dumps(read_json(config) | {"plot_title": title}))
+    run("--data", few_images, "--out", tmp_path / "out", "--epochs", 2)
+    assert len(read_rows(tmp_path / "out" / "history.csv")) == 2
+
+
+def test_a_folder_of_splits_that_is_not_empty_leaves_the_run_before_alone(few_images, tmp_path, capsys):
+    run("--data", few_images, "--out", tmp_path / "out", "--epochs", 1)
+    before = files_of(tmp_path / "out")
+    code, _, errors = as_command(capsys, train.main, "--data", few_images, "--out", tmp_path / "out", *SMALL,
+                                 "--export-splits", few_images)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert f"--export-splits {few_images}: {few_images}/images is not empty" in errors
+    assert files_of(tmp_path / "out") == before
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1140,12 +1489,19 @@ OPTIONS = [
     (["--train-layers", "layer9"], "resnet18 has no layer layer9"),
     (["--dropout", "0.1", "0.2", "0.3"], "--dropout"),
     (["--size", "1"], "--size: 1: it must be a number from 32 up"),  # Q16
+    (["--plot-title", "x" * 300], "also names a file, and it is longer than 200 bytes"),
+    (["--plot-title", "\u00e9" * 101], "also names a file, and it is longer than 200 bytes"),
+    (["--plot-title", "a\0b"], "it has control characters"),
+    (["--plot-title", "a\nb"], "it has control characters"),
+    (["--plot-title", "\udcff"], "it has control characters"),
+    (["--plot-title", "  "], "it is blank"),
+    (["--plot-title", "predictions"], "a run writes another file of that name"),
     (["--frobnicate"], "unrecognized arguments: --frobnicate (see --help)"),
 ]
 
 
 @pytest.mark.parametrize("arguments, message", OPTIONS,
-                         ids=[" ".join(arguments) for arguments, _ in OPTIONS])
+                         ids=[repr(" ".join(arguments))[1:30] for arguments, _ in OPTIONS])
 def test_options(demo, tmp_path, capsys, arguments, message):
     code, out, errors = as_command(capsys, train.main, "--data", demo, "--out", tmp_path / "out", *SMALL,
                                    *arguments)
@@ -1153,6 +1509,43 @@ def test_options(demo, tmp_path, capsys, arguments, message):
     assert errors.startswith("error: ")
     assert message in errors
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("title", ["a/b", "..", "/", "x" * 200, "\u640d\u5931\u3000\u66f2\u7dda", "", "loss_curve"])
+def test_titles_that_can_name_a_file_do(few_images, tmp_path, title):
+    run("--data", few_images, "--out", tmp_path / "out", "--plot-title", title, "--epochs", 1)
+    name = f"{title.replace('/', '_')}.png" if title else "loss_curve.png"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "out" / "loss_curve.png").read_bytes()
+
+
+@pytest.mark.parametrize("backbone, head, size", [("densenet121", "linear", 40), ("resnet18", "linear", 32),
+                                                  ("resnet18", "mlp", 224)])
+def test_single_images_that_batchnorm_cannot_train_on_are_an_error(few_images, tmp_path, capsys, real_networks,
+                                                                   backbone, head, size):
+    code, _, errors = as_command(capsys, train.main, "--data", few_images, "--out", tmp_path / "out", *SMALL, "-b", 1,
+                                 "--backbone", backbone, "--head", head, "--size", size)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "BatchNorm needs two: raise -b" in errors
+    assert (f"raise --size {size}" in errors) == (head == "linear")
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "densenet121", "vgg16"])
+def test_single_images_are_trained_on_exactly_where_the_network_can(backbone, real_networks):
+    for size in (32, 33, 64):
+        options = train.parse_options(["--backbone", backbone, "--size", str(size)])
+        with torch.device("meta"):
+            network = inference.build_model(backbone, "linear", 2)
+            image = torch.zeros(1, 3, size, size)
+        values = []  # of each channel at each BatchNorm
+
+        def count(_, inputs, values=values):
+            values.append(inputs[0].shape[2:].numel())
+
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.register_forward_pre_hook(count)
+        network.eval()(image)
+        assert train.trains_on_one_image(options) == (min(values, default=2) > 1)
 
 
 # Q8
