@@ -38,7 +38,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".avif"}
+IMAGE_FORMATS = {  # the formats that are read, by Pillow's names: the suffixes of their files
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".mpo",), "PNG": (".png", ".apng"), "WEBP": (".webp",),
+    "GIF": (".gif",), "BMP": (".bmp",), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif",), "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "TGA": (".tga",),
+}
+IMAGE_SUFFIXES = {suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes}
 PARTS = ("train", "val", "test")
 
 
@@ -985,8 +990,14 @@ def load_image(image, size=None, within=None):
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error or type(error).__name__
-        raise ImageError(f"{image_name(image)}: {getattr(error, 'strerror', None) or reason}") from error
+        raise ImageError(f"{image_name(image)}: {_reason(error)}") from error
+
+
+def _reason(error):
+    """Say in a few words why an image cannot be read."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image in a readable format such as JPEG or PNG"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def image_name(image):
@@ -1017,13 +1028,28 @@ def _open_image(image):
             raise ValueError(f"an array must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
         return Image.fromarray(image)
     if isinstance(image, (bytes, bytearray)):
-        return Image.open(io.BytesIO(image))
+        return Image.open(io.BytesIO(image), formats=readable_formats())
     if not isinstance(image, Image.Image):
-        return Image.open(image)
-    if getattr(image, "tile", None) and getattr(image, "fp", None):  # not decoded yet: a copy of it is
+        return Image.open(image, formats=readable_formats())
+
+    # The user's own image is not touched: while it is not decoded, its file is opened once more.
+    if getattr(image, "tile", None) and getattr(image, "fp", None):
+        if image.format not in IMAGE_FORMATS:
+            raise ValueError(f"{image.format} images are not decoded here: call its load() first, or convert it to PNG")
         image.fp.seek(0)
-        return Image.open(image.fp)
+        return Image.open(image.fp, formats=readable_formats())
     return image.copy()
+
+
+@cache
+def readable_formats():
+    """Return the names in IMAGE_FORMATS that this version of Pillow can open.
+
+    Pillow itself would look at the first bytes of a file, whatever its name, and try all its formats. Some of them
+    run programs: for a PostScript file called photo.jpg it starts Ghostscript.
+    """
+    Image.init()
+    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
 
 
 def _to_rgb(image):
@@ -1435,15 +1461,24 @@ def pairs_summary(table, most=10):
 
 
 def images_summary(table, most=1000):
-    """Sizes, modes and formats of a table's images, or of `most` of them, by their headers."""
+    """Describe the sizes, modes and formats of a table's images, or of `most` of them, by their headers.
+
+    Raises InputError if none of them can be opened; --check is what lists single bad images.
+    """
     sizes = []
     kinds = Counter()
+    errors = []
     for path in table.paths[:: -(-len(table) // most)]:
-        with contextlib.suppress(Exception), Image.open(path) as image:  # --check is what reports bad images
-            sizes.append(image.size)
-            kinds[f"{image.mode} {image.format}"] += 1
+        try:
+            with _open_image(path) as image:
+                sizes.append(image.size)
+                kinds[f"{image.mode} {image.format}"] += 1
+        except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
+            errors.append(f"{path}: {_reason(error)}")
     if not sizes:
-        return "no image can be opened"
+        raise InputError(f"none of {len(errors)} images can be opened, such as {errors[0]}: "
+                         "convert them to JPEG or PNG")
+
     low, middle, high = np.sort(sizes, axis=0)[[0, len(sizes) // 2, -1]]
     return (f"{len(sizes)} of {len(table)} images opened: width {low[0]} to {high[0]}, median {middle[0]}; "
             f"height {low[1]} to {high[1]}, median {middle[1]}\n"
@@ -1764,6 +1799,8 @@ def main(argv=None):
     if options.check:
         bad = find_bad_images(table, os.cpu_count())
         print_text("\n".join([f"{len(table) - len(bad)} of {len(table)} images decode", *bad]))
+        if len(bad) == len(table):
+            raise InputError(f"none of {len(table)} images decodes, such as {bad[0]}: replace the damaged files")
         for name, first in zip(table.ids, table.copies):
             if name != first:
                 print_text(f"{name} is the same image as {first}")
