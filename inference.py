@@ -605,13 +605,13 @@ def prediction_rows(ids, probabilities, thresholds, classes, groups):
 
 def format_predictions(style, ids, probabilities, thresholds, classifier):
     """Predictions as text. style: "table" (the whole table for one image, a line each for several),
-    "csv" (labels and confidences), "probabilities" (CSV with a column per class) or "json" ({ID:
-    indices of the labels present})."""
+    "csv" (labels and confidences), "probabilities" (CSV with a column per class) or "json" ({name of
+    json_names(): indices of the labels present})."""
     classes = classifier.classes
     present = probabilities >= thresholds
     if style == "json":
         indices = [np.flatnonzero(row).tolist() for row in present]
-        return json.dumps(dict(zip(ids, indices)), ensure_ascii=False)
+        return json.dumps(dict(zip(json_names(ids), indices)), ensure_ascii=False)
     if style in ("csv", "probabilities"):
         rows = [["ID", *classes], *([name, *map(str, row)] for name, row in zip(ids, probabilities))]
         if style == "csv":
@@ -634,20 +634,46 @@ def format_predictions(style, ids, probabilities, thresholds, classifier):
     return "\n".join(lines)
 
 
+def json_names(ids):
+    """Shorten the names of images to what tells them apart, as the keys of COCO's predictions are.
+
+    A name is the stem, else the path without a suffix, else the path: "a/1.jpg", "b/1.jpg", "b/2.jpg" and "b/2.png"
+    become "a/1", "b/1", "b/2.jpg" and "b/2.png". No form is used that another image has too.
+    """
+    forms = []
+    for name in ids:
+        path, suffix = os.path.splitext(name.replace("\\", "/"))
+        if suffix.lower() not in IMAGE_SUFFIXES:  # a dot of the name itself
+            path += suffix
+        forms.append((path.rpartition("/")[2], path, name))
+    counts = Counter(form for own in forms for form in set(own))
+    return [next((form for form in own if counts[form] == 1), own[-1]) for own in forms]
+
+
 def find_images(arguments):
-    """Files and folders -> (IDs, paths): of a folder all images below it, sorted, each named by its
-    path from there; of a file its name, or what was given where two have the same. Raises
-    InputError."""
+    """Return the IDs and the paths of the images in files and folders. Raises InputError.
+
+    A folder stands for all images below it, sorted, each named by its path from there. Its other files are counted on
+    stderr. A file is an image whatever its suffix; it is named by its name, or by what was given where two have the
+    same.
+    """
     ids = []
     paths = []
     for argument in map(Path, arguments):
         if argument.is_dir():
-            found = [path for path in argument.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
-            found = sorted(path for path in found if not path.name.startswith("._"))
+            found, skipped = [], []
+            for name in sorted(dataset.ImageFolder(argument, argument).names):
+                (found if Path(name).suffix.lower() in IMAGE_SUFFIXES else skipped).append(name)
+            others = _count_suffixes(skipped)
+            if not found and not others:
+                raise InputError(f"{argument} holds no files: name a folder of images")
             if not found:
-                raise InputError(f"{argument} holds no images")
-            ids += [path.relative_to(argument).as_posix() for path in found]
-            paths += found
+                raise InputError(f"{argument} holds no images that can be read, only {others}: convert images of other "
+                                 "formats to JPEG or PNG")
+            if others:
+                print_text(f"{argument}: skipped {others}, which are not read as images", file=sys.stderr)
+            ids += found
+            paths += [argument / name for name in found]
         elif os.path.lexists(argument):
             ids.append(argument.name)
             paths.append(argument)
@@ -657,6 +683,13 @@ def find_images(arguments):
         raise InputError("no image is named: python inference.py IMAGE_OR_FOLDER ...")
     counts = Counter(ids)
     return [str(path) if counts[name] > 1 else name for name, path in zip(ids, paths)], paths
+
+
+def _count_suffixes(names):
+    """Describe files by their suffixes, the most frequent first: "12 .heic, 1 .csv". Hidden files are left out."""
+    names = [Path(name) for name in names]
+    suffixes = [path.suffix.lower() or "without a suffix" for path in names if not path.name.startswith(".")]
+    return ", ".join(f"{count} {suffix}" for suffix, count in Counter(suffixes).most_common())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -339,12 +339,32 @@ def test_folders_csv_json_probabilities_and_out(model, classifier, demo, images,
     assert [row["ID"] for row in rows] == [path.name for path in images]
     assert "overall_avg_confidence" in rows[0]
     found = json.loads(run(capsys, *images, "--model", model, "--format", "json", "--threshold", 0))
-    assert found == {path.name: [0, 1, 2, 3, 4, 5] for path in images}
+    assert found == {path.stem: [0, 1, 2, 3, 4, 5] for path in images}
     for style in ("json", "csv", "table"):
         assert run(capsys, *images, "--model", model, "--format", style, "--out", tmp_path / style) == ""
     assert list(json.loads((tmp_path / "json").read_text())) == list(found)
     assert len((tmp_path / "csv").read_text().splitlines()) == 6
     assert images[0].name in (tmp_path / "table").read_text()
+
+
+NAMES = {  # images -> the keys of their predictions in JSON
+    "stems": (["a/000000000139.jpg", "b/c/2.PNG", "3.jpeg"], ["000000000139", "2", "3"]),
+    "one stem in two folders": (["a/1.jpg", "b/1.jpg", "b/2.jpg"], ["a/1", "b/1", "2"]),
+    "one stem in one folder": (["a/1.jpg", "a/1.png", "a/2.jpg"], ["a/1.jpg", "a/1.png", "2"]),
+    "a stem that is another's name": (["1.jpg", "1.png", "1.jpg.png"], ["1.jpg", "1.png", "1.jpg.png"]),
+    "a path that is another's name": (["x/1.jpg", "x/1.png", "x/1.jpg.png", "y/1.jpg.png"],
+                                      ["x/1.jpg", "x/1.png", "x/1.jpg.png", "y/1.jpg"]),
+    "dots that begin no suffix": (["scan.1", "scan.2", "a/scan.1.jpg"], ["scan.1", "scan.2", "a/scan.1"]),
+    "Windows": (["a\\1.jpg", "a\\2.jpg", "b\\2.jpg"], ["1", "a/2", "b/2"]),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_json_names_each_image_as_shortly_as_it_can(case):
+    ids, expected = NAMES[case]
+    probabilities = np.eye(len(ids), 8)
+    text = inference.format_predictions("json", ids, probabilities, [0.5] * 8, make_classifier(classes="abcdefgh"))
+    assert json.loads(text) == {name: [c] for c, name in enumerate(expected)}
 
 
 # Q15
@@ -377,7 +397,7 @@ def test_images_of_one_name_are_kept_apart(model, demo, tmp_path, capsys):
         shutil.copy(photo, folder / name)
     Image.open(photos[2]).save(folder / "x" / "1.png")
     found = json.loads(run(capsys, folder, "--model", model, "--format", "json"))
-    assert list(found) == ["x/1.jpg", "x/1.png", "y/1.jpg"]
+    assert list(found) == ["x/1.jpg", "x/1.png", "y/1"]
     thresholds = np.array(inference.load_model(model, "cpu", "fp32").thresholds)
     probabilities = inference.main([str(folder), "--model", model, *CPU])
     expected = [np.flatnonzero(row >= thresholds).tolist() for row in probabilities]
@@ -442,7 +462,7 @@ def test_a_file_name_that_is_not_utf8(model, images, tmp_path, capsys):
     assert "r.jpg" in run(capsys, folder, "--model", model)
     for style in ("table", "csv", "json", "probabilities"):
         run(capsys, folder, "--model", model, "--format", style, "--out", tmp_path / style)
-        assert b"r.jpg" in (tmp_path / style).read_bytes()
+        assert (b'r": ' if style == "json" else b"r.jpg") in (tmp_path / style).read_bytes()
     run(capsys, folder, "--model", model, "--threshold", 0, "--save", tmp_path / "drawn", "--heatmap")
     assert len(list((tmp_path / "drawn").iterdir())) == 1
     shutil.copy(images[0], os.fsencode(folder) + b"/bad\xfc.jpg")
@@ -478,16 +498,54 @@ def test_predictions_need_no_output(tmp_path, images, monkeypatch, stream):
 
 def test_wrong_images_are_clear_errors(model, tmp_path):
     for arguments, message in (([str(tmp_path / "x.jpg")], r"x\.jpg is not there"),
-                               ([str(tmp_path)], "holds no images"), ([], "no image is named")):
+                               ([str(tmp_path)], "holds no files: name a folder of images"),
+                               ([], "no image is named")):
         with pytest.raises(InputError, match=message):
             inference.main([*arguments, "--model", model])
+
+
+def test_files_of_a_folder_that_are_not_read_are_counted_by_suffix(model, images, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    for name in ("a.HEIC", "b/c.heic", "b/d.heic", "scan.dcm", "no_suffix", ".DS_Store", "._e.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\0" * 20)
+    code, out, errors = as_command(capsys, inference.main, folder, "--model", model, *CPU)
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert f"{folder} holds no images that can be read, only 3 .heic, 1 without a suffix, 1 .dcm: convert" in errors
+    shutil.copy(images[0], folder / "b" / "good.jpg")
+    code, out, errors = as_command(capsys, inference.main, folder, "--model", model, *CPU)
+    assert code == 0 and "b/good.jpg" in out
+    assert f"{folder}: skipped 3 .heic, 1 without a suffix, 1 .dcm, which" in errors
+    (folder / "only").mkdir()
+    shutil.copy(images[0], folder / "only" / "good.jpg")
+    assert "skipped" not in as_command(capsys, inference.main, folder / "only", "--model", model, *CPU)[2]
+
+
+def test_a_folder_has_images_of_every_readable_format_and_those_behind_links(model, images, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(images[0], tmp_path / "elsewhere" / "linked.jpg")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    picture = Image.open(images[0])
+    for name in ("a.tga", "b.JP2", "c.webp", "d.tiff"):
+        picture.save(folder / name)
+    picture.save(folder / "e.jpx", "JPEG2000")
+    found = json.loads(run(capsys, folder, "--model", model, "--format", "json"))
+    assert list(found) == ["a", "b", "c", "d", "e", "linked"]
+
+
+def test_a_file_that_is_named_is_an_image_whatever_its_suffix(model, images, tmp_path, capsys):
+    for name in ("photo.dat", "photo"):
+        shutil.copy(images[0], tmp_path / name)
+        assert run(capsys, tmp_path / name, "--model", model).startswith(f"{name}\n")
 
 
 # Q16
 def test_what_macos_writes_beside_images_is_no_image(model, images, tmp_path, capsys):
     shutil.copy(images[0], tmp_path / "b.jpg")
     (tmp_path / "._b.jpg").write_bytes(b"\0\5\x16\7")
-    assert list(json.loads(run(capsys, tmp_path, "--model", model, "--format", "json"))) == ["b.jpg"]
+    assert list(json.loads(run(capsys, tmp_path, "--model", model, "--format", "json"))) == ["b"]
 
 
 # B23
@@ -498,7 +556,7 @@ def test_a_link_that_loops_is_one_bad_image(model, images, tmp_path, capsys):
     code, out, errors = as_command(capsys, inference.main, tmp_path, "--model", model, "--format", "json",
                                    *CPU)
     assert code == 1
-    assert "good.jpg" in json.loads(out)
+    assert list(json.loads(out)) == ["good"]
     assert "loop.jpg: " in errors
     assert errors.splitlines()[-1].startswith("error: 1 of ")
 
