@@ -149,7 +149,7 @@ def add_data_options(parser):
     add("--split-column", metavar="COLUMN", help="column with train, val or test (a column named split is found); "
         "folder: the folder below the image folder says it")
     add("--image-column", metavar="COLUMN", help="column that names the image, when it is not found by looking")
-    add("--ignore", nargs="+", default=[], metavar="COLUMN", help="columns that are no labels")
+    add("--ignore", nargs="+", action="extend", default=[], metavar="COLUMN", help="columns that are no labels")
     add("--separator", metavar="TEXT", help="between the labels of a cell, when it is not ; | or ,")
     add("--label-threshold", type=number(float), metavar="T", help="labels from 0 to 1: present from T on")
     add("--negative", metavar="WORD", help="a cell that means absent, such as -1")
@@ -1786,6 +1786,14 @@ def main(argv=None):
     parser.add_argument("--demo", metavar="DIR", help="write the demo data into DIR")
     parser.add_argument("--seed", type=number(int), default=0, help="of the demo data")
     options = parser.parse_args(argv)
+    folder = next(filter(os.path.isdir, options.ignore), None)
+    if options.data is None and folder:
+        raise InputError(f"--ignore takes all names that follow it: is {folder} a column, or the folder of the data? "
+                         "Write the folder first: python dataset.py DATA --ignore COLUMN ...")
+    if options.sheet and not options.sheet.lower().endswith(".png"):
+        raise InputError(f"--sheet {options.sheet}: it is written as PNG: name a file that ends in .png")
+    options.data = options.data or "data"
+
     if options.demo:
         write_demo(options.demo, options.seed)
         options.data = options.demo

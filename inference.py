@@ -968,8 +968,8 @@ def parse_options(argv=None):
     parser.add_argument("paths", nargs="*", metavar="IMAGE|DIR", help="images, or folders of images")
     parser.add_argument("--image", action="append", default=[], metavar="IMAGE", help="the same, as an option")
     add = parser.add_argument_group("model").add_argument
-    add("--model", nargs="+", default=["outputs/model.pth"], metavar="FILE",
-        help="what train.py wrote; the probabilities of several are averaged")
+    add("--model", action="append", default=[], metavar="FILE", help="what train.py wrote (default: "
+        "outputs/model.pth); several are averaged: every argument that ends in .pth is a model, wherever it stands")
     add("--tta", action="store_true", help="average the probabilities with those of the mirrored image")
     add("--threshold", type=number(float, below=1.001), metavar="T", help="one for all labels (default: the model's)")
     add = parser.add_argument_group("output").add_argument
@@ -990,7 +990,13 @@ def parse_options(argv=None):
     add("-j", "--workers", type=number(int), default=default_workers(), metavar="N", help="threads that decode images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="to compute in")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
+
+    # Images may follow the models of --model, and more models the images: the suffix tells them apart.
+    models = [path for path in options.paths if path.lower().endswith(".pth")]
+    options.model = [*options.model, *models] or ["outputs/model.pth"]
+    options.paths = [path for path in options.paths if path not in models]
+
     if options.heatmap and not options.save:
         raise InputError("--heatmap draws into the folder of --save DIR: give that too")
     option = "--evaluate" if options.evaluate else "--calibrate"

@@ -1444,6 +1444,20 @@ def test_the_command_line_writes_the_demo(tmp_path, monkeypatch, capsys):
     assert code == 0 and "1000 rows, 1000 images, 0 missing, 6 classes" in out
 
 
+def test_columns_to_ignore_and_the_folder_may_be_given_in_any_order_that_is_clear(make_data, in_folder, capsys):
+    make_data("image,a,b,c\na.jpg,1,0,1\nb.jpg,0,1,1\n", name="labels.csv")
+    for call in (["--ignore", "a", "b", "--labels", "labels.csv", "."], [".", "--ignore", "a", "b"],
+                 [".", "--ignore", "a", "--ignore", "b"], ["--ignore", "a", "--ignore", "b", "--all", "."]):
+        assert dataset.main(call).classes == ["c"]
+    capsys.readouterr()
+    for call in (["--ignore", "a", "b", "."], ["--ignore", "a", "images"]):
+        code, out, errors = command(capsys, *call)
+        assert (code, out, errors.count("\n")) == (2, "", 1)
+        assert f"is {call[-1]} a column, or the folder of the data? Write the folder first" in errors
+    (in_folder / "b").mkdir()
+    assert dataset.main([".", "--ignore", "a", "b"]).classes == ["c"]
+
+
 def test_wrong_options_are_one_line(tmp_path, capsys):
     wrong = ["--frobnicate"], ["--seed", "-1"], ["--seed", "x"], ["--label-threshold", "nan"], ["/nowhere"]
     for arguments in wrong:

@@ -541,6 +541,29 @@ def test_a_file_that_is_named_is_an_image_whatever_its_suffix(model, images, tmp
         assert run(capsys, tmp_path / name, "--model", model).startswith(f"{name}\n")
 
 
+def test_models_and_images_may_be_given_in_any_order(two, images, tmp_path, capsys):
+    shutil.copy(two[1], tmp_path / "without_suffix")
+    a, b = two
+    one, both = probabilities_of(a, images[:2]), probabilities_of(two, images[:2])
+    for call, expected in ((["--model", a, *images[:2]], one), ([*images[:2], "--model", a], one),
+                           ([images[0], "--model", a, images[1]], one), ([a, *images[:2]], one),
+                           ([images[0], "--threshold", 0.5, "--model", a, "--tta", "--format", "csv", images[1]], None),
+                           (["--model", a, b, *images[:2]], both), (["--model", a, "--model", b, *images[:2]], both),
+                           ([*images[:2], "--model", a, b], both), ([images[0], "--model", a, b, images[1]], both),
+                           (["--model", a, images[0], "--model", b, "--image", images[1]], both),
+                           (["--model", a, "--model", tmp_path / "without_suffix", *images[:2]], both)):
+        printed = inference.main([*map(str, call), *CPU])
+        assert printed.shape == (2, 3)
+        if expected is not None:
+            np.testing.assert_allclose(printed, expected, rtol=0, atol=1e-6)
+    code, _, errors = as_command(capsys, inference.main, "--model", a, tmp_path / "gone.pth", images[0], *CPU)
+    assert (code, "gone.pth is not there" in errors) == (2, True)
+    code, _, errors = as_command(capsys, inference.main, "--model", a, *CPU)
+    assert (code, "no image is named" in errors) == (2, True)
+    code, _, errors = as_command(capsys, inference.main, "--model", a, tmp_path / "without_suffix", *CPU)
+    assert (code, "without_suffix: not an image" in errors) == (1, True)
+
+
 # Q16
 def test_what_macos_writes_beside_images_is_no_image(model, images, tmp_path, capsys):
     shutil.copy(images[0], tmp_path / "b.jpg")
