@@ -1716,6 +1716,17 @@ def number(kind, low=0, below=math.inf):
     return parse
 
 
+def refuse_to_replace(option, path, files):
+    """Raise an InputError if the file that an option names for writing is one of `files`, which are read."""
+    if not os.path.exists(path):
+        return
+    own = os.stat(path)  # compared by inode, which sees through links and different spellings
+    for file in files:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(own, os.stat(file)):
+                raise InputError(f"{option} {path} would replace a file that is read: name another one")
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """Open a temporary file that takes the place of `path` when the block ends well, and is removed
@@ -1778,7 +1789,7 @@ def write_png(path, image):
 def main(argv=None):
     """The command line; returns the LabelTable that it summarises."""
     parser = ArgumentParser(prog="dataset.py", description="Show what is in a data folder, or write the demo data.")
-    parser.add_argument("data", nargs="?", default="data", help="folder of labels and images")
+    parser.add_argument("data", nargs="?", metavar="DATA", help="folder of labels and images (default: data)")
     add_data_options(parser)
     parser.add_argument("--all", action="store_true", help="show all classes, however many")
     parser.add_argument("--sheet", metavar="FILE.png", help="draw a sample of the images with their labels")
@@ -1799,6 +1810,8 @@ def main(argv=None):
         options.data = options.demo
         print_text(f"drawn: {options.demo}; next: python train.py --demo --data {options.demo}\n")
     table = read_labels(options.data, **data_options(options))
+    if options.sheet:
+        refuse_to_replace("--sheet", options.sheet, table.paths)
     print_text(summary(table, options.data, most=10**9 if options.all else 30))
     print_text(f"\n{pairs_summary(table)}\n\n{images_summary(table)}")
     if options.sheet:

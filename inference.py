@@ -1009,6 +1009,8 @@ def parse_options(argv=None):
             raise InputError("--calibrate writes a model: say where with --out FILE")
         if options.calibrate and options.threshold is not None:
             raise InputError("--calibrate chooses the thresholds: leave out --threshold")
+    if options.out and Path(options.out).suffix.lower() in IMAGE_SUFFIXES:
+        raise InputError(f"--out {options.out} has the name of an image, which would be replaced: name another file")
     for name, value in {**dataset.data_options(options), "bootstrap": options.bootstrap is not None}.items():
         if value and not options.evaluate and (name == "bootstrap" or not options.calibrate):
             raise InputError(f"--{name.replace('_', '-')} goes with --evaluate DATA")
@@ -1021,6 +1023,7 @@ def main(argv=None):
     options = parse_options(argv)
     if not options.evaluate and not options.calibrate:
         ids, paths = find_images(options.paths + options.image)
+        check_outputs(options, paths)
     classifier = load_model(options.model, options.device, options.precision)
     classifier.mirrored |= options.tta
     if options.threshold is not None:
@@ -1047,16 +1050,48 @@ def main(argv=None):
     return probabilities
 
 
+def check_outputs(options, paths):
+    """Raise an InputError if what is written would replace, or lie among, the images and models that are read."""
+    if options.out:
+        dataset.refuse_to_replace("--out", options.out, [*options.model, *paths])
+    if not options.save:
+        return
+    if os.path.exists(options.save) and not os.path.isdir(options.save):
+        raise InputError(f"--save {options.save} is a file: name a folder")
+
+    # A picture among the images could replace one of them, and would be read as one by the next run.
+    folder = Path(options.save).resolve()
+    roots = {Path(argument).resolve() for argument in options.paths + options.image if os.path.isdir(argument)}
+    beside = {Path(parent).resolve() for parent in {os.path.dirname(path) for path in paths}}
+    if roots & {folder, *folder.parents} or folder in beside:
+        raise InputError(f"--save {options.save} lies in a folder of images that are read: name one outside it")
+
+
 def use_labels(classifier, options, described):
-    """--evaluate, or --calibrate and what the classifier, described in words, is worth on the same
-    data -> report."""
+    """Run --evaluate, or --calibrate and report what the classifier is worth on the same images; return the report.
+
+    described: the classifier in words.
+    """
     data = options.evaluate or options.calibrate
-    metrics = import_metrics("--evaluate" if options.evaluate else "--calibrate")
+    option = "--evaluate" if options.evaluate else "--calibrate"
+    metrics = import_metrics(option)
     table = dataset.read_labels(data, **dataset.data_options(options))
+    if options.out:
+        dataset.refuse_to_replace("--out", options.out, _files_read(options, data, table))
     print_text(described, file=sys.stderr)
+
+    # What the model was trained on says little about new images. Calibration leaves test to the report, if it can.
+    split, chosen = held_out(table, ("test", "val") if options.evaluate else ("val", "test"))
+    if split == "all":
+        print_text(f"{option}: all {len(table)} images, including any that the model was trained on, since the data "
+                   "has no test or val part of its own", file=sys.stderr)
+    else:
+        print_text(f"{option}: the {split} part of the data's own split, {len(chosen)} of {len(table)} images",
+                   file=sys.stderr)
+
     measure = evaluate if options.evaluate else calibrate
     bootstrap = "auto" if options.bootstrap is None else options.bootstrap
-    report = measure(classifier, table, options.batch_size, options.workers, bootstrap)
+    report = {"split": split} | measure(classifier, chosen, options.batch_size, options.workers, bootstrap)
     if options.calibrate:
         save_model(classifier, options.out)
         print_text(f"written: {options.out}; on the data that it was calibrated with:", file=sys.stderr)
@@ -1064,9 +1099,30 @@ def use_labels(classifier, options, described):
         text = dataset.to_json(report)
     else:
         print_text(dataset.summary(table, data) + "\n")
-        text = metrics.format_report(report)
+        heading = "all data" if split == "all" else f"{split} split"
+        text = f"{heading}, {report['rows']} images\n{metrics.format_report(report)}"
     output(text, options.out if options.evaluate else None)
     return report
+
+
+def held_out(table, parts):
+    """Return the first of `parts` that the data's own split has, and the LabelTable of its rows.
+
+    Data without any of them is returned whole, as "all".
+    """
+    split = next((part for part in parts if part in table.parts), "all")
+    if split == "all":
+        return split, table
+    return split, table.subset(np.array([row for row, part in enumerate(table.parts) if part == split]))
+
+
+def _files_read(options, data, table):
+    """List the files that --evaluate and --calibrate read; a calibrated model may take the place of the model."""
+    named = [name for name in (options.labels, options.label_groups, options.image_list) if name]
+    names = [*named, "label_groups.json", "classes.txt", "classes.json"]
+    label_files = {origin.rpartition(":")[0] for origin in table.origins}
+    models = [] if options.calibrate else options.model
+    return [*named, *(Path(data) / name for name in names), *label_files, *models, *table.paths]
 
 
 def output(text, path):

@@ -1458,6 +1458,17 @@ def test_columns_to_ignore_and_the_folder_may_be_given_in_any_order_that_is_clea
     assert dataset.main([".", "--ignore", "a", "b"]).classes == ["c"]
 
 
+def test_a_sheet_replaces_no_file_that_is_read(make_data, capsys):
+    data = make_data("a.png 1\nb.png 0\n", images=("a.png", "b.png"))
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    for sheet, message in ((data / "images" / "a.png", "would replace a file that is read"),
+                           (data / "labels.txt", "name a file that ends in .png")):
+        code, out, errors = command(capsys, data, "--sheet", sheet)
+        assert (code, out, errors.count("\n")) == (2, "", 1)
+        assert message in errors and str(sheet) in errors
+    assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == before
+
+
 def test_wrong_options_are_one_line(tmp_path, capsys):
     wrong = ["--frobnicate"], ["--seed", "-1"], ["--seed", "x"], ["--label-threshold", "nan"], ["/nowhere"]
     for arguments in wrong:

@@ -564,6 +564,33 @@ def test_models_and_images_may_be_given_in_any_order(two, images, tmp_path, caps
     assert (code, "without_suffix: not an image" in errors) == (1, True)
 
 
+def test_a_file_that_is_read_is_not_replaced(model, images, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    (photos / "more").mkdir(parents=True)
+    picture = Image.open(images[0])
+    for name in ("a.png", "b.png", "more/a.png"):
+        picture.save(photos / name)
+    shutil.copy(model, tmp_path / "model.pth")
+    shutil.copy(images[0], photos / "photo.dat")
+    (tmp_path / "link.txt").symlink_to(photos / "photo.dat")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    among = "lies in a folder of images that are read"
+    replaces = "would replace a file that is read"
+    for call, message in (([photos, "--save", photos], among), ([photos, "--save", f"{photos}/more/../"], among),
+                          ([photos, "--save", photos / "more"], among), ([photos, "--save", photos / "new"], among),
+                          ([photos / "a.png", "--save", photos], among), (["--image", photos, "--save", photos], among),
+                          ([photos, "--save", tmp_path / "model.pth"], "is a file"),
+                          ([photos, "--out", photos / "a.png"], "has the name of an image"),
+                          ([photos, "--out", tmp_path / "new.JPG"], "has the name of an image"),
+                          ([photos, "--out", tmp_path / "model.pth"], replaces),
+                          ([photos / "photo.dat", "--out", photos / "photo.dat"], replaces),
+                          ([photos / "photo.dat", "--out", tmp_path / "link.txt"], replaces)):
+        code, out, errors = as_command(capsys, inference.main, *call, "--model", tmp_path / "model.pth", *CPU)
+        assert (code, out, errors.splitlines()[-1].startswith("error: ")) == (2, "", True), call
+        assert message in errors and ": resnet18" not in errors  # before the model is loaded
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 # Q16
 def test_what_macos_writes_beside_images_is_no_image(model, images, tmp_path, capsys):
     shutil.copy(images[0], tmp_path / "b.jpg")
@@ -719,6 +746,66 @@ def test_a_model_is_deployed_without_metrics(model, images, demo, monkeypatch, c
     assert (code, errors.count("\n")) == (2, 1)
     assert errors.startswith("error: ")
     assert "metrics.py" in errors
+
+
+def divided(labelled, parts):
+    """Give each image of a data folder its part, by a column of the label file."""
+    header, *rows = (labelled / "labels.txt").read_text().replace(" ", ",").splitlines()
+    lines = [f"{header},split", *(f"{row},{part}" for row, part in zip(rows, parts))]
+    (labelled / "labels.txt").write_text("\n".join(lines))
+    return labelled
+
+
+PARTS = [  # parts of the three images, what --evaluate reports, what --calibrate uses
+    (("train", "val", "test"), ("test", [2]), ("val", [1])),
+    (("test", "train", "test"), ("test", [0, 2]), ("test", [0, 2])),
+    (("val", "", "train"), ("val", [0]), ("val", [0])),
+    (("train", "train", "train"), ("all", [0, 1, 2]), ("all", [0, 1, 2])),
+    (None, ("all", [0, 1, 2]), ("all", [0, 1, 2])),
+]
+
+
+@pytest.mark.parametrize("parts, evaluated, calibrated", PARTS, ids=[str(case[0]) for case in PARTS])
+def test_a_model_is_reported_and_calibrated_on_what_it_was_not_trained_on(model, labelled, tmp_path, capsys, parts,
+                                                                          evaluated, calibrated):
+    table = dataset.read_labels(labelled)
+    data = divided(labelled, parts) if parts else labelled
+    for option, (split, rows) in (("--evaluate", evaluated), ("--calibrate", calibrated)):
+        out = tmp_path / f"{option}.json" if option == "--evaluate" else tmp_path / "new.pth"
+        report = inference.main([option, str(data), "--model", model, "--format", "json", "--out", str(out), *CPU])
+        printed, errors = capsys.readouterr()
+        written = json.loads(out.read_text() if option == "--evaluate" else printed)
+        assert (written["split"], report["split"], report["rows"]) == (split, split, len(rows))
+        if split == "all":
+            assert f"{option}: all 3 images, including any that the model was trained on" in errors
+        else:
+            assert f"{option}: the {split} part of the data's own split, {len(rows)} of 3 images" in errors
+        counts = [np.count_nonzero(table.targets[rows] == value, axis=0).tolist() for value in (1, 0)]
+        found = [[row[name] for row in report["per_class"].values()] for name in ("positives", "negatives")]
+        assert found == counts
+    text = run(capsys, "--evaluate", data, "--model", model)
+    assert f"\n{'all data' if evaluated[0] == 'all' else evaluated[0] + ' split'}, {len(evaluated[1])} images\n" in text
+
+
+def test_evaluate_and_calibrate_replace_no_file_that_they_read(model, classifier, labelled, tmp_path, capsys):
+    (labelled / "label_groups.json").write_text(json.dumps({"all": classifier.classes}))
+    shutil.copy(model, tmp_path / "model.pth")
+    shutil.copy(labelled / "label_groups.json", tmp_path / "groups.json")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for option, out in (("--evaluate", "labels.txt"), ("--evaluate", "images/../labels.txt"),
+                        ("--evaluate", "label_groups.json"), ("--evaluate", "model.pth"), ("--evaluate", "groups.json"),
+                        ("--evaluate", "images/a.jpg"), ("--calibrate", "labels.txt"), ("--calibrate", "images/a.jpg"),
+                        ("--calibrate", "label_groups.json")):
+        groups = ["--label-groups", tmp_path / "groups.json"] if out == "groups.json" else []
+        code, printed, errors = as_command(capsys, inference.main, option, labelled, "--model", tmp_path / "model.pth",
+                                           "--out", labelled / out, *groups, *CPU)
+        assert (code, printed) == (2, "")
+        assert errors.splitlines()[-1].startswith(f"error: --out {labelled / out} ")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    report = labelled / "report.json"
+    for _ in range(2):  # a report of before is replaced
+        run(capsys, "--evaluate", labelled, "--model", model, "--format", "json", "--out", report)
+    assert json.loads(report.read_text())["rows"] == 3
 
 
 # ----------------------------------------------------------------------------------------------------------
