@@ -977,7 +977,8 @@ def load_image(image, size=None, within=None):
     image: a path, a file object, bytes, a PIL image, or a uint8 array (H, W, 3). size: the result
     is resized to (size, size). within: it is shrunk, in its proportions, so that no side is longer.
     JPEG files are then decoded at a smaller scale. Transparent pixels are laid on white; 16-bit and
-    float images keep their contrast; of an animation the first frame is taken. Raises ImageError.
+    float images keep their contrast; of an animation the first frame is taken. Only IMAGE_FORMATS
+    are decoded. Raises ImageError.
     """
     try:
         try:

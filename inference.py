@@ -4,7 +4,7 @@
     python inference.py photos/ --format csv --out predictions.csv
     python inference.py photos/ --save drawn/ --heatmap # pictures of the labels and of where they were seen
     python inference.py photos/ --model a.pth b.pth --tta  # the mean of two models, and of mirrored images
-    python inference.py --evaluate data/                # report a saved model on a labelled folder
+    python inference.py --evaluate data/                # report a saved model on a labelled folder, or its test part
     python inference.py --calibrate data/ --model a.pth b.pth --out ab.pth  # make them one model
 
     classifier = inference.load_model("outputs/model.pth")
@@ -979,11 +979,12 @@ def parse_options(argv=None):
     add("--heatmap", action="store_true", help="with --save: and where each label was seen (Grad-CAM)")
     group = parser.add_argument_group("labelled data")
     add = group.add_argument
-    add("--evaluate", metavar="DATA", help="report the model on this labelled folder")
+    add("--evaluate", metavar="DATA", help="report the model on this labelled folder: on the test part of the data's "
+        "own split, else on val; without a split on all images")
     add("--bootstrap", type=number(int), metavar="N",
         help="95 %% intervals, from N resamples (default: 1000 for fewer than 1,000 images, else 0)")
     add("--calibrate", metavar="DATA", help="choose calibration and thresholds anew on this labelled folder, which the "
-        "model was not trained on, and write one model to --out")
+        "model was not trained on (the val part of the data's own split, else test), and write one model to --out")
     dataset.add_data_options(group)
     add = parser.add_argument_group("system").add_argument
     add("-b", "--batch-size", type=number(int, 1), default=32, metavar="N", help="images at a time")
@@ -1084,7 +1085,7 @@ def use_labels(classifier, options, described):
     split, chosen = held_out(table, ("test", "val") if options.evaluate else ("val", "test"))
     if split == "all":
         print_text(f"{option}: all {len(table)} images, including any that the model was trained on, since the data "
-                   "has no test or val part of its own", file=sys.stderr)
+                   "has no test or val part with labels of its own", file=sys.stderr)
     else:
         print_text(f"{option}: the {split} part of the data's own split, {len(chosen)} of {len(table)} images",
                    file=sys.stderr)
@@ -1106,14 +1107,15 @@ def use_labels(classifier, options, described):
 
 
 def held_out(table, parts):
-    """Return the first of `parts` that the data's own split has, and the LabelTable of its rows.
+    """Return the first of `parts` that has known labels in the data's own split, and the LabelTable of its rows.
 
     Data without any of them is returned whole, as "all".
     """
-    split = next((part for part in parts if part in table.parts), "all")
-    if split == "all":
-        return split, table
-    return split, table.subset(np.array([row for row, part in enumerate(table.parts) if part == split]))
+    for part in parts:
+        rows = np.array([row for row, own in enumerate(table.parts) if own == part], int)
+        if not np.isnan(table.targets[rows]).all():
+            return part, table.subset(rows)
+    return "all", table
 
 
 def _files_read(options, data, table):

@@ -541,27 +541,31 @@ def test_a_file_that_is_named_is_an_image_whatever_its_suffix(model, images, tmp
         assert run(capsys, tmp_path / name, "--model", model).startswith(f"{name}\n")
 
 
-def test_models_and_images_may_be_given_in_any_order(two, images, tmp_path, capsys):
-    shutil.copy(two[1], tmp_path / "without_suffix")
-    a, b = two
-    one, both = probabilities_of(a, images[:2]), probabilities_of(two, images[:2])
-    for call, expected in ((["--model", a, *images[:2]], one), ([*images[:2], "--model", a], one),
-                           ([images[0], "--model", a, images[1]], one), ([a, *images[:2]], one),
-                           ([images[0], "--threshold", 0.5, "--model", a, "--tta", "--format", "csv", images[1]], None),
-                           (["--model", a, b, *images[:2]], both), (["--model", a, "--model", b, *images[:2]], both),
-                           ([*images[:2], "--model", a, b], both), ([images[0], "--model", a, b, images[1]], both),
-                           (["--model", a, images[0], "--model", b, "--image", images[1]], both),
-                           (["--model", a, "--model", tmp_path / "without_suffix", *images[:2]], both)):
-        printed = inference.main([*map(str, call), *CPU])
-        assert printed.shape == (2, 3)
-        if expected is not None:
-            np.testing.assert_allclose(printed, expected, rtol=0, atol=1e-6)
-    code, _, errors = as_command(capsys, inference.main, "--model", a, tmp_path / "gone.pth", images[0], *CPU)
-    assert (code, "gone.pth is not there" in errors) == (2, True)
-    code, _, errors = as_command(capsys, inference.main, "--model", a, *CPU)
-    assert (code, "no image is named" in errors) == (2, True)
-    code, _, errors = as_command(capsys, inference.main, "--model", a, tmp_path / "without_suffix", *CPU)
-    assert (code, "without_suffix: not an image" in errors) == (1, True)
+ORDERS = [  # arguments: models A and B, the latter also as C without a suffix; images 1 and 2
+    ("--model A 1 2", "A"), ("--model A -- 1 2", "A"), ("1 2 --model A", "A"), ("1 --model A 2", "A"), ("A 1 2", "A"),
+    ("1 --batch-size 4 --model A --format csv 2", "A"), ("--model A B 1 2", "AB"), ("--model A --model B 1 2", "AB"),
+    ("1 2 --model A B", "AB"), ("1 --model A B 2", "AB"), ("--model A 1 --model B --image 2", "AB"),
+    ("--model A --model C 1 2", "AB"),
+]
+
+
+@pytest.mark.parametrize("words, models", ORDERS, ids=[words for words, _ in ORDERS])
+def test_models_and_images_may_be_given_in_any_order(two, images, tmp_path, words, models):
+    named = {"A": two[0], "B": two[1], "C": str(tmp_path / "model"), "1": str(images[0]), "2": str(images[1])}
+    shutil.copy(named["B"], named["C"])
+    printed = inference.main([*(named.get(word, word) for word in words.split()), *CPU])
+    expected = probabilities_of([named[model] for model in models], images[:2])
+    np.testing.assert_allclose(printed, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("words, code, message", [("--model A gone.pth 1", 2, "gone.pth is not there"),
+                                                  ("--model A", 2, "no image is named"), ("A", 2, "no image is named"),
+                                                  ("--model A 1 C", 1, "model: not an image")])
+def test_what_is_neither_a_model_nor_an_image_is_named(two, images, tmp_path, capsys, words, code, message):
+    named = {"A": two[0], "C": str(tmp_path / "model"), "1": images[0]}
+    shutil.copy(two[1], named["C"])
+    found, _, errors = as_command(capsys, inference.main, *(named.get(word, word) for word in words.split()), *CPU)
+    assert (found, message in errors) == (code, True)
 
 
 def test_a_file_that_is_read_is_not_replaced(model, images, tmp_path, capsys):
@@ -785,6 +789,15 @@ def test_a_model_is_reported_and_calibrated_on_what_it_was_not_trained_on(model,
         assert found == counts
     text = run(capsys, "--evaluate", data, "--model", model)
     assert f"\n{'all data' if evaluated[0] == 'all' else evaluated[0] + ' split'}, {len(evaluated[1])} images\n" in text
+
+
+def test_a_test_part_without_labels_is_not_reported(model, labelled, capsys):
+    data = divided(labelled, ("train", "val", "test"))
+    text = (data / "labels.txt").read_text()
+    (data / "labels.txt").write_text(text.replace("c.jpg,1,1,1,0,0,0", "c.jpg,NA,NA,NA,NA,NA,NA"))
+    report = inference.main(["--evaluate", str(data), "--model", model, *CPU])
+    assert (report["split"], report["rows"]) == ("val", 1)
+    capsys.readouterr()
 
 
 def test_evaluate_and_calibrate_replace_no_file_that_they_read(model, classifier, labelled, tmp_path, capsys):
