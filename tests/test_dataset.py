@@ -1122,7 +1122,8 @@ def test_links_that_loop_do_not_end_the_search_for_images(make_data, ends):
 
 
 KINDS = (("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("GIF", {}), ("WEBP", {}),
-         ("WEBP", {"lossless": True}))
+         ("WEBP", {"lossless": True}), ("TGA", {}), ("TGA", {"rle": True}), ("JPEG2000", {}), ("TIFF", {}),
+         ("BMP", {}))
 SEEDS = [encoded(noise(size=(64, 48)), kind, **options) for kind, options in KINDS]
 
 
