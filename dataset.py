@@ -1718,9 +1718,12 @@ def number(kind, low=0, below=math.inf):
 
 
 def refuse_to_replace(option, path, files):
-    """Raise an InputError if the file that an option names for writing is one of `files`, which are read."""
+    """Raise an InputError if what an option names for writing is a folder, or one of `files`, which are read."""
+    if os.path.isdir(path):
+        raise InputError(f"{option} {path} is a folder: name a file")
     if not os.path.exists(path):
         return
+
     own = os.stat(path)  # compared by inode, which sees through links and different spellings
     for file in files:
         with contextlib.suppress(OSError):

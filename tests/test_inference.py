@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import gc
 import io
+import itertools
 import json
 import math
 import os
@@ -584,6 +585,7 @@ def test_a_file_that_is_read_is_not_replaced(model, images, tmp_path, capsys):
                           ([photos, "--save", photos / "more"], among), ([photos, "--save", photos / "new"], among),
                           ([photos / "a.png", "--save", photos], among), (["--image", photos, "--save", photos], among),
                           ([photos, "--save", tmp_path / "model.pth"], "is a file"),
+                          ([photos, "--out", tmp_path], "is a folder"),
                           ([photos, "--out", photos / "a.png"], "has the name of an image"),
                           ([photos, "--out", tmp_path / "new.JPG"], "has the name of an image"),
                           ([photos, "--out", tmp_path / "model.pth"], replaces),
@@ -805,10 +807,9 @@ def test_evaluate_and_calibrate_replace_no_file_that_they_read(model, classifier
     shutil.copy(model, tmp_path / "model.pth")
     shutil.copy(labelled / "label_groups.json", tmp_path / "groups.json")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for option, out in (("--evaluate", "labels.txt"), ("--evaluate", "images/../labels.txt"),
-                        ("--evaluate", "label_groups.json"), ("--evaluate", "model.pth"), ("--evaluate", "groups.json"),
-                        ("--evaluate", "images/a.jpg"), ("--calibrate", "labels.txt"), ("--calibrate", "images/a.jpg"),
-                        ("--calibrate", "label_groups.json")):
+    names = ("labels.txt", "images/../labels.txt", "label_groups.json", "images/a.jpg", "images")
+    for option, out in (*itertools.product(("--evaluate", "--calibrate"), names), ("--evaluate", "model.pth"),
+                        ("--evaluate", "groups.json")):
         groups = ["--label-groups", tmp_path / "groups.json"] if out == "groups.json" else []
         code, printed, errors = as_command(capsys, inference.main, option, labelled, "--model", tmp_path / "model.pth",
                                            "--out", labelled / out, *groups, *CPU)
