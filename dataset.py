@@ -1780,10 +1780,10 @@ def write_json(path, value):
     write_text(path, [to_json(value)])
 
 
-def write_png(path, image):
-    """Write a PIL image as a PNG file."""
+def write_png(path, image, **options):
+    """Write a PIL image as a PNG file. options: as of Image.save()."""
     with atomic_write(path, "wb") as file:
-        image.save(file, "PNG")
+        image.save(file, "PNG", **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

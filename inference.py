@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -757,13 +757,32 @@ def draw_heatmap(image, heat):
     return grey
 
 
+def picture_paths(paths, folder):
+    """Return the file in `folder` that save_pictures() draws each image into."""
+    return [Path(folder) / f"{Path(name).stem}.png" for name in dataset.distinct_names(paths)]
+
+
+DRAWN = "inference.py --save"  # what the pictures that save_pictures() draws name as their software
+
+
+def _is_drawn(path):
+    """Return whether a file is a picture that save_pictures() has drawn."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software") == DRAWN
+    except OSError:
+        return False
+
+
 def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
     """Draw each image with its labels under it, and with `heatmap` where the network sees each
     label present, into folder/NAME.png -> the paths written. probabilities: (N, C), of
     predict()."""
-    written = []
     names = dataset.picture_names(classifier.classes)
-    for path, file_name, row in zip(paths, dataset.distinct_names(paths), probabilities):
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", DRAWN)
+    written = picture_paths(paths, folder)
+    for path, picture, row in zip(paths, written, probabilities):
         image = dataset.load_image(path, within=PICTURE_SIDE)
         present = np.flatnonzero(row >= np.array(classifier.thresholds))
         labels = sorted(present, key=lambda c: -row[c])
@@ -773,8 +792,7 @@ def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
             for heat, (text, _) in zip(heatmaps(classifier, path, labels), words):
                 found = "seen here" if heat.any() else "no region found"
                 cells.append((draw_heatmap(image, heat), [(f"{text}, {found}", dataset.RED)]))
-        written.append(Path(folder) / f"{Path(file_name).stem}.png")
-        dataset.write_png(written[-1], dataset.draw_sheet(cells, Path(path).name, 4, PICTURE_SIDE))
+        dataset.write_png(picture, dataset.draw_sheet(cells, Path(path).name, 4, PICTURE_SIDE), pnginfo=mark)
     return written
 
 
@@ -1060,12 +1078,15 @@ def check_outputs(options, paths):
     if os.path.exists(options.save) and not os.path.isdir(options.save):
         raise InputError(f"--save {options.save} is a file: name a folder")
 
-    # A picture among the images could replace one of them, and would be read as one by the next run.
+    # The next run would read the pictures as images.
     folder = Path(options.save).resolve()
     roots = {Path(argument).resolve() for argument in options.paths + options.image if os.path.isdir(argument)}
-    beside = {Path(parent).resolve() for parent in {os.path.dirname(path) for path in paths}}
-    if roots & {folder, *folder.parents} or folder in beside:
+    if roots & {folder, *folder.parents}:
         raise InputError(f"--save {options.save} lies in a folder of images that are read: name one outside it")
+    for picture in picture_paths(paths, options.save):
+        if os.path.lexists(picture) and not _is_drawn(picture):
+            raise InputError(f"--save {options.save} would replace {picture}, which was not drawn by --save: name "
+                             "another folder")
 
 
 def use_labels(classifier, options, described):

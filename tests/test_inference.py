@@ -578,12 +578,21 @@ def test_a_file_that_is_read_is_not_replaced(model, images, tmp_path, capsys):
     shutil.copy(model, tmp_path / "model.pth")
     shutil.copy(images[0], photos / "photo.dat")
     (tmp_path / "link.txt").symlink_to(photos / "photo.dat")
+    other, linked = tmp_path / "other", tmp_path / "linked"
+    other.mkdir()
+    picture.save(other / "a.png")
+    linked.mkdir()
+    (linked / "b.png").symlink_to(photos / "b.png")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    not_drawn = "which was not drawn by --save"
     among = "lies in a folder of images that are read"
     replaces = "would replace a file that is read"
     for call, message in (([photos, "--save", photos], among), ([photos, "--save", f"{photos}/more/../"], among),
                           ([photos, "--save", photos / "more"], among), ([photos, "--save", photos / "new"], among),
-                          ([photos / "a.png", "--save", photos], among), (["--image", photos, "--save", photos], among),
+                          (["--image", photos, "--save", photos], among),
+                          ([photos / "a.png", "--save", photos], not_drawn),
+                          ([images[0], photos / "a.png", "--save", other], not_drawn),
+                          ([photos / "b.png", "--save", linked], not_drawn),
                           ([photos, "--save", tmp_path / "model.pth"], "is a file"),
                           ([photos, "--out", tmp_path], "is a folder"),
                           ([photos, "--out", photos / "a.png"], "has the name of an image"),
@@ -800,6 +809,16 @@ def test_a_test_part_without_labels_is_not_reported(model, labelled, capsys):
     report = inference.main(["--evaluate", str(data), "--model", model, *CPU])
     assert (report["split"], report["rows"]) == ("val", 1)
     capsys.readouterr()
+
+
+def test_pictures_that_were_drawn_before_are_replaced(model, images, tmp_path, capsys):
+    drawn = tmp_path / "drawn" / f"{images[0].stem}.png"
+    for threshold in (0, 1):  # all labels, then none
+        run(capsys, images[0], "--model", model, "--threshold", threshold, "--save", drawn.parent)
+        drawn.rename(tmp_path / f"{threshold}.png")
+        shutil.copy(tmp_path / "0.png", drawn)
+    run(capsys, images[0], "--model", model, "--threshold", 1, "--save", drawn.parent)
+    assert drawn.read_bytes() == (tmp_path / "1.png").read_bytes() != (tmp_path / "0.png").read_bytes()
 
 
 def test_evaluate_and_calibrate_replace_no_file_that_they_read(model, classifier, labelled, tmp_path, capsys):
