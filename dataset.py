@@ -41,7 +41,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".avif"}
+IMAGE_FORMATS = {  # the formats that are read, by Pillow's names: the suffixes of their files
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".mpo",), "PNG": (".png", ".apng"), "WEBP": (".webp",),
+    "GIF": (".gif",), "BMP": (".bmp",), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif",), "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "TGA": (".tga",),
+}
+IMAGE_SUFFIXES = {suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes}
 OTHER_SUFFIXES = {".heic", ".heif", ".dcm", ".dicom", ".svg", ".psd", ".eps", ".jxl", ".raw", ".dng", ".cr2", ".nef",
                   ".arw", ".exr", ".hdr", ".pdf", ".npy"}  # of images too, but these are not read
 PARTS = ("train", "val", "test")
@@ -149,7 +154,7 @@ def add_data_options(parser):
     add("--drop-overlap", action="store_true", help="remove images that are in two splits from the lesser one, "
         "train before val before test")
     add("--image-column", metavar="COLUMN", help="column naming the image (default: search for it)")
-    add("--ignore", nargs="+", default=[], metavar="COLUMN", help="columns to leave out")
+    add("--ignore", nargs="+", action="extend", default=[], metavar="COLUMN", help="columns to leave out")
     add("--separator", metavar="TEXT", help="what separates the labels in a cell (default: search for ; | or ,)")
     add("--label-threshold", type=number(float), metavar="T", help="labels are numbers from 0 to 1: present from T on")
     for name, value in (("positive", "present"), ("negative", "absent"), ("unknown", "unknown (NA)")):
@@ -1711,7 +1716,8 @@ def load_image(image, size=None, within=None):
     image: a path, a file object, bytes, a PIL image, or a uint8 array (H, W, 3). size: the result
     is resized to (size, size). within: it is shrunk, in its proportions, so that no side is longer.
     JPEG files are then decoded at a smaller scale. Transparent pixels are laid on white; 16-bit and
-    float images keep their contrast; of an animation the first frame is taken. Raises ImageError.
+    float images keep their contrast; of an animation the first frame is taken. Only IMAGE_FORMATS
+    are decoded. Raises ImageError.
     """
     try:
         try:
@@ -1724,8 +1730,14 @@ def load_image(image, size=None, within=None):
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error or type(error).__name__
-        raise ImageError(f"{image_name(image)}: {getattr(error, 'strerror', None) or reason}") from error
+        raise ImageError(f"{image_name(image)}: {_reason(error)}") from error
+
+
+def _reason(error):
+    """Say in a few words why an image cannot be read."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image in a readable format such as JPEG or PNG"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def image_name(image):
@@ -1756,13 +1768,28 @@ def _open_image(image):
             raise ValueError(f"an array must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
         return Image.fromarray(image)
     if isinstance(image, (bytes, bytearray)):
-        return Image.open(io.BytesIO(image))
+        return Image.open(io.BytesIO(image), formats=readable_formats())
     if not isinstance(image, Image.Image):
-        return Image.open(image)
-    if getattr(image, "tile", None) and getattr(image, "fp", None):  # not decoded yet: a copy of it is
+        return Image.open(image, formats=readable_formats())
+
+    # The user's own image is not touched: while it is not decoded, its file is opened once more.
+    if getattr(image, "tile", None) and getattr(image, "fp", None):
+        if image.format not in IMAGE_FORMATS:
+            raise ValueError(f"{image.format} images are not decoded here: call its load() first, or convert it to PNG")
         image.fp.seek(0)
-        return Image.open(image.fp)
+        return Image.open(image.fp, formats=readable_formats())
     return image.copy()
+
+
+@cache
+def readable_formats():
+    """Return the names in IMAGE_FORMATS that this version of Pillow can open.
+
+    Pillow itself would look at the first bytes of a file, whatever its name, and try all its formats. Some of them
+    run programs: for a PostScript file called photo.jpg it starts Ghostscript.
+    """
+    Image.init()
+    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
 
 
 def _to_rgb(image):
@@ -2176,15 +2203,24 @@ def pairs_summary(table, most=10):
 
 
 def images_summary(table, most=1000):
-    """Sizes, modes and formats of a table's images, or of `most` of them, by their headers."""
+    """Describe the sizes, modes and formats of a table's images, or of `most` of them, by their headers.
+
+    Raises InputError if none of them can be opened; --check is what lists single bad images.
+    """
     sizes = []
     kinds = Counter()
+    errors = []
     for path in table.paths[:: -(-len(table) // most)]:
-        with contextlib.suppress(Exception), Image.open(path) as image:  # --check is what reports bad images
-            sizes.append(image.size)
-            kinds[f"{image.mode} {image.format}"] += 1
+        try:
+            with _open_image(path) as image:
+                sizes.append(image.size)
+                kinds[f"{image.mode} {image.format}"] += 1
+        except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
+            errors.append(f"{path}: {_reason(error)}")
     if not sizes:
-        return "no image can be opened"
+        raise InputError(f"none of {len(errors)} images can be opened, such as {errors[0]}: "
+                         "convert them to JPEG or PNG")
+
     low, middle, high = np.sort(sizes, axis=0)[[0, len(sizes) // 2, -1]]
     return (f"{len(sizes)} of {len(table)} images opened: width {low[0]} to {high[0]}, median {middle[0]}; "
             f"height {low[1]} to {high[1]}, median {middle[1]}\n"
@@ -2426,6 +2462,20 @@ def number(kind, low=0, below=math.inf):
     return parse
 
 
+def refuse_to_replace(option, path, files):
+    """Raise an InputError if what an option names for writing is a folder, or one of `files`, which are read."""
+    if os.path.isdir(path):
+        raise InputError(f"{option} {path} is a folder: name a file")
+    if not os.path.exists(path):
+        return
+
+    own = os.stat(path)  # compared by inode, which sees through links and different spellings
+    for file in files:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(own, os.stat(file)):
+                raise InputError(f"{option} {path} would replace a file that is read: name another one")
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """Open a temporary file that takes the place of `path` when the block ends well, and is removed
@@ -2475,10 +2525,10 @@ def write_json(path, value):
     write_text(path, [to_json(value)])
 
 
-def write_png(path, image):
-    """Write a PIL image as a PNG file."""
+def write_png(path, image, **options):
+    """Write a PIL image as a PNG file. options: as of Image.save()."""
     with atomic_write(path, "wb") as file:
-        image.save(file, "PNG")
+        image.save(file, "PNG", **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2488,7 +2538,7 @@ def write_png(path, image):
 def main(argv=None):
     """The command line; returns the LabelTable that it summarises."""
     parser = ArgumentParser(prog="dataset.py", description="Show what is in a data folder, or write the demo data.")
-    parser.add_argument("data", nargs="?", default="data", help="folder of labels and images")
+    parser.add_argument("data", nargs="?", metavar="DATA", help="folder of labels and images (default: data)")
     add_data_options(parser)
     parser.add_argument("--all", action="store_true", help="show all classes, however many")
     parser.add_argument("--sheet", metavar="FILE.png", help="draw a sample of the images with their labels")
@@ -2496,11 +2546,21 @@ def main(argv=None):
     parser.add_argument("--demo", metavar="DIR", help="write the demo data into DIR")
     parser.add_argument("--seed", type=number(int), default=0, help="of the demo data")
     options = parser.parse_args(argv)
+    folder = next(filter(os.path.isdir, options.ignore), None)
+    if options.data is None and folder:
+        raise InputError(f"--ignore takes all names that follow it: is {folder} a column, or the folder of the data? "
+                         "Write the folder first: python dataset.py DATA --ignore COLUMN ...")
+    if options.sheet and not options.sheet.lower().endswith(".png"):
+        raise InputError(f"--sheet {options.sheet}: it is written as PNG: name a file that ends in .png")
+    options.data = options.data or "data"
+
     if options.demo:
         write_demo(options.demo, options.seed)
         options.data = options.demo
         print_text(f"drawn: {options.demo}; next: python train.py --demo --data {options.demo}\n")
     table = read_labels(options.data, **data_options(options))
+    if options.sheet:
+        refuse_to_replace("--sheet", options.sheet, table.paths)
     print_text(summary(table, options.data, most=10**9 if options.all else 30))
     print_text(f"\n{pairs_summary(table)}\n\n{images_summary(table)}")
     if options.sheet:
@@ -2509,6 +2569,8 @@ def main(argv=None):
     if options.check:
         bad = find_bad_images(table, os.cpu_count())
         print_text("\n".join([f"{len(table) - len(bad)} of {len(table)} images decode", *bad]))
+        if len(bad) == len(table):
+            raise InputError(f"none of {len(table)} images decodes, such as {bad[0]}: replace the damaged files")
         name_of = dict(zip(table.paths, table.ids))
         for path, first in zip(table.paths, table.copies):
             if path != first:

@@ -4,7 +4,7 @@
     python inference.py photos/ --format csv --out predictions.csv
     python inference.py photos/ --save drawn/ --heatmap # pictures of the labels and of where they were seen
     python inference.py photos/ --model a.pth b.pth --tta  # the mean of two models, and of mirrored images
-    python inference.py --evaluate data/                # report a saved model on a labelled folder
+    python inference.py --evaluate data/                # report a saved model on a labelled folder, or its test part
     python inference.py --calibrate data/ --model a.pth b.pth --out ab.pth  # make them one model
 
     classifier = inference.load_model("outputs/model.pth")
@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -715,13 +715,13 @@ def prediction_rows(ids, probabilities, thresholds, classes, groups):
 
 def format_predictions(style, ids, probabilities, thresholds, classifier):
     """Predictions as text. style: "table" (the whole table for one image, a line each for several),
-    "csv" (labels and confidences), "probabilities" (CSV with a column per class) or "json" ({ID:
-    indices of the labels present})."""
+    "csv" (labels and confidences), "probabilities" (CSV with a column per class) or "json" ({name of
+    json_names(): indices of the labels present})."""
     classes = classifier.classes
     present = probabilities >= thresholds
     if style == "json":
         indices = [np.flatnonzero(row).tolist() for row in present]
-        return json.dumps(dict(zip(ids, indices)), ensure_ascii=False)
+        return json.dumps(dict(zip(json_names(ids), indices)), ensure_ascii=False)
     if style in ("csv", "probabilities"):
         rows = [["ID", *classes], *([name, *map(str, row)] for name, row in zip(ids, probabilities))]
         if style == "csv":
@@ -744,20 +744,46 @@ def format_predictions(style, ids, probabilities, thresholds, classifier):
     return "\n".join(lines)
 
 
+def json_names(ids):
+    """Shorten the names of images to what tells them apart, as the keys of COCO's predictions are.
+
+    A name is the stem, else the path without a suffix, else the path: "a/1.jpg", "b/1.jpg", "b/2.jpg" and "b/2.png"
+    become "a/1", "b/1", "b/2.jpg" and "b/2.png". No form is used that another image has too.
+    """
+    forms = []
+    for name in ids:
+        path, suffix = os.path.splitext(name.replace("\\", "/"))
+        if suffix.lower() not in IMAGE_SUFFIXES:  # a dot of the name itself
+            path += suffix
+        forms.append((path.rpartition("/")[2], path, name))
+    counts = Counter(form for own in forms for form in set(own))
+    return [next((form for form in own if counts[form] == 1), own[-1]) for own in forms]
+
+
 def find_images(arguments):
-    """Files and folders -> (IDs, paths): of a folder all images below it, sorted, each named by its
-    path from there; of a file its name, or what was given where two have the same. Raises
-    InputError."""
+    """Return the IDs and the paths of the images in files and folders. Raises InputError.
+
+    A folder stands for all images below it, sorted, each named by its path from there. Its other files are counted on
+    stderr. A file is an image whatever its suffix; it is named by its name, or by what was given where two have the
+    same.
+    """
     ids = []
     paths = []
     for argument in map(Path, arguments):
         if argument.is_dir():
-            found = [path for path in argument.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
-            found = sorted(path for path in found if not path.name.startswith("._"))
+            found, skipped = [], []
+            for name in sorted(dataset.ImageFolder(argument, argument).names):
+                (found if Path(name).suffix.lower() in IMAGE_SUFFIXES else skipped).append(name)
+            others = _count_suffixes(skipped)
+            if not found and not others:
+                raise InputError(f"{argument} holds no files: name a folder of images")
             if not found:
-                raise InputError(f"{argument} holds no images")
-            ids += [path.relative_to(argument).as_posix() for path in found]
-            paths += found
+                raise InputError(f"{argument} holds no images that can be read, only {others}: convert images of other "
+                                 "formats to JPEG or PNG")
+            if others:
+                print_text(f"{argument}: skipped {others}, which are not read as images", file=sys.stderr)
+            ids += found
+            paths += [argument / name for name in found]
         elif os.path.lexists(argument):
             ids.append(argument.name)
             paths.append(argument)
@@ -767,6 +793,13 @@ def find_images(arguments):
         raise InputError("no image is named: python inference.py IMAGE_OR_FOLDER ...")
     counts = Counter(ids)
     return [str(path) if counts[name] > 1 else name for name, path in zip(ids, paths)], paths
+
+
+def _count_suffixes(names):
+    """Describe files by their suffixes, the most frequent first: "12 .heic, 1 .csv". Hidden files are left out."""
+    names = [Path(name) for name in names]
+    suffixes = [path.suffix.lower() or "without a suffix" for path in names if not path.name.startswith(".")]
+    return ", ".join(f"{count} {suffix}" for suffix, count in Counter(suffixes).most_common())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -834,13 +867,32 @@ def draw_heatmap(image, heat):
     return grey
 
 
+def picture_paths(paths, folder):
+    """Return the file in `folder` that save_pictures() draws each image into."""
+    return [Path(folder) / f"{Path(name).stem}.png" for name in dataset.distinct_names(paths)]
+
+
+DRAWN = "inference.py --save"  # what the pictures that save_pictures() draws name as their software
+
+
+def _is_drawn(path):
+    """Return whether a file is a picture that save_pictures() has drawn."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software") == DRAWN
+    except OSError:
+        return False
+
+
 def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
     """Draw each image with its labels under it, and with `heatmap` where the network sees each
     label present, into folder/NAME.png -> the paths written. probabilities: (N, C), of
     predict()."""
-    written = []
     names = dataset.picture_names(classifier.classes)
-    for path, file_name, row in zip(paths, dataset.distinct_names(paths), probabilities):
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", DRAWN)
+    written = picture_paths(paths, folder)
+    for path, picture, row in zip(paths, written, probabilities):
         image = dataset.load_image(path, within=PICTURE_SIDE)
         present = np.flatnonzero(row >= np.array(classifier.thresholds))
         labels = sorted(present, key=lambda c: -row[c])
@@ -850,8 +902,7 @@ def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
             for heat, (text, _) in zip(heatmaps(classifier, path, labels), words):
                 found = "seen here" if heat.any() else "no region found"
                 cells.append((draw_heatmap(image, heat), [(f"{text}, {found}", dataset.RED)]))
-        written.append(Path(folder) / f"{Path(file_name).stem}.png")
-        dataset.write_png(written[-1], dataset.draw_sheet(cells, Path(path).name, 4, PICTURE_SIDE))
+        dataset.write_png(picture, dataset.draw_sheet(cells, Path(path).name, 4, PICTURE_SIDE), pnginfo=mark)
     return written
 
 
@@ -1045,8 +1096,8 @@ def parse_options(argv=None):
     parser.add_argument("paths", nargs="*", metavar="IMAGE|DIR", help="images, or folders of images")
     parser.add_argument("--image", action="append", default=[], metavar="IMAGE", help="the same, as an option")
     add = parser.add_argument_group("model").add_argument
-    add("--model", nargs="+", default=["outputs/model.pth"], metavar="FILE",
-        help="what train.py wrote; the probabilities of several are averaged")
+    add("--model", action="append", default=[], metavar="FILE", help="what train.py wrote (default: "
+        "outputs/model.pth); several are averaged: every argument that ends in .pth is a model, wherever it stands")
     add("--tta", action="store_true", help="average the probabilities with those of the mirrored image")
     add("--threshold", type=number(float, below=1.001), metavar="T", help="one for all labels (default: the model's)")
     add = parser.add_argument_group("output").add_argument
@@ -1056,16 +1107,23 @@ def parse_options(argv=None):
     add("--heatmap", action="store_true", help="with --save: and where each label was seen (Grad-CAM)")
     group = parser.add_argument_group("labelled data")
     add = group.add_argument
-    add("--evaluate", metavar="DATA", help="report the model on this labelled folder")
+    add("--evaluate", metavar="DATA", help="report the model on this labelled folder: on the test part of the data's "
+        "own split, else on val; without a split on all images")
     add("--calibrate", metavar="DATA", help="choose calibration and thresholds anew on this labelled folder, which the "
-        "model was not trained on, and write one model to --out")
+        "model was not trained on (the val part of the data's own split, else test), and write one model to --out")
     dataset.add_data_options(group)
     add = parser.add_argument_group("system").add_argument
     add("-b", "--batch-size", type=number(int, 1), default=32, metavar="N", help="images at a time")
     add("-j", "--workers", type=number(int), default=default_workers(), metavar="N", help="threads that decode images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="to compute in")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
+
+    # Images may follow the models of --model, and more models the images: the suffix tells them apart.
+    models = [path for path in options.paths if path.lower().endswith(".pth")]
+    options.model = [*options.model, *models] or ["outputs/model.pth"]
+    options.paths = [path for path in options.paths if path not in models]
+
     if options.heatmap and not options.save:
         raise InputError("--heatmap draws into the folder of --save DIR: give that too")
     option = "--evaluate" if options.evaluate else "--calibrate"
@@ -1078,6 +1136,8 @@ def parse_options(argv=None):
             raise InputError("--calibrate writes a model: say where with --out FILE")
         if options.calibrate and options.threshold is not None:
             raise InputError("--calibrate chooses the thresholds: leave out --threshold")
+    if options.out and Path(options.out).suffix.lower() in IMAGE_SUFFIXES:
+        raise InputError(f"--out {options.out} has the name of an image, which would be replaced: name another file")
     for name, value in dataset.data_options(options).items():
         if value and not options.evaluate and not options.calibrate:
             raise InputError(f"--{name.replace('_', '-')} goes with --evaluate DATA")
@@ -1090,6 +1150,7 @@ def main(argv=None):
     options = parse_options(argv)
     if not options.evaluate and not options.calibrate:
         ids, paths = find_images(options.paths + options.image)
+        check_outputs(options, paths)
     classifier = load_model(options.model, options.device, options.precision)
     classifier.mirrored |= options.tta
     if options.threshold is not None:
@@ -1116,15 +1177,50 @@ def main(argv=None):
     return probabilities
 
 
+def check_outputs(options, paths):
+    """Raise an InputError if what is written would replace, or lie among, the images and models that are read."""
+    if options.out:
+        dataset.refuse_to_replace("--out", options.out, [*options.model, *paths])
+    if not options.save:
+        return
+    if os.path.exists(options.save) and not os.path.isdir(options.save):
+        raise InputError(f"--save {options.save} is a file: name a folder")
+
+    # The next run would read the pictures as images.
+    folder = Path(options.save).resolve()
+    roots = {Path(argument).resolve() for argument in options.paths + options.image if os.path.isdir(argument)}
+    if roots & {folder, *folder.parents}:
+        raise InputError(f"--save {options.save} lies in a folder of images that are read: name one outside it")
+    for picture in picture_paths(paths, options.save):
+        if os.path.lexists(picture) and not _is_drawn(picture):
+            raise InputError(f"--save {options.save} would replace {picture}, which was not drawn by --save: name "
+                             "another folder")
+
+
 def use_labels(classifier, options, described):
-    """--evaluate, or --calibrate and what the classifier, described in words, is worth on the same
-    data -> report."""
+    """Run --evaluate, or --calibrate and report what the classifier is worth on the same images; return the report.
+
+    described: the classifier in words.
+    """
     data = options.evaluate or options.calibrate
-    metrics = import_metrics("--evaluate" if options.evaluate else "--calibrate")
+    option = "--evaluate" if options.evaluate else "--calibrate"
+    metrics = import_metrics(option)
     table = dataset.read_labels(data, **dataset.data_options(options))
+    if options.out:
+        dataset.refuse_to_replace("--out", options.out, _files_read(options, data, table))
     print_text(described, file=sys.stderr)
+
+    # What the model was trained on says little about new images. Calibration leaves test to the report, if it can.
+    split, chosen = held_out(table, ("test", "val") if options.evaluate else ("val", "test"))
+    if split == "all":
+        print_text(f"{option}: all {len(table)} images, including any that the model was trained on, since the data "
+                   "has no test or val part with labels of its own", file=sys.stderr)
+    else:
+        print_text(f"{option}: the {split} part of the data's own split, {len(chosen)} of {len(table)} images",
+                   file=sys.stderr)
+
     measure = evaluate if options.evaluate else calibrate
-    report = measure(classifier, table, options.batch_size, options.workers)
+    report = {"split": split} | measure(classifier, chosen, options.batch_size, options.workers)
     if options.calibrate:
         save_model(classifier, options.out)
         print_text(f"written: {options.out}; on the data that it was calibrated with:", file=sys.stderr)
@@ -1132,9 +1228,31 @@ def use_labels(classifier, options, described):
         text = dataset.to_json(report)
     else:
         print_text(dataset.summary(table, data) + "\n")
-        text = metrics.format_report(report)
+        heading = "all data" if split == "all" else f"{split} split"
+        text = f"{heading}, {report['rows']} images\n{metrics.format_report(report)}"
     output(text, options.out if options.evaluate else None)
     return report
+
+
+def held_out(table, parts):
+    """Return the first of `parts` that has known labels in the data's own split, and the LabelTable of its rows.
+
+    Data without any of them is returned whole, as "all".
+    """
+    for part in parts:
+        rows = np.array([row for row, own in enumerate(table.parts) if own == part], int)
+        if not np.isnan(table.targets[rows]).all():
+            return part, table.subset(rows)
+    return "all", table
+
+
+def _files_read(options, data, table):
+    """List the files that --evaluate and --calibrate read; a calibrated model may take the place of the model."""
+    named = [name for name in (options.labels, options.label_groups, options.image_list) if name]
+    names = [*named, "label_groups.json", "classes.txt", "classes.json"]
+    label_files = {origin.rpartition(":")[0] for origin in table.origins}
+    models = [] if options.calibrate else options.model
+    return [*named, *(Path(data) / name for name in names), *label_files, *models, *table.paths]
 
 
 def output(text, path):

@@ -8,10 +8,12 @@ import math
 import os
 import resource
 import stat
+import subprocess
 import time
 import zlib
 
 import numpy as np
+import PIL.EpsImagePlugin
 import PIL.Image
 import PIL.ImageFile
 import pytest
@@ -828,6 +830,119 @@ def test_images_are_read_right_or_named(tmp_path, name):
     assert whole.mode == "RGB" and whole.size == Image.open(tmp_path / name).size
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """The list of the programs that Pillow wanted to start; none of them is."""
+    started = []
+
+    def refuse(command, *_, **__):
+        started.append(command)
+        raise OSError("no program may be started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(os, "system", refuse)
+    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *_, **__: refuse("gs"))
+    return started
+
+
+def test_a_postscript_file_starts_no_program_however_it_is_given(tmp_path, programs):
+    (tmp_path / "x.jpg").write_bytes(EPS)
+    with pytest.raises(OSError, match="no program may be started"):
+        Image.open(tmp_path / "x.jpg").load()  # what Pillow does by itself
+    assert programs.pop() == "gs"
+    opened = Image.open(io.BytesIO(EPS))
+    with open(tmp_path / "x.jpg", "rb") as file:
+        for image in (tmp_path / "x.jpg", str(tmp_path / "x.jpg"), EPS, bytearray(EPS), io.BytesIO(EPS), file, opened):
+            for how in ({}, {"size": 8}, {"within": 8}):
+                with pytest.raises(ImageError, match=r"not an image|EPS images are not decoded here"):
+                    dataset.load_image(image, **how)
+    assert programs == []
+
+
+def test_a_postscript_file_in_a_data_folder_starts_no_program(make_data, programs, capsys):
+    data = make_data("a.jpg 1\nb.jpg 0\nc.jpg 1\n")
+    (data / "images" / "b.jpg").write_bytes(EPS)
+    code, out, _ = command(capsys, data, "--check", "--sheet", data / "sheet.png")
+    assert (code, programs) == (0, [])
+    assert "2 of 3 images opened" in out and "2 of 3 images decode" in out and "b.jpg: not an image" in out
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "ICO", "ICNS", "SGI", "MSP", "DDS"])
+def test_formats_that_nobody_asked_for_are_not_decoded(kind):
+    content = encoded(noise("1" if kind == "MSP" else "RGB"), kind)
+    opened = Image.open(io.BytesIO(content))
+    assert opened.format == kind
+    for image in (content, io.BytesIO(content)):
+        with pytest.raises(ImageError, match="not an image in a readable format"):
+            dataset.load_image(image)
+
+
+def test_an_image_that_the_user_decoded_may_have_any_format():
+    opened = Image.open(saved(noise(), "PCX"))
+    with pytest.raises(ImageError, match=r"PCX images are not decoded here: call its load\(\) first"):
+        dataset.load_image(opened)
+    opened.load()
+    np.testing.assert_array_equal(np.asarray(dataset.load_image(opened)), np.asarray(noise()))
+
+
+WRITTEN = {"MPO": {"save_all": True, "append_images": [noise()]}, "WEBP": {"lossless": True}}
+
+
+@pytest.mark.parametrize("kind", dataset.IMAGE_FORMATS)
+def test_every_readable_format_is_read_under_each_of_its_suffixes(tmp_path, kind):
+    if kind not in Image.SAVE and kind not in Image.SAVE_ALL:
+        pytest.skip(f"this Pillow cannot write {kind}")
+    written = photograph((320, 240)).convert("P" if kind == "GIF" else "RGB")
+    expected = np.asarray(written.convert("RGB"), float)
+    for suffix in dataset.IMAGE_FORMATS[kind]:
+        path = tmp_path / f"a{suffix}"
+        path.write_bytes(encoded(written, kind, **WRITTEN.get(kind, {})))
+        for image in (path, path.read_bytes(), Image.open(path)):
+            values = np.asarray(dataset.load_image(image), float)
+            assert np.abs(values - expected).mean() < 6
+        assert dataset.ImageFolder(tmp_path, tmp_path).names_image(path.name)
+
+
+def test_a_pillow_without_some_format_reads_the_others(monkeypatch):
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    dataset.readable_formats.cache_clear()
+    try:
+        assert dataset.load_image(encoded(noise(), "TGA")).size == (40, 30)
+        with pytest.raises(ImageError, match="not an image"):
+            dataset.load_image(b"no image")
+    finally:
+        dataset.readable_formats.cache_clear()
+
+
+def write_dicom(path):
+    path.write_bytes(bytes(128) + b"DICM" + bytes(100))
+
+
+def test_a_data_folder_without_a_readable_image_is_an_error_that_names_one(make_data, capsys):
+    data = make_data("scan.dcm 1\nother.dcm 0\n", images=())
+    for name in ("scan.dcm", "other.dcm"):
+        write_dicom(data / "images" / name)
+    for more in ((), ("--check",), ("--sheet", data / "sheet.png")):
+        code, _, errors = command(capsys, data, *more)
+        assert (code, errors.count("\n")) == (2, 1)
+        assert errors.startswith("error: none of 2 images can be opened, such as ")
+        assert "scan.dcm: not an image in a readable format" in errors and "convert them to JPEG or PNG" in errors
+    assert not (data / "sheet.png").exists()
+
+
+def test_check_of_images_that_are_all_damaged_is_an_error(make_data, capsys):
+    data = make_data("a.jpg 1\nb.jpg 0\n", images=("a.jpg",))
+    content = encoded(noise(size=(400, 300)), "JPEG")
+    for name in ("a.jpg", "b.jpg"):
+        (data / "images" / name).write_bytes(content[:9000] + name.encode())
+    code, out, errors = command(capsys, data, "--check")
+    assert code == 2 and "0 of 2 images decode" in out
+    assert errors.startswith("error: none of 2 images decodes, such as ") and "a.jpg: image file is truncated" in errors
+
+
 def test_odd_images_have_the_right_colours(tmp_path):
     for name, colour in (("16bit.png", (156,) * 3), ("animated.gif", None), ("wrong_suffix.png", None)):
         (tmp_path / name).write_bytes(IMAGES[name][0])
@@ -1009,7 +1124,8 @@ def test_links_that_loop_do_not_end_the_search_for_images(make_data, ends):
 
 
 KINDS = (("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("GIF", {}), ("WEBP", {}),
-         ("WEBP", {"lossless": True}))
+         ("WEBP", {"lossless": True}), ("TGA", {}), ("TGA", {"rle": True}), ("JPEG2000", {}), ("TIFF", {}),
+         ("BMP", {}))
 SEEDS = [encoded(noise(size=(64, 48)), kind, **options) for kind, options in KINDS]
 
 
@@ -1329,6 +1445,31 @@ def test_the_command_line_writes_the_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dataset, "draw_demo_image", lambda labels, rng: (image.copy(), {}))
     code, out, _ = command(capsys, "--demo", tmp_path / "demo")
     assert code == 0 and "1000 rows, 1000 images, 0 missing, 6 classes" in out
+
+
+def test_columns_to_ignore_and_the_folder_may_be_given_in_any_order_that_is_clear(make_data, in_folder, capsys):
+    make_data("image,a,b,c\na.jpg,1,0,1\nb.jpg,0,1,1\n", name="labels.csv")
+    for call in (["--ignore", "a", "b", "--labels", "labels.csv", "."], [".", "--ignore", "a", "b"],
+                 [".", "--ignore", "a", "--ignore", "b"], ["--ignore", "a", "--ignore", "b", "--all", "."]):
+        assert dataset.main(call).classes == ["c"]
+    capsys.readouterr()
+    for call in (["--ignore", "a", "b", "."], ["--ignore", "a", "images"]):
+        code, out, errors = command(capsys, *call)
+        assert (code, out, errors.count("\n")) == (2, "", 1)
+        assert f"is {call[-1]} a column, or the folder of the data? Write the folder first" in errors
+    (in_folder / "b").mkdir()
+    assert dataset.main([".", "--ignore", "a", "b"]).classes == ["c"]
+
+
+def test_a_sheet_replaces_no_file_that_is_read(make_data, capsys):
+    data = make_data("a.png 1\nb.png 0\n", images=("a.png", "b.png"))
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    for sheet, message in ((data / "images" / "a.png", "would replace a file that is read"),
+                           (data / "labels.txt", "name a file that ends in .png")):
+        code, out, errors = command(capsys, data, "--sheet", sheet)
+        assert (code, out, errors.count("\n")) == (2, "", 1)
+        assert message in errors and str(sheet) in errors
+    assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == before
 
 
 def test_wrong_options_are_one_line(tmp_path, capsys):

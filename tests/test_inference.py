@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import gc
 import io
+import itertools
 import json
 import math
 import os
@@ -339,12 +340,32 @@ def test_folders_csv_json_probabilities_and_out(model, classifier, demo, images,
     assert [row["ID"] for row in rows] == [path.name for path in images]
     assert "overall_avg_confidence" in rows[0]
     found = json.loads(run(capsys, *images, "--model", model, "--format", "json", "--threshold", 0))
-    assert found == {path.name: [0, 1, 2, 3, 4, 5] for path in images}
+    assert found == {path.stem: [0, 1, 2, 3, 4, 5] for path in images}
     for style in ("json", "csv", "table"):
         assert run(capsys, *images, "--model", model, "--format", style, "--out", tmp_path / style) == ""
     assert list(json.loads((tmp_path / "json").read_text())) == list(found)
     assert len((tmp_path / "csv").read_text().splitlines()) == 6
     assert images[0].name in (tmp_path / "table").read_text()
+
+
+NAMES = {  # images -> the keys of their predictions in JSON
+    "stems": (["a/000000000139.jpg", "b/c/2.PNG", "3.jpeg"], ["000000000139", "2", "3"]),
+    "one stem in two folders": (["a/1.jpg", "b/1.jpg", "b/2.jpg"], ["a/1", "b/1", "2"]),
+    "one stem in one folder": (["a/1.jpg", "a/1.png", "a/2.jpg"], ["a/1.jpg", "a/1.png", "2"]),
+    "a stem that is another's name": (["1.jpg", "1.png", "1.jpg.png"], ["1.jpg", "1.png", "1.jpg.png"]),
+    "a path that is another's name": (["x/1.jpg", "x/1.png", "x/1.jpg.png", "y/1.jpg.png"],
+                                      ["x/1.jpg", "x/1.png", "x/1.jpg.png", "y/1.jpg"]),
+    "dots that begin no suffix": (["scan.1", "scan.2", "a/scan.1.jpg"], ["scan.1", "scan.2", "a/scan.1"]),
+    "Windows": (["a\\1.jpg", "a\\2.jpg", "b\\2.jpg"], ["1", "a/2", "b/2"]),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_json_names_each_image_as_shortly_as_it_can(case):
+    ids, expected = NAMES[case]
+    probabilities = np.eye(len(ids), 8)
+    text = inference.format_predictions("json", ids, probabilities, [0.5] * 8, make_classifier(classes="abcdefgh"))
+    assert json.loads(text) == {name: [c] for c, name in enumerate(expected)}
 
 
 # Q15
@@ -377,7 +398,7 @@ def test_images_of_one_name_are_kept_apart(model, demo, tmp_path, capsys):
         shutil.copy(photo, folder / name)
     Image.open(photos[2]).save(folder / "x" / "1.png")
     found = json.loads(run(capsys, folder, "--model", model, "--format", "json"))
-    assert list(found) == ["x/1.jpg", "x/1.png", "y/1.jpg"]
+    assert list(found) == ["x/1.jpg", "x/1.png", "y/1"]
     thresholds = np.array(inference.load_model(model, "cpu", "fp32").thresholds)
     probabilities = inference.main([str(folder), "--model", model, *CPU])
     expected = [np.flatnonzero(row >= thresholds).tolist() for row in probabilities]
@@ -442,7 +463,7 @@ def test_a_file_name_that_is_not_utf8(model, images, tmp_path, capsys):
     assert "r.jpg" in run(capsys, folder, "--model", model)
     for style in ("table", "csv", "json", "probabilities"):
         run(capsys, folder, "--model", model, "--format", style, "--out", tmp_path / style)
-        assert b"r.jpg" in (tmp_path / style).read_bytes()
+        assert (b'r": ' if style == "json" else b"r.jpg") in (tmp_path / style).read_bytes()
     run(capsys, folder, "--model", model, "--threshold", 0, "--save", tmp_path / "drawn", "--heatmap")
     assert len(list((tmp_path / "drawn").iterdir())) == 1
     shutil.copy(images[0], os.fsencode(folder) + b"/bad\xfc.jpg")
@@ -478,16 +499,118 @@ def test_predictions_need_no_output(tmp_path, images, monkeypatch, stream):
 
 def test_wrong_images_are_clear_errors(model, tmp_path):
     for arguments, message in (([str(tmp_path / "x.jpg")], r"x\.jpg is not there"),
-                               ([str(tmp_path)], "holds no images"), ([], "no image is named")):
+                               ([str(tmp_path)], "holds no files: name a folder of images"),
+                               ([], "no image is named")):
         with pytest.raises(InputError, match=message):
             inference.main([*arguments, "--model", model])
+
+
+def test_files_of_a_folder_that_are_not_read_are_counted_by_suffix(model, images, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    for name in ("a.HEIC", "b/c.heic", "b/d.heic", "scan.dcm", "no_suffix", ".DS_Store", "._e.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\0" * 20)
+    code, out, errors = as_command(capsys, inference.main, folder, "--model", model, *CPU)
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert f"{folder} holds no images that can be read, only 3 .heic, 1 without a suffix, 1 .dcm: convert" in errors
+    shutil.copy(images[0], folder / "b" / "good.jpg")
+    code, out, errors = as_command(capsys, inference.main, folder, "--model", model, *CPU)
+    assert code == 0 and "b/good.jpg" in out
+    assert f"{folder}: skipped 3 .heic, 1 without a suffix, 1 .dcm, which" in errors
+    (folder / "only").mkdir()
+    shutil.copy(images[0], folder / "only" / "good.jpg")
+    assert "skipped" not in as_command(capsys, inference.main, folder / "only", "--model", model, *CPU)[2]
+
+
+def test_a_folder_has_images_of_every_readable_format_and_those_behind_links(model, images, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(images[0], tmp_path / "elsewhere" / "linked.jpg")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    picture = Image.open(images[0])
+    for name in ("a.tga", "b.JP2", "c.webp", "d.tiff"):
+        picture.save(folder / name)
+    picture.save(folder / "e.jpx", "JPEG2000")
+    found = json.loads(run(capsys, folder, "--model", model, "--format", "json"))
+    assert list(found) == ["a", "b", "c", "d", "e", "linked"]
+
+
+def test_a_file_that_is_named_is_an_image_whatever_its_suffix(model, images, tmp_path, capsys):
+    for name in ("photo.dat", "photo"):
+        shutil.copy(images[0], tmp_path / name)
+        assert run(capsys, tmp_path / name, "--model", model).startswith(f"{name}\n")
+
+
+ORDERS = [  # arguments: models A and B, the latter also as C without a suffix; images 1 and 2
+    ("--model A 1 2", "A"), ("--model A -- 1 2", "A"), ("1 2 --model A", "A"), ("1 --model A 2", "A"), ("A 1 2", "A"),
+    ("1 --batch-size 4 --model A --format csv 2", "A"), ("--model A B 1 2", "AB"), ("--model A --model B 1 2", "AB"),
+    ("1 2 --model A B", "AB"), ("1 --model A B 2", "AB"), ("--model A 1 --model B --image 2", "AB"),
+    ("--model A --model C 1 2", "AB"),
+]
+
+
+@pytest.mark.parametrize("words, models", ORDERS, ids=[words for words, _ in ORDERS])
+def test_models_and_images_may_be_given_in_any_order(two, images, tmp_path, words, models):
+    named = {"A": two[0], "B": two[1], "C": str(tmp_path / "model"), "1": str(images[0]), "2": str(images[1])}
+    shutil.copy(named["B"], named["C"])
+    printed = inference.main([*(named.get(word, word) for word in words.split()), *CPU])
+    expected = probabilities_of([named[model] for model in models], images[:2])
+    np.testing.assert_allclose(printed, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("words, code, message", [("--model A gone.pth 1", 2, "gone.pth is not there"),
+                                                  ("--model A", 2, "no image is named"), ("A", 2, "no image is named"),
+                                                  ("--model A 1 C", 1, "model: not an image")])
+def test_what_is_neither_a_model_nor_an_image_is_named(two, images, tmp_path, capsys, words, code, message):
+    named = {"A": two[0], "C": str(tmp_path / "model"), "1": images[0]}
+    shutil.copy(two[1], named["C"])
+    found, _, errors = as_command(capsys, inference.main, *(named.get(word, word) for word in words.split()), *CPU)
+    assert (found, message in errors) == (code, True)
+
+
+def test_a_file_that_is_read_is_not_replaced(model, images, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    (photos / "more").mkdir(parents=True)
+    picture = Image.open(images[0])
+    for name in ("a.png", "b.png", "more/a.png"):
+        picture.save(photos / name)
+    shutil.copy(model, tmp_path / "model.pth")
+    shutil.copy(images[0], photos / "photo.dat")
+    (tmp_path / "link.txt").symlink_to(photos / "photo.dat")
+    other, linked = tmp_path / "other", tmp_path / "linked"
+    other.mkdir()
+    picture.save(other / "a.png")
+    linked.mkdir()
+    (linked / "b.png").symlink_to(photos / "b.png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    not_drawn = "which was not drawn by --save"
+    among = "lies in a folder of images that are read"
+    replaces = "would replace a file that is read"
+    for call, message in (([photos, "--save", photos], among), ([photos, "--save", f"{photos}/more/../"], among),
+                          ([photos, "--save", photos / "more"], among), ([photos, "--save", photos / "new"], among),
+                          (["--image", photos, "--save", photos], among),
+                          ([photos / "a.png", "--save", photos], not_drawn),
+                          ([images[0], photos / "a.png", "--save", other], not_drawn),
+                          ([photos / "b.png", "--save", linked], not_drawn),
+                          ([photos, "--save", tmp_path / "model.pth"], "is a file"),
+                          ([photos, "--out", tmp_path], "is a folder"),
+                          ([photos, "--out", photos / "a.png"], "has the name of an image"),
+                          ([photos, "--out", tmp_path / "new.JPG"], "has the name of an image"),
+                          ([photos, "--out", tmp_path / "model.pth"], replaces),
+                          ([photos / "photo.dat", "--out", photos / "photo.dat"], replaces),
+                          ([photos / "photo.dat", "--out", tmp_path / "link.txt"], replaces)):
+        code, out, errors = as_command(capsys, inference.main, *call, "--model", tmp_path / "model.pth", *CPU)
+        assert (code, out, errors.splitlines()[-1].startswith("error: ")) == (2, "", True), call
+        assert message in errors and ": resnet18" not in errors  # before the model is loaded
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 # Q16
 def test_what_macos_writes_beside_images_is_no_image(model, images, tmp_path, capsys):
     shutil.copy(images[0], tmp_path / "b.jpg")
     (tmp_path / "._b.jpg").write_bytes(b"\0\5\x16\7")
-    assert list(json.loads(run(capsys, tmp_path, "--model", model, "--format", "json"))) == ["b.jpg"]
+    assert list(json.loads(run(capsys, tmp_path, "--model", model, "--format", "json"))) == ["b"]
 
 
 # B23
@@ -498,7 +621,7 @@ def test_a_link_that_loops_is_one_bad_image(model, images, tmp_path, capsys):
     code, out, errors = as_command(capsys, inference.main, tmp_path, "--model", model, "--format", "json",
                                    *CPU)
     assert code == 1
-    assert "good.jpg" in json.loads(out)
+    assert list(json.loads(out)) == ["good"]
     assert "loop.jpg: " in errors
     assert errors.splitlines()[-1].startswith("error: 1 of ")
 
@@ -636,6 +759,84 @@ def test_a_model_is_deployed_without_metrics(model, images, demo, monkeypatch, c
     assert (code, errors.count("\n")) == (2, 1)
     assert errors.startswith("error: ")
     assert "metrics.py" in errors
+
+
+def divided(labelled, parts):
+    """Give each image of a data folder its part, by a column of the label file."""
+    header, *rows = (labelled / "labels.txt").read_text().replace(" ", ",").splitlines()
+    lines = [f"{header},split", *(f"{row},{part}" for row, part in zip(rows, parts))]
+    (labelled / "labels.txt").write_text("\n".join(lines))
+    return labelled
+
+
+PARTS = [  # parts of the three images, what --evaluate reports, what --calibrate uses
+    (("train", "val", "test"), ("test", [2]), ("val", [1])),
+    (("test", "train", "test"), ("test", [0, 2]), ("test", [0, 2])),
+    (("val", "", "train"), ("val", [0]), ("val", [0])),
+    (("train", "train", "train"), ("all", [0, 1, 2]), ("all", [0, 1, 2])),
+    (None, ("all", [0, 1, 2]), ("all", [0, 1, 2])),
+]
+
+
+@pytest.mark.parametrize("parts, evaluated, calibrated", PARTS, ids=[str(case[0]) for case in PARTS])
+def test_a_model_is_reported_and_calibrated_on_what_it_was_not_trained_on(model, labelled, tmp_path, capsys, parts,
+                                                                          evaluated, calibrated):
+    table = dataset.read_labels(labelled)
+    data = divided(labelled, parts) if parts else labelled
+    for option, (split, rows) in (("--evaluate", evaluated), ("--calibrate", calibrated)):
+        out = tmp_path / f"{option}.json" if option == "--evaluate" else tmp_path / "new.pth"
+        report = inference.main([option, str(data), "--model", model, "--format", "json", "--out", str(out), *CPU])
+        printed, errors = capsys.readouterr()
+        written = json.loads(out.read_text() if option == "--evaluate" else printed)
+        assert (written["split"], report["split"], report["rows"]) == (split, split, len(rows))
+        if split == "all":
+            assert f"{option}: all 3 images, including any that the model was trained on" in errors
+        else:
+            assert f"{option}: the {split} part of the data's own split, {len(rows)} of 3 images" in errors
+        counts = [np.count_nonzero(table.targets[rows] == value, axis=0).tolist() for value in (1, 0)]
+        found = [[row[name] for row in report["per_class"].values()] for name in ("positives", "negatives")]
+        assert found == counts
+    text = run(capsys, "--evaluate", data, "--model", model)
+    assert f"\n{'all data' if evaluated[0] == 'all' else evaluated[0] + ' split'}, {len(evaluated[1])} images\n" in text
+
+
+def test_a_test_part_without_labels_is_not_reported(model, labelled, capsys):
+    data = divided(labelled, ("train", "val", "test"))
+    text = (data / "labels.txt").read_text()
+    (data / "labels.txt").write_text(text.replace("c.jpg,1,1,1,0,0,0", "c.jpg,NA,NA,NA,NA,NA,NA"))
+    report = inference.main(["--evaluate", str(data), "--model", model, *CPU])
+    assert (report["split"], report["rows"]) == ("val", 1)
+    capsys.readouterr()
+
+
+def test_pictures_that_were_drawn_before_are_replaced(model, images, tmp_path, capsys):
+    drawn = tmp_path / "drawn" / f"{images[0].stem}.png"
+    for threshold in (0, 1):  # all labels, then none
+        run(capsys, images[0], "--model", model, "--threshold", threshold, "--save", drawn.parent)
+        drawn.rename(tmp_path / f"{threshold}.png")
+        shutil.copy(tmp_path / "0.png", drawn)
+    run(capsys, images[0], "--model", model, "--threshold", 1, "--save", drawn.parent)
+    assert drawn.read_bytes() == (tmp_path / "1.png").read_bytes() != (tmp_path / "0.png").read_bytes()
+
+
+def test_evaluate_and_calibrate_replace_no_file_that_they_read(model, classifier, labelled, tmp_path, capsys):
+    (labelled / "label_groups.json").write_text(json.dumps({"all": classifier.classes}))
+    shutil.copy(model, tmp_path / "model.pth")
+    shutil.copy(labelled / "label_groups.json", tmp_path / "groups.json")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    names = ("labels.txt", "images/../labels.txt", "label_groups.json", "images/a.jpg", "images")
+    for option, out in (*itertools.product(("--evaluate", "--calibrate"), names), ("--evaluate", "model.pth"),
+                        ("--evaluate", "groups.json")):
+        groups = ["--label-groups", tmp_path / "groups.json"] if out == "groups.json" else []
+        code, printed, errors = as_command(capsys, inference.main, option, labelled, "--model", tmp_path / "model.pth",
+                                           "--out", labelled / out, *groups, *CPU)
+        assert (code, printed) == (2, "")
+        assert errors.splitlines()[-1].startswith(f"error: --out {labelled / out} ")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    report = labelled / "report.json"
+    for _ in range(2):  # a report of before is replaced
+        run(capsys, "--evaluate", labelled, "--model", model, "--format", "json", "--out", report)
+    assert json.loads(report.read_text())["rows"] == 3
 
 
 # ----------------------------------------------------------------------------------------------------------
