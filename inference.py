@@ -94,11 +94,11 @@ class InFullPrecision:
             return super().forward(features)
 
 
-class LinearHead(InFullPrecision, nn.Linear):
+class Linear(InFullPrecision, nn.Linear):
     """A head of one linear layer."""
 
 
-class LayersHead(InFullPrecision, nn.Sequential):
+class Sequential(InFullPrecision, nn.Sequential):
     """A head of several layers."""
 
 
@@ -106,18 +106,18 @@ def _build_head(head, features, num_classes, dropout):
     if head == "mlp":
         first, second = (*dropout, dropout[-1])[:2]
         hidden = features // 4
-        return LayersHead(
+        return Sequential(
             nn.BatchNorm1d(features), nn.Dropout(first), nn.Linear(features, hidden), nn.ReLU(),
             nn.Dropout(second), nn.Linear(hidden, num_classes),
         )
     if head == "linear" and not dropout[0]:
-        return LinearHead(features, num_classes)
+        return Linear(features, num_classes)
 
     layers = [nn.Dropout(dropout[0])] if dropout[0] else []
     layers.append(nn.Linear(features, num_classes))
     if head == "bn":
         layers.append(nn.BatchNorm1d(num_classes))
-    return LayersHead(*layers)
+    return Sequential(*layers)
 
 
 def choose_device(name):
@@ -290,7 +290,7 @@ class Classifier:
     mirrored: bool = False  # the probabilities of the mirrored image are averaged too
     epoch: int = 0
     scores: dict = field(default_factory=dict)  # on val, at that epoch
-    trained_on: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # train.image_keys()
+    trained_on: list = field(default_factory=list)  # train.image_keys() of the images that it was trained on
     options: dict = field(default_factory=dict)  # of the run that trained it
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: torch.dtype = torch.float32  # None: chosen for each predict() by what is fastest for so many images
@@ -401,7 +401,7 @@ def _join(classifiers, paths):
     members = [member for classifier in classifiers for member in classifier.members]
     thresholds = np.mean([classifier.thresholds for classifier in classifiers], axis=0).tolist()
     mirrored = any(classifier.mirrored for classifier in classifiers)
-    trained_on = torch.cat([classifier.trained_on for classifier in classifiers])
+    trained_on = sorted(set().union(*(classifier.trained_on for classifier in classifiers)))
     return replace(first, members=members, thresholds=thresholds, mirrored=mirrored, trained_on=trained_on)
 
 
@@ -412,7 +412,7 @@ class Weights:
     source: str  # "imagenet", or the file
     tensors: dict  # name -> tensor
     classes: list  # that a checkpoint of train.py names, else empty
-    trained_on: torch.Tensor  # keys of the images that it says it was trained on: see train.image_keys()
+    trained_on: list  # as in a Classifier
 
 
 def load_weights(network, weights, backbone, classes=()):
@@ -465,18 +465,17 @@ def load_weights(network, weights, backbone, classes=()):
 def read_weights(weights, backbone):
     """Return the Weights of "imagenet" (torchvision's default weights of the backbone), or of a file: a model.pth, a
     last.pth or a state_dict. Raises InputError."""
-    nothing = torch.empty(0, dtype=torch.int64)
     if weights == "imagenet":
-        return Weights(weights, _download(backbone), [], nothing)
+        return Weights(weights, _download(backbone), [], [])
 
     content = read_checkpoint(weights)
     if not isinstance(content, dict):
         raise InputError(f"{weights} holds no state_dict")
     known = []
-    trained_on = nothing
+    trained_on = []
     if "format" in content and "classes" in content:  # of train.py
         known = list(content["classes"])
-        trained_on = content.get("trained_on", nothing)
+        trained_on = list(content.get("trained_on", []))
     if "members" in content:  # a model.pth
         content = content["members"][0]
 

@@ -606,7 +606,7 @@ def build(options, tables, weights=None):
         trained_on = image_keys(table)
         if weights:
             warn_of_tested_images(weights, tables)
-            trained_on = torch.cat([weights.trained_on, trained_on]).unique()
+            trained_on = sorted({*weights.trained_on, *trained_on})
     network = inference.to_device(network, device)
     count = len(table.classes)
     member = inference.Member(network, options.backbone, options.head, options.dropout, options.size, [0.0] * count)
@@ -651,8 +651,8 @@ def load_weights(network, weights, options, classes):
 
 
 def image_keys(table):
-    """Return a number for each image, int64 (N,), by which a later run knows it again, also under another name: a hash
-    of the size and the first 64 KB of its file, since whole files take too long."""
+    """Return a number for each image, by which a later run knows it again, also under another name: a hash of the size
+    and the first 64 KB of its file, since whole files take too long."""
 
     def key(path):
         try:
@@ -660,17 +660,18 @@ def image_keys(table):
                 content = str(os.fstat(file.fileno()).st_size).encode() + file.read(2**16)
         except OSError:  # training reports it
             content = os.fsencode(path)
-        return int.from_bytes(hashlib.sha256(content).digest()[:8], "little", signed=True)
+        return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
 
     with ThreadPoolExecutor(inference.default_workers()) as pool:
-        return torch.tensor(list(pool.map(key, table.paths)), dtype=torch.int64)
+        return list(pool.map(key, table.paths))
 
 
 def count_trained_on(weights, table):
     """Return how many images of a table some Weights say that they were trained on."""
-    if weights is None or not len(weights.trained_on):
+    if weights is None or not weights.trained_on:
         return 0
-    return int(torch.isin(image_keys(table), weights.trained_on).sum())
+    known = set(weights.trained_on)
+    return sum(key in known for key in image_keys(table))
 
 
 def warn_of_tested_images(weights, tables):
@@ -1116,7 +1117,7 @@ def cross_validate(options, tables):
         raise InputError(f"--weights {options.weights} was trained on {known} of the images that --folds tests on: use "
                          "weights that have not seen them, such as imagenet")
     members = []
-    trained_on = []
+    trained_on = set()
     raw = np.full(pool.targets.shape, np.nan)  # probabilities that are not calibrated yet
     with folder_locked(out) if is_leader() else contextlib.nullcontext():
         for k in range(options.folds):
@@ -1131,9 +1132,8 @@ def cross_validate(options, tables):
             rows, logits = predict_split(run, "val")
             raw[np.flatnonzero(parts == k)[rows]] = inference.to_probabilities(run.classifier, logits[None])
             members += run.classifier.members
-            trained_on.append(run.classifier.trained_on)
-        trained_on = torch.cat(trained_on).unique()
-        classifier = replace(run.classifier, members=members, epoch=0, scores={}, trained_on=trained_on)
+            trained_on.update(run.classifier.trained_on)
+        classifier = replace(run.classifier, members=members, epoch=0, scores={}, trained_on=sorted(trained_on))
         good = np.flatnonzero(~np.isnan(raw).any(axis=1))
         table = pool.subset(good)
         report, probabilities, thresholds = report_folds(options, classifier, table, parts[good], raw[good])
