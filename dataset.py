@@ -261,7 +261,8 @@ def _check_negatives(table, meanings, how):
     """Raise an InputError if no label is absent: then NA, perhaps a blank cell, must be what means it."""
     unknown = [cell for cell, value in meanings.items() if value is not None and math.isnan(value)]
     asked = [cell for cell in unknown if not _is_word(cell, how.unknown)]
-    if math.isnan(table.absent) and asked and np.isnan(table.targets).any() and not (table.targets == 0).any():
+    only_present = (table.targets == 1).any() and not (table.targets == 0).any()
+    if math.isnan(table.absent) and asked and only_present and np.isnan(table.targets).any():
         word = "" if "" in asked else min(asked)
         said = f"a cell {word!r}" if word else "a blank cell"
         source = table.origins[0].rpartition(":")[0]

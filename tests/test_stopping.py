@@ -501,13 +501,13 @@ def test_fewer_epochs_than_are_trained_end_the_run_as_it_is(options, tmp_path, c
 def saved_run(options, out, losses, monitor):
     """A finished run of three epochs whose losses on val were these, with an epoch kept by the monitor."""
 
-    def evaluate(run, split, *more):
-        table, probabilities, report = evaluate_split(run, split, *more)
+    def evaluate(run, split, **more):
+        table, probabilities, report = evaluate_split(run, split, **more)
         return table, probabilities, report | {"loss": losses[run.state.epoch] if split == "val" else 1.0}
 
     evaluate_split = train.evaluate_split
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "evaluate_split", lambda run, split, *more: evaluate(run, split, *more))
+        patch.setattr(train, "evaluate_split", evaluate)
         losses = [*losses, losses[-1]]  # at the end, on val, after the last epoch
         train.main([*options, "--epochs", "3", "--monitor", monitor])
 
