@@ -1703,10 +1703,10 @@ def _stratified_parts(positives, sizes, ratios, rng):
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+EXIF_TRANSPOSE = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # EXIF orientation -> what makes it upright
-PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ETIMEDOUT}  # errors that may not come again
+TRANSIENT_ERRORS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ETIMEDOUT}  # that may not come again
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is an error, and reported as one
 
@@ -1724,7 +1724,7 @@ def load_image(image, size=None, within=None):
         try:
             return _load_image(image, size, within)
         except OSError as error:
-            if error.errno not in PASSING:
+            if error.errno not in TRANSIENT_ERRORS:
                 raise
             time.sleep(0.1)
             return _load_image(image, size, within)
@@ -1750,7 +1750,7 @@ def image_name(image):
 
 def _load_image(image, size, within):
     image = _open_image(image)
-    turn = TURNS.get(image.getexif().get(0x0112))
+    turn = EXIF_TRANSPOSE.get(image.getexif().get(0x0112))
     drafted = None
     if side := size or within:  # twice that, so that the scale of the decoding does not show
         drafted = image.draft("RGB", (2 * side, 2 * side))
@@ -2153,7 +2153,7 @@ def summary(table, title="data", most=30):
         lines.append("  the data's own split: " + ", ".join(f"{count} {part}" for part, count in counts.items()))
     if table.missing:
         lines.append(f"missing: {shortened(table.missing)}")
-    lines += [f"warning: {warning}" for warning in table.warnings + one_sided(table)]
+    lines += [f"warning: {warning}" for warning in table.warnings + single_valued_classes(table)]
 
     group_of = {name: group for group, names in table.groups.items() for name in names}
     width = max(5, *map(len, table.classes))
@@ -2175,7 +2175,7 @@ def summary(table, title="data", most=30):
     return "\n".join(lines + rows)
 
 
-def one_sided(table):
+def single_valued_classes(table):
     """Warnings of the classes of a table that have no known positive, or no known negative."""
     lines = []
     for value, word in ((1, "positive"), (0, "negative")):

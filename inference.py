@@ -1028,23 +1028,6 @@ def stack_charts(charts, columns, title=""):
     return image
 
 
-def loss_curves(losses, history, marks=(), title=""):
-    """The loss of each iteration over that of each epoch, with marks (epoch, text) -> PIL image."""
-    steps = range(1, len(losses) + 1)
-    series = [("each iteration", steps, losses, COLOURS[0])]
-    window = len(losses) // 40
-    if window > 1:
-        means = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-        series = [(f"mean of {window}", steps[window - 1 :], means, COLOURS[0]),
-                  ("each iteration", steps, losses, COLOURS[2])]
-    upper = draw_chart(series, title or "Loss per iteration", "iteration_number", "training_loss")
-    epochs = [row["epoch"] for row in history]
-    series = []
-    for name, colour in (("train", COLOURS[0]), ("val", COLOURS[1])):
-        series.append((name, epochs, [row.get(f"{name}_loss", math.nan) for row in history], colour))
-    return stack_charts([upper, draw_chart(series, "Loss per epoch", "epoch", "loss", marks=marks)], 1)
-
-
 def reliability_chart(targets, probabilities):
     """How often labels were there, by the probability that was predicted, beside the ideal -> PIL
     image. Arguments as of metrics.reliability_curve()."""

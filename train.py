@@ -459,7 +459,7 @@ def read_data(options):
     print_once(options, f"split ({source}): {counts}")
     if np.isnan(tables["train"].targets).all():
         raise InputError(f"{options.data}: no label of the train split is known: there is nothing to learn from")
-    for warning in dataset.one_sided(tables["train"]):
+    for warning in dataset.single_valued_classes(tables["train"]):
         print_warning(f"train split: {warning}: such a class cannot be learned")
     for name in ("val", "test"):
         if len(tables[name]) and np.isnan(tables[name].targets).all():
@@ -1463,10 +1463,28 @@ def write_history(run):
         for before, row in itertools.pairwise(history):
             if row["lr"] != before["lr"]:
                 marks.append((row["epoch"], f"lr {row['lr']:g}"))
-    curves = inference.loss_curves(run.state.losses, history, marks, options.plot_title)
+    curves = loss_curves(run.state.losses, history, marks, options.plot_title)
     dataset.write_png(run.out / "loss_curve.png", curves)
     if options.plot_title:
         dataset.write_png(title_path(run.out, options.plot_title), curves)
+
+
+def loss_curves(losses, history, marks=(), title=""):
+    """The loss of each iteration over that of each epoch, with marks (epoch, text) -> PIL image."""
+    steps = range(1, len(losses) + 1)
+    series = [("each iteration", steps, losses, inference.COLOURS[0])]
+    window = len(losses) // 40
+    if window > 1:
+        means = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+        series = [(f"mean of {window}", steps[window - 1 :], means, inference.COLOURS[0]),
+                  ("each iteration", steps, losses, inference.COLOURS[2])]
+    upper = inference.draw_chart(series, title or "Loss per iteration", "iteration_number", "training_loss")
+    epochs = [row["epoch"] for row in history]
+    series = []
+    for name, colour in (("train", inference.COLOURS[0]), ("val", inference.COLOURS[1])):
+        series.append((name, epochs, [row.get(f"{name}_loss", math.nan) for row in history], colour))
+    lower = inference.draw_chart(series, "Loss per epoch", "epoch", "loss", marks=marks)
+    return inference.stack_charts([upper, lower], 1)
 
 
 def title_path(out, title):

@@ -79,13 +79,17 @@ def real_networks(monkeypatch, small_networks):
     monkeypatch.setattr("torchvision.models.resnet.ResNet", small_networks)
 
 
+CHARTS = ((train, "loss_curves"), (inference, "pr_curves"), (inference, "mistakes_sheet"),
+          (inference, "reliability_chart"))
+
+
 @pytest.fixture
 def blank_pictures(monkeypatch):
     """Runs draw no charts, which take half of the time of a small run."""
     from PIL import Image
 
-    for name in ("loss_curves", "pr_curves", "mistakes_sheet"):
-        monkeypatch.setattr(inference, name, lambda *_: Image.new("RGB", (1, 1)))
+    for module, name in CHARTS:
+        monkeypatch.setattr(module, name, lambda *_: Image.new("RGB", (1, 1)))
 
 
 def as_command(capsys, function, *arguments):

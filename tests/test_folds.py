@@ -19,7 +19,7 @@ import dataset
 import inference
 import metrics
 import train
-from conftest import ROOT, SMALL, as_command, classifier_of
+from conftest import CHARTS, ROOT, SMALL, as_command, classifier_of
 from dataset import InputError
 
 RUN = ["--epochs", "2", "--lr", "3e-3", *SMALL]
@@ -33,8 +33,8 @@ OUT_FILES = FOLD_FILES - {"last.pth", "val_metadata.csv", "loss_curve.png", "his
 def blank_charts(trained):
     """Charts take half of the time of a small run. `trained`, which other tests share, has its own."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("loss_curves", "pr_curves", "mistakes_sheet", "reliability_chart"):
-            patch.setattr(inference, name, lambda *_: Image.new("RGB", (1, 1)))
+        for module, name in CHARTS:
+            patch.setattr(module, name, lambda *_: Image.new("RGB", (1, 1)))
         yield
 
 
@@ -543,9 +543,9 @@ def test_a_run_of_folds_that_is_killed_many_times_ends_as_one_that_never_was(mak
     data = make_data("".join(f"{name} {i % 2} {int(i % 5 == 0)}\n" for i, name in enumerate(names)), names)
     script = KILLER.replace('"parts/last.pth"', '"parts/fold_1/last.pth"')
     script = script.replace('os.listdir("parts")', '[name for _, _, names in os.walk("parts") for name in names]')
-    blank = "conftest.use_small_networks()\nimport inference\nfrom PIL import Image\n"
-    for name in ("loss_curves", "pr_curves", "mistakes_sheet", "reliability_chart"):
-        blank += f"inference.{name} = lambda *_: Image.new('RGB', (1, 1))\n"
+    blank = "conftest.use_small_networks()\nimport inference, train\nfrom PIL import Image\n"
+    for module, name in CHARTS:
+        blank += f"{module.__name__}.{name} = lambda *_: Image.new('RGB', (1, 1))\n"
     script = script.replace("conftest.use_small_networks()\n", blank)
     arguments = ["--data", str(data), "--folds", "3", *RUN]
     script = script.replace("sleep(0.01)", "sleep(0.004)")

@@ -970,7 +970,7 @@ def test_the_sheet_of_mistakes_does_not_hold_full_size_images(tmp_path, monkeypa
 def test_loss_curves_draw_from_one_point_to_many(losses, epochs):
     history = [{"epoch": i + 1, "train_loss": 1 / (i + 1), "val_loss": math.nan} for i in range(epochs)]
     marks = [(1, "best epoch: 1"), (epochs, "layer4 unfrozen")]
-    image = inference.loss_curves(losses, history, marks, "A title")
+    image = train.loss_curves(losses, history, marks, "A title")
     assert image.size == (900, 840)
     assert not losses or len(image.getcolors(10**6)) > 20
 
@@ -982,7 +982,7 @@ def test_marks_are_of_the_best_epoch_the_unfreezing_and_new_rates(demo, tmp_path
         kept.append(set(marks))
         return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr(inference, "loss_curves", draw)
+    monkeypatch.setattr(train, "loss_curves", draw)
     options = [*SMALL, "--data", str(demo), "--out", str(tmp_path), "--epochs", "3", "--lr", "0.001",
                "--train-layers", "head", "--unfreeze", "layer4", "--unfreeze-epoch", "2", "--monitor", "map"]
     report = train.main([*options, "--schedule", "multistep", "--milestones", "2"])

@@ -1333,7 +1333,7 @@ def test_assignment_has_the_loss_of_every_iteration_under_its_title(reference_da
         titles.append((len(losses), title))
         return Image.new("RGB", (3, 3))
 
-    monkeypatch.setattr(inference, "loss_curves", draw)
+    monkeypatch.setattr(train, "loss_curves", draw)
     report = run("--preset", "assignment", "--data", reference_data["txt"], "--out", tmp_path, "--epochs", 1)
     assert list(report["per_class"]) == [f"Attr{i}" for i in range(1, 7)]
     steps = int(read_rows(tmp_path / "history.csv")[0]["steps"])
