@@ -26,6 +26,7 @@ import math
 import os
 import posixpath
 import re
+import shlex
 import sys
 import textwrap
 import time
@@ -136,7 +137,9 @@ def read_labels(data_dir, labels=None, images=None, **how):
 
     table = _attach_images(table, folder, by_stem)
     if how.split_column == "folder":
-        table.parts = [_part_of_folder(path, folder.root) for path in table.paths]
+        table.parts = [_split_word(path.removeprefix(folder.root)) for path in table.paths]
+        if not any(table.parts):
+            raise InputError(f"--split-column folder: no folder below {folder.root} is called train, val or test")
         table.notes.append("split: by the folders below the image folder")
     table = _find_copies(table)
     return _merge_rows(_separate_parts(table, how.drop_overlap))
@@ -156,7 +159,8 @@ def add_data_options(parser):
     add("--image-column", metavar="COLUMN", help="column naming the image (default: search for it)")
     add("--ignore", nargs="+", action="extend", default=[], metavar="COLUMN", help="columns to leave out")
     add("--separator", metavar="TEXT", help="what separates the labels in a cell (default: search for ; | or ,)")
-    add("--label-threshold", type=number(float), metavar="T", help="labels are numbers from 0 to 1: present from T on")
+    add("--label-threshold", type=number(float, below=1.001), metavar="T",
+        help="labels are numbers from 0 to 1: present from T on")
     for name, value in (("positive", "present"), ("negative", "absent"), ("unknown", "unknown (NA)")):
         add(f"--{name}", action="append", default=[], metavar="WORD", help=f"a cell that means {value}, such as "
             + {"positive": "ja", "negative": "nein, -1 or ''", "unknown": "-1"}[name] + "; can be repeated")
@@ -187,7 +191,8 @@ def find_labels(data_dir, folder=None):
         return {"": data_dir / "labels"}
 
     found = _table_files(data_dir)
-    tables = [path for path in found if path.name != "classes.txt" and not _read_class_table(path, folder)]
+    others = re.compile(r"classes\.txt|sample.*", re.IGNORECASE)  # class names, a competition's sample of predictions
+    tables = [path for path in found if not others.fullmatch(path.name) and not _read_class_table(path, folder)]
     if len(tables) == 1:
         return {"": tables[0]}
     names = ", ".join(path.name for path in found) or "no .txt, .csv or .tsv file"
@@ -201,7 +206,8 @@ def _table_files(folder):
 
 
 PART_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-              "test": "test", "testing": "test"}
+              "eval": "val", "publictest": "val", "test": "test", "testing": "test", "privatetest": "test",
+              "holdout": "test"}
 
 
 def _find_divided(data_dir):
@@ -233,10 +239,11 @@ def _read_files(files, data_dir, groups, folder, how):
     tables = {}
     left_out = []
     first = None  # the columns of labels in the first file: the other files must be like it
-    meanings = {}
+    meanings = {}  # cell -> what it means
+    seen = {}  # file -> its titles
     for part, path in files.items():
         try:
-            table, columns = _read_file(path, data_dir, groups, folder, how, first, meanings)
+            table, columns = _read_file(path, data_dir, groups, folder, how, first, meanings, seen)
         except NoLabels as error:
             if not tables:
                 raise
@@ -244,6 +251,10 @@ def _read_files(files, data_dir, groups, folder, how):
             continue
         first = first or columns
         tables[part] = table
+    for name in how.ignore:
+        if not any(name in titles for titles in seen.values()):
+            path, titles = next(iter(seen.items()))
+            raise InputError(f"--ignore {name}: {path} has no such column; it has {', '.join(titles)}")
 
     divided = len(tables) > 1
     if divided:
@@ -266,8 +277,8 @@ def _check_negatives(table, meanings, how):
         word = "" if "" in asked else min(asked)
         said = f"a cell {word!r}" if word else "a blank cell"
         source = table.origins[0].rpartition(":")[0]
-        raise InputError(f"{source}: every known label is present: if {said} means absent, "
-                         f'say --negative "{word}"; if it means unknown, --unknown "{word}"')
+        raise InputError(f"{source}: every known label is present: if {said} means absent, say "
+                         f"--negative={shlex.quote(word)}; if it means unknown, --unknown={shlex.quote(word)}")
 
 
 # Text files: lines, and rows of cells
@@ -337,7 +348,10 @@ def read_rows(path):
                 rows.append((reader.line_num, cells))
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}: {error}: is a quote left open?") from None
-    return rows, delimiter
+    width = max((len(cells) for _, cells in rows), default=0)
+    while width and not any(len(cells) >= width and cells[width - 1] for _, cells in rows):
+        width -= 1  # spreadsheets leave columns without any cell at the right
+    return [(number, cells[:width]) for number, cells in rows], delimiter
 
 
 def _find_delimiter(path, line):
@@ -360,21 +374,26 @@ DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", " ": "white s
 ID_TITLES = ("id", "image_id", "imageid", "image", "images", "image_name", "image name", "image index", "filename",
              "file_name", "file name", "file", "path", "filepath", "file_path", "image_path", "img", "name", "fname")
 LIST_TITLE = re.compile(r"label|tag|class|categor|finding|choice|attribute", re.IGNORECASE)
+SUBJECT_TITLE = re.compile(r"genre|target|defect|component|disease|diagnos|object|species", re.IGNORECASE)  # likely too
 
-# Titles of columns that hold no labels even where their cells are 0 and 1: ids, people, folds.
-OTHER_TITLE = re.compile(r"(.*[_ .-])?(id|uuid|guid|idx|index|fold|split|set|subset|partition|date|time|timestamp|"
-                         r"annotators?|annotated by|labell?er|rater|reviewer|inspector|operator|author|user|username|"
-                         r"worker|source|url|(created|updated)[_ ](at|by))|Unnamed: \d+", re.IGNORECASE)
+# Titles of columns that hold no labels even where their cells are 0 and 1: an index, ids, people.
+OTHER_TITLE = re.compile(r"|Unnamed: [\d.]+|__index_level_\d+__|(.*[_ .-])?(id|uuid|guid|annotators?|labell?ers?|"
+                         r"raters?|reviewers?|inspectors?|\w+ed[_ ](by|at))", re.IGNORECASE)
+# Titles of columns that are hardly labels, though a class may be called so; if it is read as one, there is a warning.
+UNLIKELY_TITLE = re.compile(r"(.*[_ .-])?(fold|split|set|subset|partition|date|time|timestamp|idx|index|operator|"
+                            r"author|user|username|worker|source|url)", re.IGNORECASE)
 # Titles of columns whose words are not names of labels.
 TEXT_TITLES = {"caption", "text", "description", "comment", "comments", "remarks", "note", "notes", "confidence"}
-VALUE_TITLES = {"confidence", "value", "present", "presence"}  # beside one name: 1 it is there, 0 it is absent
+# Titles of a number beside a name: 1 if it is there, 0 if it is absent.
+VALUE_TITLES = {"confidence", "value", "present", "is_present", "presence", "exists", "score", "probability", "prob"}
 
 
-def _read_file(path, data_dir, groups, folder, how, first, meanings):
+def _read_file(path, data_dir, groups, folder, how, first, meanings, seen):
     """Read one label file.
 
     first: the columns of labels in the first of several files, or None. meanings: gains what each
-    cell means (1, 0, NaN or None). Returns (LabelTable without paths, the columns of its labels).
+    cell means (1, 0, NaN or None); seen: gains {path: titles}. Returns (LabelTable without paths, the
+    columns of its labels).
     """
     rows, delimiter = read_rows(path)
     if not rows:
@@ -386,13 +405,15 @@ def _read_file(path, data_dir, groups, folder, how, first, meanings):
     rows = _regular_rows(rows, delimiter, folder, values, notes)
     header, rows = _split_header(path, rows, delimiter, folder, values, notes)
     cells = _columns(path, header, rows, delimiter, values)
+    seen[path] = header
 
-    title = how.image_column or _find_image_column(cells, folder, values)
+    title = how.image_column or _find_image_column(path, cells, folder, values)
     notes.append(f"images: in the column {title}" if title else "images: in a column without a title")
     table = LabelTable(_take(path, cells, title, "--image-column"), [], None, [], notes=notes)
     table.origins = [f"{path}:{number}" for number, _ in rows]
+    _add_folders(table, cells, folder)
     for name in how.ignore:
-        _take(path, cells, name, "--ignore")
+        cells.pop(name, None)
     if how.group:
         _read_objects(path, table, cells, how.group)
     _read_parts(path, table, cells, values, how)
@@ -403,15 +424,16 @@ def _read_file(path, data_dir, groups, folder, how, first, meanings):
     if kind == "lists":
         chosen = _read_lists(path, table, columns, groups, values, how, first, _read_class_names(data_dir))
     elif kind == "vectors":
-        chosen = _read_vectors(path, table, columns, values, how, _read_class_names(data_dir))
+        chosen = _read_vectors(path, table, columns, values, how, first, _read_class_names(data_dir))
     else:
-        chosen = _read_table(path, table, columns, values, how)
+        chosen = _read_table(path, table, columns, values, how, first)
     left_out = [column.title or "one without a title" for column in columns if column not in chosen]
     if left_out:
         table.warnings.append(f"columns that hold no labels were left out: {', '.join(left_out)}")
     for column in chosen:
         meanings.update(column.labels)
-    return table, LabelColumns(kind, [column.title for column in chosen])
+    absent = {cell for column in chosen for cell in ("", "-") if column.labels.get(cell) == 0}
+    return table, LabelColumns(kind, [column.title for column in chosen], absent)
 
 
 @dataclass
@@ -420,6 +442,7 @@ class LabelColumns:
 
     kind: str
     titles: list
+    absent: set  # which of a blank and "-" means absent
 
 
 def _choose_kind(path, columns, groups, how, images_known):
@@ -428,9 +451,12 @@ def _choose_kind(path, columns, groups, how, images_known):
     A table has a column of 1, 0 and NA per class. Lists have names of labels, several in a cell.
     Vectors have all of an image's 1, 0 and NA in one cell. Raises InputError where two of them fit.
     """
+    listed = [column for column in columns if column.holds_list()]
     flags = [column for column in columns if column.holds_flags() and not column.is_other]
     vectors = [column for column in columns if column.vectors and not column.is_other]
-    listed = [column for column in columns if column.holds_list() and column not in vectors]
+    listed = [column for column in listed if column not in vectors]
+    if flags or listed:  # there, digits such as 010 are the number of a room
+        vectors = [column for column in vectors if not all(map(str.isdecimal, column.vectors))]
     if any(column.title in groups and column.words for column in columns):
         return "lists"
 
@@ -441,22 +467,39 @@ def _choose_kind(path, columns, groups, how, images_known):
         return "vectors"
     if how.separator is not None:
         return "lists"
-    if listed and flags:
-        names = set().union(*(_words_of(cell) for column in listed for cell in column.distinct))
-        if names <= {column.title for column in flags}:  # the same labels twice: the table says it more clearly
-            return "table"
-        if len(flags) > 1 or flags[0].title.lower() not in VALUE_TITLES:
-            _refuse_both(path, "names", listed[0], flags[0])
     if listed:
+        flags = [column for column in flags if not UNLIKELY_TITLE.fullmatch(column.title)]
+        if flags and _say_the_same(listed, flags):  # the table says it more clearly
+            return "table"
+        if len(flags) > 1 or (flags and flags[0].title.lower() not in VALUE_TITLES):
+            _refuse_both(path, "names", listed[0], flags[0])
         return "lists"
-    if flags or any(column.is_soft() for column in columns):
+    if flags or any(column.is_soft() or column.holds_mistakes() for column in columns):
         return "table"
     return "lists" if images_known and any(column.holds_names() for column in columns) else "table"
 
 
+def _say_the_same(listed, flags):
+    """Tell whether columns of names hold what columns of 1 and 0 do; a name such as none may stand where all are 0."""
+    titles = {column.title.casefold() for column in flags}
+    same = False
+    for column in listed:
+        for row, cell in enumerate(column.cells):
+            names = {name.casefold() for name in _words_of(cell)}
+            if not names <= titles and titles & {*cell.casefold().split()}:
+                names = {*cell.casefold().split()}
+            values = {flag.title.casefold(): flag.labels[flag.cells[row]] for flag in flags}
+            if any((name in names) != value for name, value in values.items() if value in (0, 1)):
+                return False
+            if names - titles and 1 in values.values():
+                return False
+            same = same or bool(names & titles)
+    return same
+
+
 def _refuse_both(path, what, column, other):
     raise InputError(f"{path}: the column {column.title} holds {what}, and the column {other.title} may hold labels "
-                     f'too: leave one of them out, --ignore "{other.title}" or --ignore "{column.title}"')
+                     f"too: leave one out, --ignore {shlex.quote(other.title)} or --ignore {shlex.quote(column.title)}")
 
 
 class Column:
@@ -472,7 +515,8 @@ class Column:
         odd = [cell for cell in self.distinct if self.labels[cell] is None]
         self.odd_numbers = [numbers[cell] for cell in odd]
         self.words = {cell for cell in odd if numbers[cell] is None and not DATE.match(cell)}
-        self.is_other = title == "" or OTHER_TITLE.fullmatch(title) is not None
+        names = self.words and LIST_TITLE.search(title)
+        self.is_other = OTHER_TITLE.fullmatch(title) is not None and not names
         self.vectors = _read_vector_cells(self.distinct, values) if odd else {}
 
     @cached_property
@@ -499,16 +543,21 @@ class Column:
         return not self.words and not self.is_other and (known or any(
             number is not None and 0 <= number <= 1 for number in self.numbers))
 
+    def holds_mistakes(self):
+        """Tell whether most cells are labels, but some are not."""
+        return not self.is_other and None in self.labels.values() and self.counts[0] >= self.counts[2]
+
     def holds_names(self):
         """Tell whether the cells may be lists of names: some words that are repeated, or only blanks."""
         repeated = len(self.cells) <= 20 or len(self.distinct) < 0.9 * len(self.cells)
-        other = self.is_other or self.title.lower() in TEXT_TITLES
+        other = self.is_other or self.title.lower() in TEXT_TITLES or UNLIKELY_TITLE.fullmatch(self.title)
         names = self.words or all(value is not None and math.isnan(value) for value in self.labels.values())
         return bool(names) and repeated and not other
 
     def holds_list(self):
-        """Tell whether a title such as labels stands over names, or over several class numbers."""
-        if self.is_other or not LIST_TITLE.search(self.title):
+        """Tell whether a title such as labels stands over names, or over several class numbers; or ; is in names."""
+        several = self.holds_names() and any(";" in word or "|" in word for word in self.words)
+        if self.is_other or not (several or LIST_TITLE.search(self.title) or SUBJECT_TITLE.search(self.title)):
             return False
         known, _, other = self.counts
         numbers = [number for number in self.odd_numbers if number is not None]
@@ -545,13 +594,14 @@ def _regular_rows(rows, delimiter, folder, values, notes):
     words = {**PART_WORDS, "unassigned": ""}
     has_part = all(len(cells) > 1 and cells[0].lower() in words for _, cells in rows)
     start = int(has_part)
-    ragged = len({len(cells) for _, cells in rows}) > 1
-    if delimiter == " " or not (has_part or ragged):
+    if delimiter == " " or not all(folder.names_image(cells[start]) for _, cells in rows[:50]):
         return rows
-    for _, cells in rows:
-        names = [cell for cell in cells[start + 1 :] if cell]
-        if not folder.names_image(cells[start]) or any(values[name] is not None for name in names):
-            return rows
+    lists = [[cell for cell in cells[start + 1 :] if cell] for _, cells in rows]
+    labels = sum(values[name] is not None for names in lists for name in names)
+    ragged = len(set(map(len, lists))) > 1
+    repeated = len(set(chain(*lists))) < sum(map(len, map(set, zip(*lists))))  # a name in two columns
+    if 2 * labels > sum(map(len, lists)) or not (has_part or ragged or repeated):
+        return rows
 
     regular = [(rows[0][0], ["image", "labels", *(["split"] if has_part else [])])]
     for number, cells in rows:
@@ -569,10 +619,18 @@ def _split_header(path, rows, delimiter, folder, values, notes):
     labels = len(list(takewhile(lambda cell: values[cell] is not None, reversed(cells))))  # at the end
     name = cells[0]
     width = len(cells) - 1
-    if delimiter == " " and 0 < labels < width:  # a file name may hold blanks
+    if delimiter == " " and _image_suffix(name)[1]:
+        pass
+    elif delimiter == " " and 0 < labels < width:  # a file name may hold blanks
         name = " ".join(cells[: len(cells) - labels])
         width = labels
-    if folder.names_image(name) or (0 < labels < len(cells) and len(set(cells[1:])) < len(cells) - 1):
+    image = next((cell for cell in cells if _image_suffix(cell)[1]), None)
+    if image and not _image_suffix(name)[1]:
+        raise InputError(f"{path}:{number}: the first line names an image, {image}, but not first: add a line of "
+                         "titles above it, such as split,image,a,b")
+    titled = name.lower() in ID_TITLES and len(rows) > 1 and bool(_image_suffix(rows[1][1][0])[1])
+    first_row = folder.names_image(name) or (0 < labels < len(cells) and len(set(cells[1:])) < len(cells) - 1)
+    if first_row and not titled:
         notes.append(f"no header: the image comes first, and the classes are called Attr1 to Attr{width}")
         return ["image", *(f"Attr{i + 1}" for i in range(width))], rows
 
@@ -610,21 +668,46 @@ def _take(path, columns, title, option):
     return columns.pop(title)
 
 
-def _find_image_column(columns, folder, values):
-    """Return the title of the column whose cells name most images, or the likeliest title.
+def _find_image_column(path, columns, folder, values):
+    """Return the title of the column that names the images.
 
-    A column of 0 and 1 names no images unless its title says so, even if there is a file 0.jpg.
+    Of the columns whose title says so, or else of all, it is the one with most names of files, and then the
+    one with most stems: ids such as 1, 2, 3 may be stems of other images by chance. A column of 0 and 1
+    names no images unless its title says so, even if there is a file 0.jpg.
     """
     hits = {}
-    for title in sorted(columns, key=lambda title: (title.lower() not in ID_TITLES, _is_index(title))):
-        cells = columns[title][:50]
-        hits[title] = sum(folder.names_image(cell) for cell in cells)
-        untitled = title.lower() not in ID_TITLES
-        if hits[title] and untitled and all(values[cell] is not None for cell in columns[title]):
-            hits[title] = 0
-        if hits[title] == len(cells):
-            break
-    return max(hits, key=hits.get)
+    for title, cells in columns.items():
+        some = cells[:50]
+        names = sum(bool(_image_suffix(cell)[1]) or cell in folder.names for cell in some)
+        labels = title.lower() not in ID_TITLES and all(values[cell] is not None for cell in cells)
+        stems = 0 if labels else sum(map(folder.names_image, some))
+        hits[title] = (stems > 0 and title.lower() in ID_TITLES, names, stems, title.lower() in ID_TITLES,
+                       not _is_index(title))
+    best = max(hits, key=hits.get)
+
+    for other, found in hits.items():
+        differ = any(_plain_path(a).rpartition("/")[2] != _plain_path(b).rpartition("/")[2]
+                     for a, b in zip(columns[best][:50], columns[other][:50]))
+        if found[2] and found[:3] == hits[best][:3] and differ:
+            raise InputError(f"{path}: the columns {best} and {other} both name images: say which the labels are of, "
+                             f"--image-column {shlex.quote(best)} or --image-column {shlex.quote(other)}")
+    return best
+
+
+def _add_folders(table, columns, folder):
+    """Put the cells of a column of folders before the names of the images, if that is where these lie."""
+    some = table.ids[:50]
+    if any("/" in name or "\\" in name for name in some):
+        return
+    for title, cells in columns.items():
+        if not any(cell.rpartition("/")[2] in folder.folders for cell in set(cells[:50]) - {""}):
+            continue
+        inside = [any(f"/{file}".rpartition("/")[0].endswith(f"/{cell}") for file in folder.ends(f"{cell}/{name}"))
+                  for cell, name in zip(cells, some)]
+        if 2 * sum(inside) > len(some):
+            table.ids = [f"{cell}/{name}" if cell else name for cell, name in zip(cells, table.ids)]
+            table.notes.append(f"images: in the folders that the column {title} names")
+            return
 
 
 def _is_index(title):
@@ -635,15 +718,11 @@ def _is_index(title):
 def _read_objects(path, table, columns, title):
     """Take the column of --group into table.objects; an image without an object is one of its own."""
     cells = _take(path, columns, title, "--group")
-    table.objects = ["" if cell.lower() in UNKNOWN_WORDS else cell for cell in cells]
+    # pandas writes 12 as 12.0 where other cells of the column are blank
+    table.objects = ["" if cell.lower() in UNKNOWN_WORDS else re.sub(r"^(\d+)\.0+$", r"\1", cell) for cell in cells]
     lacking = table.objects.count("")
     if lacking:
         table.notes.append(f"objects: {lacking} rows have no {title}, and each counts as an object of its own")
-
-
-SPLIT_TITLES = ("split", "set", "subset", "partition", "phase")
-SPLIT_FLAGS = {"is_valid": ("val", "train"), "is_val": ("val", "train"), "is_validation": ("val", "train"),
-               "is_test": ("test", "")}  # title of a true/false column -> what true and false stand for
 
 
 def _read_parts(path, table, columns, values, how):
@@ -659,12 +738,13 @@ def _read_parts(path, table, columns, values, how):
         return
 
     cells = _take(path, columns, title, "--split-column")
-    flags = SPLIT_FLAGS.get(title.lower())
+    true = PART_WORDS.get(title.lower().removeprefix("is_"))  # of a column such as is_valid
+    flags = (true, "train" if true == "val" else "") if true else None
     table.parts = []
     for origin, cell in zip(table.origins, cells):
         if flags and values[cell] in (0, 1):
             table.parts.append(flags[0] if values[cell] else flags[1])
-        elif cell and cell.lower() not in PART_WORDS:
+        elif cell.lower() not in PART_WORDS and cell.lower() not in UNKNOWN_WORDS:
             raise InputError(f"{origin}: {cell!r} in the column {title} is not train, val or test")
         else:
             table.parts.append(PART_WORDS.get(cell.lower(), ""))
@@ -673,11 +753,14 @@ def _read_parts(path, table, columns, values, how):
 
 
 def _is_split(title, cells, values):
-    """Tell whether a column says the split: by its title, and because nothing else is in its cells."""
-    distinct = {cell.lower() for cell in set(cells)}
-    if title.lower() in SPLIT_FLAGS:
-        return {values[cell] for cell in distinct} == {0, 1}
-    return title.lower() in SPLIT_TITLES and distinct <= {"", *PART_WORDS} and distinct != {""}
+    """Tell whether a column says the split: train and val or test, or true and false under a title such as is_valid."""
+    distinct = {cell.lower() for cell in set(cells)} - UNKNOWN_WORDS
+    parts = {PART_WORDS.get(word) for word in distinct}
+    if title.lower() == "split":
+        return bool(parts - {None})  # other words are then an error
+    if title.lower().startswith("is_") and title.lower().removeprefix("is_") in PART_WORDS:
+        return bool(distinct) and {values[cell] for cell in distinct} <= {0, 1}
+    return None not in parts and "train" in parts and len(parts) > 1
 
 
 def _first_repeated(names):
@@ -720,6 +803,9 @@ class LabelValues(dict):
         for words, value in ((how.positive, 1.0), (how.negative, 0.0), (how.unknown, math.nan)):
             for word in [words] if isinstance(words, str) else words or ():
                 self.said.append((word.lower(), self.number(word), value))
+        word = _first_repeated(word for word, *_ in self.said)
+        if word is not None:
+            raise InputError(f"{word!r} is given twice for --positive, --negative and --unknown: give it once")
 
     def __missing__(self, cell):
         self[cell] = self._value(cell)
@@ -754,32 +840,37 @@ class LabelValues(dict):
 def _label_meanings(distinct, values):
     """Return {cell: 1.0, 0.0, NaN, or None for no label} for the distinct cells of one column.
 
-    What a word means depends on its column: "-" is absent beside "+", else NA; a blank is absent
-    beside marks such as x; and words of two pairs, such as x and y, are names of something else.
+    Words of two pairs, such as x and y, are names of something else.
     """
     meanings = {cell: values[cell] for cell in distinct}
-    by_option = {cell for cell in distinct if values.said and values.meaning_said(cell) is not None}
     words = {cell.lower() for cell, value in meanings.items()
-             if value in (0, 1) and values.number(cell) is None and cell not in by_option}
-    if not words:
-        return meanings
-
+             if value in (0, 1) and values.number(cell) is None and values.meaning_said(cell) is None}
     if not any(words <= pair for pair in PAIRS):
-        for cell in distinct - by_option:
-            if cell.lower() in words:
-                meanings[cell] = None
-    elif "+" in words and "-" in meanings and "-" not in by_option:
-        meanings["-"] = 0.0
-    elif words <= MARKS and "" in meanings and "" not in by_option and 0 not in meanings.values():
-        meanings[""] = 0.0
+        meanings |= {cell: None for cell in distinct if cell.lower() in words}
     return meanings
 
 
-def _read_table(path, table, columns, values, how):
+def _read_absent(table, columns, values, first):
+    """Let "-" beside "+" mean absent, and a blank cell beside marks such as x, in all columns of all files."""
+    absent = set(first.absent) if first else set()
+    words = {cell.lower() for column in columns for cell, value in column.labels.items() if value in (0, 1)}
+    if "+" in words:
+        absent.add("-")
+    if words and words <= MARKS:
+        absent.add("")
+    for cell in sorted(absent):
+        if values.meaning_said(cell) is None and any(cell in column.labels for column in columns):
+            table.notes.append(f"labels: {repr(cell) if cell else 'a blank cell'} means absent")
+            for column in columns:
+                if cell in column.labels:
+                    column.labels[cell] = 0.0
+
+
+def _read_table(path, table, columns, values, how, first):
     """Set classes and targets from columns of 1, 0 and NA, and return these columns."""
     chosen = []
     for column in columns:
-        if not (column.is_other and len(columns) > 1) and _holds_labels(path, table, column, values):
+        if not column.is_other and _holds_labels(path, table, column, values):
             chosen.append(column)
     table.classes = [column.title for column in chosen]
     if not chosen:
@@ -788,11 +879,11 @@ def _read_table(path, table, columns, values, how):
                        "--image-column; for other words for present and absent --positive and --negative")
     _check_signs(path, table, chosen, values, how)
     table.notes.append(f"labels: a table with {len(chosen)} columns of 1, 0 and NA")
-    if any(values[""] != column.labels.get("", values[""]) == 0 for column in chosen):
-        table.notes.append("labels: beside marks such as x a blank cell means absent")
-        for column in chosen:  # some may have no mark at all
-            if "" in column.distinct and not column.holds_flags():
-                column.labels[""] = 0.0
+    _read_absent(table, chosen, values, first)
+    for column in chosen:
+        if len(chosen) > 1 and UNLIKELY_TITLE.fullmatch(column.title):
+            table.warnings.append(f"the column {column.title} is read as a class: if it is none, leave it out with "
+                                  f"--ignore {shlex.quote(column.title)}")
 
     table.targets = np.empty((len(table), len(chosen)), np.float32)
     for c, column in enumerate(chosen):
@@ -807,12 +898,12 @@ def _holds_labels(path, table, column, values):
     if all(number is not None and 0 < number < 1 for number in column.odd_numbers):
         raise InputError(f"{path}: {column.title} holds numbers from 0 to 1: give --label-threshold T, or --ignore it")
     known, _, other = column.counts
-    if known < other:
+    if known < other or UNLIKELY_TITLE.fullmatch(column.title):
         return False
     row = next(row for row, cell in enumerate(column.cells) if column.labels[cell] is None)
     raise InputError(f"{table.origins[row]}: {column.cells[row]!r} in the column {column.title} is not 0, 1 or NA: "
                      "correct it, say what it means with --positive, --negative or --unknown, or leave the column out "
-                     f"with --ignore {column.title}")
+                     f"with --ignore {shlex.quote(column.title)}")
 
 
 def _check_signs(path, table, columns, values, how):
@@ -838,11 +929,12 @@ def _read_vector_cells(cells, values):
     """Return {cell: its label values} if all cells are vectors of one length, else {}; a blank cell is []."""
     vectors = {}
     for cell in cells:
-        text = re.sub(r"^[A-Za-z_.]+(?=[\[(])|dtype=[\w.']+", "", cell)  # np.array(...), tensor(...)
+        text = re.sub(r"^[A-Za-z_.]+(?=[\[(])|\w+=[^,)]+", "", cell)  # np.array(...), tensor(..., dtype=...)
         parts = [part.strip("'\"") for part in re.findall(r"[^\s,;|\[\](){}]+", text)]
         if re.fullmatch("[01]{2,}", cell):
             parts = list(cell)
-        if any(values[part] is None for part in parts):
+        decimal = values.decimal_comma and values.number(cell) is not None and "," in cell  # 0,1 is a tenth
+        if decimal or any(values[part] is None for part in parts):
             return {}
         vectors[cell] = parts if cell.lower() not in UNKNOWN_WORDS else []
     lengths = {len(parts) for parts in vectors.values() if parts}
@@ -852,7 +944,7 @@ def _read_vector_cells(cells, values):
     return vectors
 
 
-def _read_vectors(path, table, columns, values, how, class_names):
+def _read_vectors(path, table, columns, values, how, first, class_names):
     """Set classes and targets from the column of vectors, and return that column."""
     column = next((column for column in columns if column.vectors and not column.is_other), None)
     if not column:
@@ -867,7 +959,7 @@ def _read_vectors(path, table, columns, values, how, class_names):
     parts = [Column(title, list(cells), values) for title, cells in zip(titles, zip(*rows))]
     for part in parts:
         part.is_other = False  # whatever a class is called
-    _read_table(path, table, parts, values, how)
+    _read_table(path, table, parts, values, how, first)
     table.notes.append(f"labels: all of an image in one cell of the column {column.title}")
     column.labels = {cell: value for part in parts for cell, value in part.labels.items()}
     return [column]
@@ -884,7 +976,7 @@ def _read_lists(path, table, columns, groups, values, how, first, class_names):
     separator = how.separator or _find_separator(path, cells)
     names, dropped = _split_cells(cells, separator, titles)
     own = {column.title: _in_order(set(chain(*map(names.get, column.distinct)))) for column in chosen}
-    _check_names(path, own, chosen, groups, values, class_names)
+    _check_names(path, own, chosen, groups, values, how, class_names)
     renamed = _class_numbers(own, class_names)
     if renamed:
         names = {cell: [renamed[name] for name in found] for cell, found in names.items()}
@@ -901,7 +993,8 @@ def _read_lists(path, table, columns, groups, values, how, first, class_names):
         table.notes.append(f"labels: no label is meant by {', '.join(sorted(dropped))}")
     stated = [1.0] * len(table)
     others = [column for column in columns if column not in chosen]
-    confidence = next((column for column in others if column.title.lower() in VALUE_TITLES), None)
+    confidence = next((column for column in others if column.title.lower() in VALUE_TITLES
+                       and all(number is not None and 0 <= number <= 1 for number in column.odd_numbers)), None)
     if confidence:
         stated = [values[cell] for cell in confidence.cells]
         table.absent = math.nan
@@ -927,9 +1020,8 @@ def _list_columns(path, columns, groups, first):
         chosen = [column for column in columns if column.title in first.titles]
         lacking = f"no column is named {' or '.join(first.titles)}"
     else:
-        listed = [column for column in columns if column.holds_list()]
-        names = [column for column in columns if column.holds_names()]
-        chosen = listed or [column for column in names if LIST_TITLE.search(column.title)] or names
+        names = [column for column in columns if column.holds_names() or column.holds_list()]
+        chosen = [column for column in names if LIST_TITLE.search(column.title)] or names
         lacking = f"no column holds names of labels: it has {', '.join(column.title for column in columns)}"
     if not chosen:
         raise NoLabels(f"{path}: {lacking}")
@@ -942,7 +1034,7 @@ def _find_separator(path, cells):
     Raises InputError if something else may: crack dent beside crack, or rust/dent beside rust.
     """
     plain = {cell for cell in cells if _names_in(cell) is None}
-    for separator in (";", "|", ","):
+    for separator in (";", "|", ",", "\n"):
         if any(separator in cell for cell in plain):
             return separator
     seen = Counter(word for cell in plain for word in set(cell.split()))
@@ -978,18 +1070,25 @@ def _split_cells(cells, separator, titles):
 
 def _names_in(cell):
     """Return the names in a cell that is JSON or a Python list, such as {"choices": ["rust"]}, or None."""
-    if cell[:1] not in ("[", "{") or cell[-1:] not in ("]", "}"):
+    if cell[-1:] not in ("]", "}", ")"):
+        return None
+    text = re.sub(r"^[A-Za-z_.]*\((?=\[)|(, dtype=\w+)?(?<!\()\)$", "", cell) if "([" in cell else cell  # array([...])
+    text = re.sub(r"""(['"])\s+(?=['"])""", r"\1, ", text)  # numpy writes no commas
+    if text[:1] not in ("[", "{", "("):
         return None
     for parse in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return _strings_in(parse(cell))
+            return _strings_in(parse(text))
     return None
 
 
+NAME_KEY = re.compile(r".*(label|choice|taxonomy|tag|class|categor(y|ie)|name)s?", re.IGNORECASE)
+
+
 def _strings_in(value):
-    """Return the strings of a list, or of the lists in objects, as labelling tools export them."""
-    if isinstance(value, dict):  # of its other entries, such as the tool's names for boxes, none is a label
-        value = [item for item in value.values() if isinstance(item, list)]
+    """Return the strings and whole numbers of a list, and what objects in it call labels or names."""
+    if isinstance(value, dict):
+        value = [item for key, item in value.items() if NAME_KEY.fullmatch(str(key)) and type(item) is not int]
     if isinstance(value, (list, set, tuple)):
         return list(chain(*map(_strings_in, value)))
     return [value] if isinstance(value, str) else [str(value)] if type(value) is int else []
@@ -1001,7 +1100,7 @@ def _words_of(cell):
     return set(names if names is not None else filter(None, map(str.strip, re.split("[;|,]", cell))))
 
 
-def _check_names(path, own, columns, groups, values, class_names):
+def _check_names(path, own, columns, groups, values, how, class_names):
     """Raise an InputError for names that are none, or that are in two columns."""
     repeated = _first_repeated(chain(*own.values()))
     if repeated is not None and not groups:
@@ -1014,9 +1113,9 @@ def _check_names(path, own, columns, groups, values, class_names):
     if not class_names and all(values[name] is not None for name in every) and every & {"0", "1", "true", "false"}:
         raise InputError(f"{path}: the names in {', '.join(own)} are {' and '.join(sorted(every)[:3])}, which look "
                          "like values: give every cell a value for each class, or name the classes in classes.txt")
-    two_words = [column for column in columns if len(own[column.title]) == 2 and "" not in column.distinct]
-    if not groups and len(columns) > 1 and len(two_words) == len(columns) and all(
-            not LIST_TITLE.search(column.title) and column.distinct <= set(own[column.title]) for column in columns):
+    counts = {len(own[column.title]) for column in columns}
+    plain = all(not column.holds_list() and column.words <= set(own[column.title]) for column in columns)
+    if not groups and how.separator is None and plain and len(columns) > 1 and counts in ({2}, {1, 2}):
         words = ", ".join(chain(*own.values()))
         raise InputError(f"{path}: the columns {', '.join(own)} hold two words each ({words}): say what they mean with "
                          '--positive, --negative and --unknown, or that they are names with --separator ";"')
@@ -1210,12 +1309,14 @@ class ImageFolder:
         self.real_root = os.path.realpath(root)
         self.data_dir = str(data_dir)
         self.names = set()
+        self.folders = set()  # names of the folders below it
         self._tails = {}  # see tails()
         self._starts = {}  # folder of a label file -> how its relative paths start, see _starts_from()
         self._elsewhere = {}  # folder -> (its place in the image folder or None, the names in it)
         visited = set()
         for folder, folders, names in os.walk(self.root, followlinks=True):
             visited.add(os.path.realpath(folder))
+            self.folders.update(folders)
             folders[:] = [name for name in folders if os.path.realpath(f"{folder}/{name}") not in visited]
             inside = os.path.relpath(folder, self.root).replace(os.sep, "/")
             prefix = "" if inside == "." else inside + "/"
@@ -1246,13 +1347,15 @@ class ImageFolder:
         """Tell whether a cell is the name of an image: by its suffix, or because there is such a file."""
         return bool(_image_suffix(name)[1]) or name in self.names or bool(self.ends(_plain_path(name).lstrip("/")))
 
-    def find(self, name, origin, place):
+    def find(self, name, origin, place, part=""):
         """Find the file that a row means.
 
         Args:
             name: the path that the row has.
             origin: "FILE:LINE" of the row, for errors.
             place: the folder of its label file.
+            part: the part that it belongs to, or "". Unless its path is a full one, a row of train has no image in a
+                folder called val or test, nor one of val in a folder called test; its own folder goes first.
 
         Returns (file, "full path", "trailing part" or "stem", the path that the row means), or three times None.
         Raises InputError when several files match, or the path leads to a file outside the image folder.
@@ -1267,6 +1370,9 @@ class ImageFolder:
         full = bool(found)
         if not full:
             found = self.ends(path)
+            if part:
+                found = [file for file in found if LESSER_FIRST.index(_split_word(file)) <= LESSER_FIRST.index(part)]
+                found = [file for file in found if _split_word(file) == part] or found
             self._check_elsewhere(name, origin, place)
         if len(found) > 1:
             raise InputError(f"{origin}: {name} can be {found[0]} or {found[1]}: write its path from {self.root}, or "
@@ -1416,12 +1522,15 @@ def _match_paths(table, folder):
     found = []
     how = []
     first = {}  # file -> (the path that its first row means, that row)
-    places = {}  # label file -> its folder
+    places = {}  # label file -> (its folder, the part that its name or its folder says)
     for row, (name, origin) in enumerate(zip(table.ids, table.origins)):
         source = origin.rpartition(":")[0]
         if source not in places:
-            places[source] = os.path.dirname(source) or "."
-        image, kind, path = folder.find(name, origin, places[source])
+            inside = os.path.relpath(source, folder.data_dir).replace(os.sep, "/")
+            word = os.path.splitext(inside)[0].lower().removesuffix("_metadata")
+            places[source] = os.path.dirname(source) or ".", PART_WORDS.get(word) or _split_word(inside)
+        place, part = places[source]
+        image, kind, path = folder.find(name, origin, place, table.parts[row] if table.parts else part)
         found.append(image)
         how.append(kind)
         before, other = first.setdefault(image, (path, row))
@@ -1441,12 +1550,14 @@ def _match_by_stem(table, folder):
     """
     found = [folder.find(name, origin, folder.root)[0] for name, origin in zip(table.ids, table.origins)]
     taken = set(found)
+    folders = {os.path.dirname(name) for name in table.ids} - {""}
     for row, name in enumerate(table.ids):
         if found[row]:
             continue
         stem = name.rpartition("/")[2]
         own = _split_word(name)
         images = {*folder.tails(1, True).get(stem, ()), *folder.tails(0, True).get(stem, ())} - taken
+        images = {image for image in images if os.path.dirname(image) not in folders}  # of other label files
         same = [image for image in images if own and _split_word(image) == own]
         fitting = sorted(same or (image for image in images if not own or not _split_word(image)))
         if len(fitting) > 1:
@@ -1464,11 +1575,12 @@ def _match_by_stem(table, folder):
 
 
 def _split_word(path):
-    """Return the part that a folder of a path names, as train-resized and val2017 do, or ""."""
+    """Return the part that a folder of a path names, as train, train-resized and val2017 do, or ""."""
     for folder in reversed(path.lower().split("/")[:-1]):
-        for word in re.split(r"[^a-z]+", folder):
-            if word in PART_WORDS:
-                return PART_WORDS[word]
+        words = set(re.split(r"[^a-z]+", folder)) - {"", "images", "image", "imgs", "img", "jpg", "jpeg", "png",
+                                                     "resized", "small", "data", "set", "labels"}
+        if len(words) == 1 and words <= PART_WORDS.keys():
+            return PART_WORDS[words.pop()]
     return ""
 
 
@@ -1491,12 +1603,6 @@ def _long_form(names):
         return ""
     return (f"its rows seem to name an image and a class, {names[0]}: make it a table with a row for each image and a "
             f"column for each class ({', '.join(sorted(classes)[:3])}); as it stands, ")
-
-
-def _part_of_folder(path, root):
-    """Return the part that one of the folders between root and the image names, or ""."""
-    words = [word.lower() for word in Path(os.path.relpath(path, root)).parts[:-1]]
-    return next((PART_WORDS[word] for word in words if word in PART_WORDS), "")
 
 
 def _find_copies(table):

@@ -163,14 +163,16 @@ def test_a_group_column_names_the_object(make_data):
 def test_columns_can_be_named_and_ignored(make_data):
     text = "A,first,second,B\n1,a.jpg,b.jpg,5\n0,b.jpg,c.jpg,1\n1,c.jpg,a.jpg,0\n"
     folder = make_data(text, name="labels.csv")
-    with pytest.raises(InputError, match=r"labels.csv:2: '5' in the column B .*--ignore B"):
+    with pytest.raises(InputError, match=r"first and second both name images: .*--image-column first or"):
         dataset.read_labels(folder)
-    table = dataset.read_labels(folder, ignore=["B"])
+    with pytest.raises(InputError, match=r"labels.csv:2: '5' in the column B .*--ignore B"):
+        dataset.read_labels(folder, image_column="first")
+    table = dataset.read_labels(folder, image_column="first", ignore=["B"])
     assert known_rows(table) == {"a.jpg": [1], "b.jpg": [0], "c.jpg": [1]}
     assert any("left out" in line and "second" in line for line in table.warnings)
     table = dataset.read_labels(folder, image_column="second", ignore=["B", "first"])
     assert known_rows(table) == {"b.jpg": [1], "c.jpg": [0], "a.jpg": [1]}
-    for how in ({"image_column": "third"}, {"ignore": ["third"]}):
+    for how in ({"image_column": "third"}, {"image_column": "first", "ignore": ["third", "B"]}):
         with pytest.raises(InputError, match=r"third: .* no such column"):
             dataset.read_labels(folder, **how)
 

@@ -473,7 +473,7 @@ def test_names_with_blanks_below_a_header(tmp_path, header):
     assert known_rows(table) == {"my photo.jpg": [1, 0], "other.jpg": [0, 1], "photo.jpg": [0, NA]}
 
 
-@pytest.mark.parametrize("title", ["genre", "caption", "pipe", "patient_id"])
+@pytest.mark.parametrize("title", ["material", "caption", "pipe", "patient_id"])
 def test_a_column_of_text_beside_columns_of_labels_is_left_out(tmp_path, title):
     draw_images(tmp_path / "images", ["0.jpg", "1.jpg", "2.jpg"])
     text = f"image,rust,crack,{title}\n0.jpg,1,0,pipe\n1.jpg,0,1,valve\n2.jpg,0,1,pipe\n"
@@ -589,6 +589,27 @@ READ = {
     "a spreadsheet's words for unknown": ("a,b\n1,#N/A\n0,1\n<NA>,0", {"a": "10?", "b": "?10"}),
     "class numbers in order": (
         "labels\n10 2\n11\n1 2 0\n2", {"0": "0010", "1": "0010", "2": "1011", "10": "1000", "11": "0100"}),
+    "a vector with its device": (
+        "y\n\"tensor([0, 1], device='cuda:0')\"\n\"tensor([1, 0])\"", {"Attr1": "01", "Attr2": "10"}),
+    "numpy's list of names": ("tags\n['Drama' 'Comedy']\n['Drama']\n\"array(['Comedy', 'War'], dtype=object)\"",
+                              {"Comedy": "101", "Drama": "110", "War": "001"}),
+    "polygons of a labelling tool": (
+        'result\n"[{""points"": [[10.5, 20.1]], ""closed"": true, ""polygonlabels"": [""Car""]}]"\n[]\n'
+        '"[{""polygonlabels"": [""Bus""], ""id"": 7}]"', {"Bus": "001", "Car": "100"}),
+    "objects with names": (
+        "genres\n\"[{'id': 18, 'name': 'Drama'}]\"\n\"[{'id': 9, 'name': 'War'}]\"",
+        {"Drama": "10", "War": "01"}),
+    "a minus where another column has the plus": ("a,b\n+,-\n-,-\n-,-", {"a": "100", "b": "000"}),
+    "classes with odd names": (
+        "apple,date,tea set,worker\n1,0,1,0\n0,1,0,1",
+        {"apple": "10", "date": "01", "tea set": "10", "worker": "01"}),
+    "names with a column of values": ("label,is_present\nrust,1\nrust,0\ndent,1", {"dent": "??1", "rust": "10?"}),
+    "codes of rooms beside labels": ("room,rust,dent\n010,1,0\n011,0,1", {"rust": "10", "dent": "01"}),
+    "names beside the same columns, in other letters": (
+        "tags,cat,dog\nCat Dog,1,1\ndog,0,1\nno finding,0,0",
+        {"cat": "100", "dog": "110"}),
+    "columns that a spreadsheet left empty": ("rust,dent,,\n1,0,,\n0,1,,", {"rust": "10", "dent": "01"}),
+    "pandas' second index": ("Unnamed: 0.1,a\n0,1\n1,0\n0,0", {"a": "100"}),
     "a class called text": ("logo,text\n1,0\n0,1\n1,1", {"logo": "101", "text": "011"}),
 }
 READ_OPTIONS = {"class numbers in order": {"separator": " "}}
@@ -627,6 +648,12 @@ ASKED = {
     "a slash between names": ("labels\nrust\nrust/dent\ndent", {"separator": "/"}, {"dent": "011", "rust": "110"}),
     "blanks between class numbers": (
         "labels\n1\n1 2\n2\n3", {"separator": " "}, {"1": "1100", "2": "0110", "3": "0001"}),
+    "several names beside a flag": (
+        "genre,is_sequel\nDrama|War,1\nWar,0\nDrama,0", {"ignore": ["is_sequel"]}, {"Drama": "101", "War": "110"}),
+    "words of another language beside a blank": (
+        "a,b\nOK,bad\nNOK,good\n,bad", {"positive": ["NOK", "bad"], "negative": ["ok", "good"]},
+        {"a": "01?", "b": "101"}),
+    "scores": ("label,score\nrust,0.9\ndent,0.1", {"label_threshold": 0.5}, {"dent": "?0", "rust": "1?"}),
     "two columns of the split": (
         "split,is_valid,a\ntrain,False,1\nval,True,0\ntrain,False,0", {"ignore": ["is_valid"]}, {"a": "100"}),
 }
@@ -639,8 +666,136 @@ def test_cells_that_can_be_read_in_two_ways_ask_for_the_option_that_decides(tmp_
     with pytest.raises(InputError) as error:
         dataset.read_labels(folder)
     assert "\n" not in str(error.value) and "labels.csv" in str(error.value)
-    assert all(f"--{name}" in str(error.value) for name in options)
+    assert all(f"--{name.replace('_', '-')}" in str(error.value) for name in options)
     assert values_of(dataset.read_labels(folder, **options)) == expected
+
+
+def test_ids_that_are_stems_of_other_images_do_not_name_the_images(tmp_path):
+    folder = folder_of(tmp_path, "a\n1\n0\n1")
+    (folder / "labels.csv").write_text("id,file_name,labels\n0,2.jpg,cat\n1,0.jpg,dog\n2,1.jpg,cat\n")
+    table = dataset.read_labels(folder)
+    assert [path.rpartition("/")[2] for path in table.paths] == ["2.jpg", "0.jpg", "1.jpg"]
+
+
+def test_two_columns_that_name_images_are_asked_about(tmp_path):
+    folder = folder_of(tmp_path, "after,a\n3.jpg,1\n4.jpg,0\n5.jpg,1", "before")
+    with pytest.raises(InputError, match=r"the columns before and after both name images: .*--image-column after"):
+        dataset.read_labels(folder)
+    assert dataset.read_labels(folder, image_column="after").ids == ["3.jpg", "4.jpg", "5.jpg"]
+
+
+@pytest.mark.parametrize("images, missing", [
+    (["A/1.jpg", "B/1.jpg", "B/2.jpg"], []), (["A/1.jpg", "B/2.jpg"], ["B/1.jpg"])])
+def test_a_column_of_folders_belongs_to_the_names_of_images(tmp_path, images, missing):
+    draw_images(tmp_path / "images", images)
+    (tmp_path / "labels.csv").write_text("folder,file,labels\nA,1.jpg,cat\nB,2.jpg,dog\nB,1.jpg,horse\n")
+    table = dataset.read_labels(tmp_path)
+    expected = {"A/1.jpg": "cat", "B/2.jpg": "dog", "B/1.jpg": "horse"}
+    assert table.missing == missing and sorted(table.ids) == sorted(set(expected) - {*missing})
+    for name, path, row in zip(table.ids, table.paths, table.targets):
+        assert path == f"{tmp_path}/images/{name}" and row[table.classes.index(expected[name])] == row.sum() == 1
+
+
+@pytest.mark.parametrize("lines", [
+    "TRAIN,0.jpg,1\nTEST,1.jpg,0\n", "17,0.jpg,1,0\n18,1.jpg,0,1\n", "1,0,0.jpg\n0,1,1.jpg\n"])
+def test_a_first_line_that_names_an_image_is_not_taken_for_titles(tmp_path, lines):
+    draw_images(tmp_path / "images", ["0.jpg", "1.jpg"])
+    (tmp_path / "labels.csv").write_text(lines)
+    with pytest.raises(InputError, match=r"labels.csv:1: the first line names an image, 0.jpg, but not first"):
+        dataset.read_labels(tmp_path)
+
+
+def test_titles_are_titles_even_where_an_image_is_called_so(tmp_path):
+    folder = folder_of(tmp_path, "labels\nrust\ndent")
+    draw_images(folder / "images", ["image.jpg"])
+    assert values_of(dataset.read_labels(folder)) == {"dent": "01", "rust": "10"}
+
+
+@pytest.mark.parametrize("words, parts", [
+    (("train", "val", "nan"), ["train", "val", ""]),
+    (("Training", "PublicTest", "PrivateTest"), ["train", "val", "test"])])
+@pytest.mark.parametrize("title", ["split", "Usage", "data_split", "fold"])
+def test_a_column_of_nothing_but_parts_is_the_split(tmp_path, title, words, parts):
+    text = "\n".join([f"a,{title}", *(f"{i % 2},{word}" for i, word in enumerate(words))])
+    table = dataset.read_labels(folder_of(tmp_path, text))
+    assert table.parts == parts and table.classes == ["a"]
+
+
+@pytest.mark.parametrize("title, cells, parts", [
+    ("is_train", ("True", "False"), ["train", ""]), ("is_valid", ("False", "False"), ["train", "train"]),
+    ("is_test", ("0", "1"), ["", "test"])])
+def test_true_and_false_may_say_each_part(tmp_path, title, cells, parts):
+    table = dataset.read_labels(folder_of(tmp_path, f"a,{title}\n1,{cells[0]}\n0,{cells[1]}"))
+    assert table.parts == parts and table.classes == ["a"]
+
+
+def test_an_odd_word_in_the_split_is_an_error_that_names_it(tmp_path):
+    folder = folder_of(tmp_path, "a,split\n1,train\n0,val\n1,trainval")
+    with pytest.raises(InputError, match=r"labels.csv:4: 'trainval' in the column split is not train, val or test"):
+        dataset.read_labels(folder)
+
+
+def test_folders_that_name_no_split_are_an_error_when_they_should(tmp_path):
+    folder = folder_of(tmp_path, "a\n1\n0")
+    with pytest.raises(InputError, match=r"no folder below .* is called train, val or test"):
+        dataset.read_labels(folder, split_column="folder")
+
+
+def test_an_object_is_the_same_as_a_number_with_and_without_decimals(tmp_path):
+    draw_images(tmp_path / "images", [f"{i}.jpg" for i in range(4)])
+    (tmp_path / "train.csv").write_text("image,a,patient\n0.jpg,1,12.0\n1.jpg,0,\n")
+    (tmp_path / "test.csv").write_text("image,a,patient\n2.jpg,1,12\n3.jpg,0,13\n")
+    with pytest.raises(InputError, match=r"1 images or objects are in two parts: 0.jpg"):
+        dataset.read_labels(tmp_path, group="patient")
+
+
+def test_a_column_to_ignore_needs_to_be_in_one_of_several_files(tmp_path):
+    draw_images(tmp_path / "images", [f"{i}.jpg" for i in range(3)])
+    (tmp_path / "train.csv").write_text("image,labels,verified\n0.jpg,cat,1\n1.jpg,dog,0\n")
+    (tmp_path / "test.csv").write_text("image,labels\n2.jpg,dog\n")
+    assert dataset.read_labels(tmp_path, ignore=["verified"]).classes == ["cat", "dog"]
+    with pytest.raises(InputError, match=r"--ignore checked: .*train.csv has no such column; it has image"):
+        dataset.read_labels(tmp_path, ignore=["verified", "checked"])
+
+
+@pytest.mark.parametrize("row, missing", [("train", True), ("val", True), ("test", False)])
+@pytest.mark.parametrize("by", ["file", "column"])
+def test_a_row_has_no_image_in_the_folder_of_a_later_part(tmp_path, by, row, missing):
+    draw_images(tmp_path / "images", ["train/0.jpg", "test/1.jpg"])
+    if by == "file":
+        (tmp_path / f"{row}.csv").write_text("image,a\n0.jpg,1\n1.jpg,0\n")
+    else:
+        (tmp_path / "labels.csv").write_text(f"image,a,split\n0.jpg,1,{row}\n1.jpg,0,{row}\n")
+    table = dataset.read_labels(tmp_path, labels=tmp_path / f"{row}.csv" if by == "file" else None)
+    assert table.missing == (["1.jpg"] if missing else [])
+
+
+def test_a_row_has_the_image_in_the_folder_of_its_own_part_first(tmp_path):
+    for part in ("train", "test"):
+        draw_images(tmp_path / part, ["images/1.jpg"])
+        (tmp_path / part / "labels.csv").write_text(f"image,a\n1.jpg,{int(part == 'train')}\n")
+    (tmp_path / "test" / "images" / "1.jpg").write_bytes(b"another one")
+    assert dataset.read_labels(tmp_path).paths == [f"{tmp_path}/{part}/images/1.jpg" for part in ("train", "test")]
+
+
+def test_one_word_cannot_mean_two_things(tmp_path):
+    with pytest.raises(InputError, match="'ja' is given twice for --positive, --negative and --unknown"):
+        dataset.read_labels(folder_of(tmp_path, "a\nja\nnein"), positive="ja", negative=["nein", "Ja"])
+
+
+def test_names_in_the_lines_of_a_cell_are_names(tmp_path):
+    folder = folder_of(tmp_path, "a\n1\n0")
+    (folder / "labels.csv").write_text('image,labels\n0.jpg,"rust\ndent"\n1.jpg,rust\n')
+    assert values_of(dataset.read_labels(folder)) == {"dent": "10", "rust": "11"}
+
+
+def test_a_decimal_comma_makes_no_vector(tmp_path):
+    folder = folder_of(tmp_path, "a\n1\n0")
+    (folder / "labels.csv").write_text("image;a\n0.jpg;0,9\n1.jpg;0,1\n")
+    with pytest.raises(InputError, match="--label-threshold"):
+        dataset.read_labels(folder)
+    (folder / "labels.csv").write_text("image;a\n0.jpg;0,0\n1.jpg;1,0\n")
+    assert values_of(dataset.read_labels(folder)) == {"a": "01"}
 
 
 def test_vectors_of_unequal_length_are_an_error_with_a_separator_too(tmp_path):

@@ -178,6 +178,8 @@ STEMS = {
     "years": (["train2017/1"], ["val2017/1.jpg", "train_images/1.jpg"], {"train2017/1": "train_images/1.jpg"}),
     "a folder for each batch": (["1", "2"], ["batch/1.jpg", "other/2.jpg"], {"1": "batch/1.jpg", "2": "other/2.jpg"}),
     "another split only": (["train/1", "train/2"], ["test/1.jpg", "train/2.jpg"], {"train/2": "train/2.jpg"}),
+    "a folder of other label files": (
+        ["siteA/1", "siteB/2"], ["siteB/1.jpg", "siteB/2.jpg"], {"siteB/2": "siteB/2.jpg"}),
     "one that another label file has": (["siteA/1", "siteB/1"], ["siteB/1.jpg"], {"siteB/1": "siteB/1.jpg"}),
     "a dot in the name": (["a.b"], ["x/a.b.png", "x/a.png"], {"a.b": "x/a.b.png"}),
 }
