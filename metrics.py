@@ -34,7 +34,7 @@ FALLBACK = 0.5  # the threshold of a class that val says nothing about
 LOGITS = np.linspace(-6, 6, 241)  # what find_thresholds(method="soft") tries
 SOFTNESS = 0.5  # of its counts, in the logit
 PRIOR = 50  # positives that its expectation counts for
-MIN_POSITIVES = 3  # known positives that a class needs to be in an interval; chosen by tests/bench.py intervals
+MIN_POSITIVES = 4  # known positives that a class needs to be in an interval; chosen by tests/bench.py intervals
 STUDENT_T = np.array([  # 1 / degrees of freedom, 97.5 % quantile
     [0, 1.960], [1 / 60, 2.000], [1 / 20, 2.086], [1 / 10, 2.228], [1 / 6, 2.447], [1 / 4, 2.776], [1 / 3, 3.182],
     [1 / 2, 4.303], [1, 12.706]])
@@ -570,11 +570,12 @@ def report(targets, scores, thresholds, classes, intervals=False):
     among the known).
 
     intervals=True (or anything else that is true) adds "intervals": name -> [low, high], the 95 %
-    intervals of the headlines but ROC AUC and ECE. A class with fewer than 3 known positives says too
-    little of itself, so those of f1_macro and map are there only if every class has 3. If just some
+    intervals of the headlines but ROC AUC and ECE. A class with fewer than 4 known positives says too
+    little of itself, so those of f1_macro and map are there only if every class has 4. If just some
     classes have, the means over these are f1_macro_supported and map_supported, and these have the
-    intervals. classes_supported says how many classes they cover. A number that no single row changes
-    has no interval, such as those of perfect predictions.
+    intervals, unless they are fewer than half of the classes with a positive. classes_supported says
+    how many classes they cover. A number that no single row changes has no interval, such as those of
+    perfect predictions.
 
     >>> report([[1, 0], [0, 1]], [[0.9, 0.2], [0.1, 0.4]], 0.5, ["cat", "dog"])["f1_macro"]
     0.5
@@ -663,13 +664,20 @@ def _format_judged(report):
         lines.append("over the judged classes: " + _format_values(report, differ))
 
     supported = report.get("classes_supported", classes)
-    if supported == 0:
-        lines.append(f"no class has {MIN_POSITIVES} known positives: f1_macro and map have no interval")
-    elif supported < classes:
-        least = f"at least {MIN_POSITIVES} known positives"
-        lines.append(f"over the {supported} classes with {least}, which an interval needs:")
+    if supported < classes:
+        lines.append(_explain_intervals(supported, classes))
+    if 0 < supported < classes:
         lines.append(_format_values(report, ["f1_macro_supported", "map_supported"]))
     return lines
+
+
+def _explain_intervals(supported, classes):
+    """Return the sentence that says which classes the intervals of f1_macro and map cover, empty if they cover all."""
+    if supported == classes:
+        return ""
+    if supported == 0:
+        return f"no interval of f1_macro and map: too few classes have at least {MIN_POSITIVES} known positives"
+    return f"intervals of f1_macro and map cover the {supported} classes with at least {MIN_POSITIVES} known positives"
 
 
 def _format_values(report, names):
@@ -740,13 +748,23 @@ def format_report(report, most=30):
 
 def _add_intervals(result, positive, known, scores, present):
     """Add to a report what intervals=True asks for."""
-    result["classes_supported"] = int((_count(positive, 0) >= MIN_POSITIVES).sum())
+    result["classes_supported"] = int(_supported_classes(_count(positive, 0)).sum())
     result["intervals"] = {}
     for name, (value, without) in _jackknife(positive, known, scores, present).items():
         result.setdefault(name, value)  # the means over the supported classes are new
         reach = _reach(value, without)
         if reach:
             result["intervals"][name] = _interval(name, value, *reach)
+
+
+def _supported_classes(positives):
+    """Return which classes the intervals of f1_macro and map cover, (C,) boolean. positives: known ones of each, (C,).
+
+    They cover those with MIN_POSITIVES, but none if these are fewer than half of the classes with a positive: they
+    would mostly be classes that have this many by chance, which raises their average precision.
+    """
+    enough = positives >= MIN_POSITIVES
+    return enough & (2 * enough.sum() >= np.count_nonzero(positives))
 
 
 def paired_differences(targets, scores, thresholds, other_scores, other_thresholds):
@@ -784,7 +802,7 @@ def _jackknife(positive, known, scores, present):
     headlines, columns = _measure(positive, known, scores, present)
     present = present & known
     positives = columns["positives"]
-    supported = positives >= MIN_POSITIVES
+    supported = _supported_classes(positives)
     probabilities = _are_probabilities(scores)
 
     # Class by class, as all values of all classes at once would take many times the memory of the scores.
@@ -992,11 +1010,8 @@ def paired_table(folders):
         table.append([name, _cell(one), _cell(two), f"{difference:+.3f}", interval])
     text = _aligned(table)
 
-    supported = int(((targets == 1).sum(axis=0) >= MIN_POSITIVES).sum())
-    if supported < len(classes):
-        text += (f"\n{supported} of {len(classes)} classes have at least {MIN_POSITIVES} known positives: "
-                 "f1_macro and map have an interval over these alone")
-    return text
+    too_few = _explain_intervals(_supported_classes((targets == 1).sum(axis=0)).sum(), len(classes))
+    return f"{text}\n{too_few}" if too_few else text
 
 
 def _aligned(table):

@@ -191,12 +191,12 @@ def bench_intervals(replications=500, classes=20, least=metrics.MIN_POSITIVES):
         covered = {}
         for _ in range(replications):
             targets, *models = simulate(rng, rows, prevalence, distances)
-            supported = (targets == 1).sum(axis=0) >= metrics.MIN_POSITIVES
+            supported = metrics._supported_classes((targets == 1).sum(axis=0))
 
             def truth(name, supported=supported, truths=truths):
                 values = []
                 for report in truths:
-                    if name in columns:
+                    if name in columns:  # asked for only if there is an interval
                         column = [row[columns[name]] for row in report["per_class"].values()]
                         values.append(np.mean(np.array(column)[supported]))
                     else:
@@ -217,10 +217,13 @@ def bench_intervals(replications=500, classes=20, least=metrics.MIN_POSITIVES):
                 one, other = truth(name)
                 covered.setdefault((name, "paired"), []).append((low <= other - one <= high, high - low))
 
-        for name in dict.fromkeys(name for name, _ in covered):
+        for name in dict.fromkeys([*columns, *(name for name, _ in covered)]):
             line = f"{name:16}"
             for kind in ("single", "paired"):
-                hits, widths = zip(*covered.get((name, kind), [(np.nan, np.nan)]))
+                if (name, kind) not in covered:
+                    line += f"  {kind} never given"
+                    continue
+                hits, widths = zip(*covered[name, kind])
                 share = np.mean(hits)
                 error = np.sqrt(share * (1 - share) / len(hits))
                 line += (f"  {kind} {share:.3f} +- {error:.3f}, width {np.mean(widths):.3f}, "
