@@ -1311,7 +1311,7 @@ class ImageFolder:
         self.names = set()
         self.folders = set()  # names of the folders below it
         self._tails = {}  # see tails()
-        self._starts = {}  # folder of a label file -> how its relative paths start, see _starts_from()
+        self._starts = {}  # folder of a label file -> how its relative paths start, see starts_from()
         self._elsewhere = {}  # folder -> (its place in the image folder or None, the names in it)
         visited = set()
         for folder, folders, names in os.walk(self.root, followlinks=True):
@@ -1360,11 +1360,6 @@ class ImageFolder:
         Returns (file, "full path", "trailing part" or "stem", the path that the row means), or three times None.
         Raises InputError when several files match, or the path leads to a file outside the image folder.
         """
-        starts = self._starts_from(place)
-        if name in self.names and not any(new + name[len(old) :] in self.names for old, new in starts
-                                          if name.startswith(old)):
-            return name, "full path", name
-
         path = _plain_path(name).lstrip("/")
         found = self._full_paths(name, origin, place)
         full = bool(found)
@@ -1384,7 +1379,7 @@ class ImageFolder:
             how = "stem"
         return found[0], how, found[0] if full else path
 
-    def _starts_from(self, place):
+    def starts_from(self, place):
         """Return [(start to remove, start to put in its place), ...] of paths that are relative to other folders."""
         if place not in self._starts:
             starts = []
@@ -1410,7 +1405,7 @@ class ImageFolder:
                                  "or name another folder with --images")
             paths = [] if inside is None else [inside + last]
         else:
-            starts = self._starts_from(place)
+            starts = self.starts_from(place)
             paths = [plain, *(new + plain[len(old) :] for old, new in starts if plain.startswith(old))]
         found = [path for path in paths if path in self.names]
         if not found:
@@ -1522,15 +1517,20 @@ def _match_paths(table, folder):
     found = []
     how = []
     first = {}  # file -> (the path that its first row means, that row)
-    places = {}  # label file -> (its folder, the part that its name or its folder says)
+    places = {}  # label file -> (its folder, the part that its name or its folder says, how relative paths may start)
     for row, (name, origin) in enumerate(zip(table.ids, table.origins)):
         source = origin.rpartition(":")[0]
         if source not in places:
             inside = os.path.relpath(source, folder.data_dir).replace(os.sep, "/")
             word = os.path.splitext(inside)[0].lower().removesuffix("_metadata")
-            places[source] = os.path.dirname(source) or ".", PART_WORDS.get(word) or _split_word(inside)
-        place, part = places[source]
-        image, kind, path = folder.find(name, origin, place, table.parts[row] if table.parts else part)
+            place = os.path.dirname(source) or "."
+            starts = tuple(start for start, _ in folder.starts_from(place))
+            places[source] = place, PART_WORDS.get(word) or _split_word(inside), starts
+        place, part, starts = places[source]
+        if name in folder.names and not name.startswith(starts):  # by far the most: no other reading is possible
+            image, kind, path = name, "full path", name
+        else:
+            image, kind, path = folder.find(name, origin, place, table.parts[row] if table.parts else part)
         found.append(image)
         how.append(kind)
         before, other = first.setdefault(image, (path, row))
@@ -1612,8 +1612,10 @@ def _find_copies(table):
         first_of_path.setdefault(path, row)
     sizes = {}
     for path in first_of_path:
-        with contextlib.suppress(OSError):
+        try:
             sizes[path] = os.path.getsize(path)
+        except OSError:  # training reports it
+            continue
     shared = Counter(sizes.values())
 
     first_of_bytes = {}
