@@ -1,18 +1,20 @@
-"""The network, its checkpoint, and the labels that it finds in images.
+"""Predict the labels of images with a model that train.py has written.
 
-    python inference.py img.jpg                         # a table of labels, probabilities and thresholds
+    python inference.py img.jpg                          # a table of labels and probabilities
     python inference.py photos/ --format csv --out predictions.csv
-    python inference.py photos/ --save drawn/ --heatmap # pictures of the labels and of where they were seen
-    python inference.py photos/ --model a.pth b.pth --tta  # the mean of two models, and of mirrored images
-    python inference.py --evaluate data/                # report a saved model on a labelled folder, or its test part
-    python inference.py --calibrate data/ --model a.pth b.pth --out ab.pth  # make them one model
+    python inference.py photos/ --save drawn/ --heatmap  # pictures of the labels and heatmaps
+    python inference.py photos/ --model a.pth b.pth --tta  # average two models and mirrored images
+    python inference.py --evaluate data/                 # report the model on labelled data
+    python inference.py --calibrate data/ --model a.pth b.pth --out ab.pth  # merge two models
 
     classifier = inference.load_model("outputs/model.pth")
-    probabilities = inference.predict(classifier, ["img.jpg"])      # (N, C); paths, PIL images, bytes or arrays
+    probabilities = inference.predict(classifier, ["img.jpg"])  # (N, C)
 
-To deploy a model, copy dataset.py, inference.py and model.pth; --evaluate and --calibrate need metrics.py too.
+To deploy a model, copy dataset.py, inference.py and model.pth. --evaluate and --calibrate also need
+metrics.py.
 """
 
+import contextlib
 import copy
 import csv
 import functools
@@ -38,6 +40,501 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import dataset
 from dataset import IMAGE_SUFFIXES, ImageDataset, ImageError, InputError, LabelTable, number, print_text
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def main(argv=None):
+    """Run the command line, and return the probabilities (N, C) or the report."""
+    options = parse_options(argv)
+    if options.evaluate or options.calibrate:
+        return evaluate_or_calibrate(options)
+
+    # A wrong path should fail at once, not after the seconds that it takes to load a model.
+    ids, paths = find_images(options.paths)
+    _check_outputs(options, paths)
+    classifier = _load_chosen_models(options)
+    _note(f"{', '.join(options.model)}: {classifier}; {len(paths)} images")
+
+    probabilities, errors = predict_all(classifier, paths, options.batch_size, options.workers)
+    good = [row for row in range(len(paths)) if row not in errors]
+    if good:
+        names = [ids[row] for row in good]
+        text = format_predictions(options.format, names, probabilities[good],
+                                  classifier.thresholds, classifier)
+        _print_or_write(text, options.out)
+    if good and options.save:
+        drawn = save_pictures(classifier, [paths[row] for row in good], probabilities[good],
+                              options.save, options.heatmap)
+        more = f" and {len(drawn) - 1} more" if len(drawn) > 1 else ""
+        print_text(f"drawn: {drawn[0]}{more}", file=sys.stderr if options.out else None)
+
+    # Bad images do not keep the good ones from being predicted, but scripts see the exit code.
+    for message in errors.values():
+        _note(f"skipped: {message}")
+    if errors:
+        raise ImageError(f"{len(errors)} of {len(paths)} images could not be read")
+    return probabilities
+
+
+def parse_options(argv=None):
+    """Parse the command line. Raise InputError if an option is wrong or contradicts another one."""
+    parser = dataset.ArgumentParser(
+        prog="inference.py",
+        usage="%(prog)s IMAGE|DIR ... | --evaluate DATA | --calibrate DATA --out FILE [options]",
+        description="Predict the labels of images, or evaluate or calibrate a model on labelled data.")
+    add = parser.add_argument
+    add("paths", nargs="*", metavar="IMAGE|DIR", help="images, or folders to search for images")
+    add("--image", action="append", default=[], metavar="IMAGE", help="same as the positional argument")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", action="append", default=[], metavar="FILE",
+        help="model written by train.py (default: outputs/model.pth); the probabilities of several "
+             "models are averaged; every argument that ends in .pth is taken as a model")
+    add("--tta", action="store_true",
+        help="test-time augmentation: average the probabilities of each image and its mirror image")
+    add("--threshold", type=number(float, below=1.001), metavar="T",  # 1.001: T may be 1
+        help="probability from which on a label is present (default: the model's thresholds)")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--format", choices=("table", "csv", "json", "probabilities"), default="table",
+        help="csv: labels and confidences; json: indices of the labels; probabilities: CSV with "
+             "a column per class")
+    add("--out", metavar="FILE", help="write the output (with --calibrate, the model) to FILE")
+    add("--save", metavar="DIR", help="save a picture of each image and its labels in DIR")
+    add("--heatmap", action="store_true",
+        help="with --save: also show where the model sees each label (Grad-CAM)")
+
+    group = parser.add_argument_group("labelled data")
+    add = group.add_argument
+    add("--evaluate", metavar="DATA",
+        help="report the model on a labelled folder: on the test part of the data's own split, "
+             "else on the val part, or on all images if there is no split")
+    add("--calibrate", metavar="DATA",
+        help="refit calibration and thresholds on a labelled folder that the model was not trained "
+             "on (the val part of the data's own split, else test), and write one model to --out")
+    dataset.add_data_options(group)
+
+    add = parser.add_argument_group("system").add_argument
+    add("-b", "--batch-size", type=number(int, 1), default=32, metavar="N", help="images per batch")
+    add("-j", "--workers", type=number(int), default=default_workers(), metavar="N",
+        help="threads that decode images")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="number format of the backbone; auto: whichever is fastest on the device")
+    options = parser.parse_intermixed_args(argv)  # intermixed: options may follow images
+
+    # In `--model a.pth b.pth img.jpg`, argparse takes b.pth as an image: the suffix decides instead.
+    models = [path for path in options.paths if path.lower().endswith(".pth")]
+    options.model = [*options.model, *models] or ["outputs/model.pth"]
+    options.paths = [path for path in options.paths if path not in models] + options.image
+    _check_combinations(options)
+    return options
+
+
+def _check_combinations(options):
+    """Raise an InputError if options contradict each other, or if one would have no effect."""
+    if options.heatmap and not options.save:
+        raise InputError("--heatmap draws into the folder of --save DIR: add that option")
+    if options.evaluate and options.calibrate:
+        raise InputError("--evaluate and --calibrate are two commands: use one of them")
+
+    labelled = options.evaluate or options.calibrate
+    if labelled and (options.paths or options.save or options.format in ("csv", "probabilities")):
+        raise InputError(f"{'--evaluate' if options.evaluate else '--calibrate'} is about its DATA: "
+                         "it takes no images and no --save, and --format table or json")
+    if options.calibrate and not options.out:
+        raise InputError("--calibrate writes a model: say where with --out FILE")
+    if options.calibrate and options.threshold is not None:
+        raise InputError("--calibrate chooses the thresholds: leave out --threshold")
+
+    # `--out photo.jpg` was probably meant as --save, and would turn a photograph into a text file.
+    if options.out and Path(options.out).suffix.lower() in IMAGE_SUFFIXES:
+        raise InputError(f"--out {options.out} is the name of an image, but the output is text: "
+                         "name another file")
+
+    for name, value in dataset.data_options(options).items():
+        if value and not labelled:
+            raise InputError(f"--{name.replace('_', '-')} goes with --evaluate or --calibrate DATA")
+
+
+def _check_outputs(options, paths):
+    """Raise an InputError if the output would replace, or lie among, files that are read."""
+    if options.out:
+        dataset.refuse_to_replace("--out", options.out, [*options.model, *paths])
+    if not options.save:
+        return
+    if os.path.exists(options.save) and not os.path.isdir(options.save):
+        raise InputError(f"--save {options.save} is a file: name a folder")
+
+    # After `photos/ --save photos/drawn`, the next run would read these pictures as new images.
+    folder = Path(options.save).resolve()
+    roots = {Path(argument).resolve() for argument in options.paths if os.path.isdir(argument)}
+    if roots & {folder, *folder.parents}:
+        raise InputError(f"--save {options.save} is inside a folder that images are read from: "
+                         "name one outside it")
+
+    # The pictures of an earlier run may be replaced; any other file may be somebody's only copy.
+    for picture in picture_paths(paths, options.save):
+        if os.path.lexists(picture) and not _is_drawn(picture):
+            raise InputError(f"--save {options.save} would replace {picture}, which was not drawn "
+                             "by --save: name another folder")
+
+
+def _load_chosen_models(options):
+    """Load the models of --model as one Classifier, and apply --tta and --threshold."""
+    classifier = load_model(options.model, options.device, options.precision)
+    classifier.mirrored |= options.tta  # a calibrated model may be mirrored already
+    if options.threshold is not None:
+        classifier.thresholds = [options.threshold] * len(classifier.classes)
+    return classifier
+
+
+def _note(text):
+    """Print a line on stderr, which keeps stdout for the predictions."""
+    print_text(text, file=sys.stderr)
+
+
+def _print_or_write(text, path):
+    """Write a text to a file, or print it if there is no path."""
+    if path:
+        dataset.write_text(path, [text])
+    else:
+        print_text(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding images
+
+
+def find_images(arguments):
+    """List the images that files and folders stand for.
+
+    A folder stands for all images below it, in sorted order. The ID of such an image is its path
+    inside the folder; the ID of a file is its name. Images with the same ID get their full paths.
+
+    Returns: the IDs and the paths, as two lists.
+    Raises InputError if a path does not exist, or if there are no images.
+    """
+    ids, paths = [], []
+    for argument in map(Path, arguments):
+        if argument.is_dir():
+            found = _images_below(argument)
+            ids += found
+            paths += [argument / name for name in found]
+        elif os.path.lexists(argument):  # even a broken link, which counts as a bad image
+            ids.append(argument.name)
+            paths.append(argument)
+        else:
+            raise InputError(f"{argument} does not exist: name an image or a folder of images")
+    if not paths:
+        raise InputError("no images given: python inference.py IMAGE_OR_FOLDER ...")
+
+    counts = Counter(ids)
+    return [str(path) if counts[name] > 1 else name for name, path in zip(ids, paths)], paths
+
+
+def _images_below(folder):
+    """List the images below a folder, and say on stderr how many other files there are."""
+    images, others = [], []
+    for name in sorted(dataset.ImageFolder(folder, folder).names):
+        (images if Path(name).suffix.lower() in IMAGE_SUFFIXES else others).append(name)
+    skipped = _count_suffixes(others)
+    if not images and not skipped:
+        raise InputError(f"{folder} holds no files: name a folder of images")
+    if not images:
+        raise InputError(f"{folder} holds no images that can be read, only {skipped}: convert "
+                         "images of other formats to JPEG or PNG")
+
+    # Half of a phone's photos may be HEIC: nobody should mistake the other half for all of them.
+    if skipped:
+        _note(f"{folder}: skipped {skipped}, which are not read as images")
+    return images
+
+
+def _count_suffixes(names):
+    """Describe visible files by their suffixes, the most frequent first: "12 .heic, 1 .csv"."""
+    paths = [Path(name) for name in names]
+    suffixes = [path.suffix.lower() or "without a suffix" for path in paths if path.name[0] != "."]
+    return ", ".join(f"{count} {suffix}" for suffix, count in Counter(suffixes).most_common())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prediction
+
+
+@dataclass
+class Member:
+    """One network of a Classifier. Its probabilities are sigmoid(scale * logits + offsets)."""
+
+    network: nn.Module
+    backbone: str  # a name in BACKBONES
+    head: str  # a name in HEADS
+    dropout: list  # of the head, one or two rates
+    size: int  # images are resized to (size, size)
+    offsets: list  # C numbers
+    scale: float = 1.0
+
+
+@dataclass
+class Classifier:
+    """One or more networks and everything needed to use them: the content of a model.pth."""
+
+    members: list  # of Member; their probabilities are averaged
+    classes: list  # C names
+    groups: dict  # group name -> its class names; may be empty
+    thresholds: list  # C numbers: a label is present if its probability is >= its threshold
+    mirrored: bool = False  # whether to average over the mirrored image, too
+    epoch: int = 0  # after which the model was saved
+    scores: dict = field(default_factory=dict)  # on val, after that epoch
+    trained_on: list = field(default_factory=list)  # train.image_keys() of the training images
+    options: dict = field(default_factory=dict)  # of the training run
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: torch.dtype = torch.float32  # None: predict() chooses, by the number of images
+
+    @property
+    def network(self):
+        """Return the network of a classifier that has only one."""
+        return self.members[0].network
+
+    @property
+    def size(self):
+        """Return the largest image size of the members, at which images are decoded."""
+        return max(member.size for member in self.members)
+
+    def __str__(self):
+        """Describe the classifier: "2 x resnet18, 224 px; 6 classes, on cpu"."""
+        counts = Counter(f"{member.backbone}, {member.size} px" for member in self.members)
+        parts = [name if count == 1 else f"{count} x {name}" for name, count in counts.items()]
+        parts += ["averaged with mirrored images"] * self.mirrored
+        return "; ".join([*parts, f"{len(self.classes)} classes, on {self.device}"])
+
+
+def predict(classifier, images, batch_size=32, workers=None):
+    """Predict the probabilities of the labels of images.
+
+    Args: images: an image or a list of images, each a path, a PIL image, the bytes of a file, an
+    open file, or a uint8 array (H, W, 3); workers: number of threads that decode images.
+    Returns: float32 (N, C), with columns in the order of classifier.classes.
+    Raises ImageError for the first image that cannot be read.
+    """
+    single = isinstance(images, (str, os.PathLike, bytes, Image.Image)) or hasattr(images, "read")
+    if single or (isinstance(images, np.ndarray) and images.ndim == 3):
+        images = [images]
+
+    probabilities, errors = predict_all(classifier, list(images), batch_size, workers)
+    if errors:
+        raise ImageError(errors[min(errors)])  # threads find bad images in any order
+    return probabilities
+
+
+def predict_all(classifier, images, batch_size=32, workers=None):
+    """Predict as predict() does, but carry on after images that cannot be read.
+
+    Returns: the probabilities (N, C), NaN for bad images, and {row: error message} for these.
+    """
+    logits, errors = _logits_and_errors(classifier, images, batch_size, workers)
+    probabilities = to_probabilities(classifier, logits)
+    probabilities[list(errors)] = np.nan  # the network was given a grey image instead
+    return probabilities, errors
+
+
+def _logits_and_errors(classifier, images, batch_size, workers):
+    """Return the logits (V, N, C) of a list of images, and {row: message} for bad images."""
+    # ImageDataset expects a table with labels: here, all of them are unknown.
+    unknown = np.full((len(images), len(classifier.classes)), np.nan, np.float32)
+    if not len(images):
+        return torch.zeros(len(classifier.members), *unknown.shape), {}
+
+    names = [dataset.image_name(image) for image in images]
+    table = LabelTable(names, images, unknown, classifier.classes)
+    data = ImageDataset(table, classifier.size)
+    workers = default_workers() if workers is None else workers
+    precision = classifier.precision or choose_precision("auto", classifier.device, len(images))[0]
+    return compute_logits(classifier, data, precision, batch_size, workers), data.errors
+
+
+@torch.inference_mode()
+def compute_logits(classifier, images, precision, batch_size=32, workers=2, rows=None):
+    """Compute the logits of every view of the images.
+
+    Args: images: an ImageDataset of the classifier's size; precision: the dtype that the backbones
+    compute in; rows: which of the images to use (default: all).
+    Returns: float32 (V, N, C) on the classifier's device, for V views of N images.
+    """
+    device = classifier.device
+    rows = np.arange(len(images)) if rows is None else rows
+    networks = [member.network.eval() for member in classifier.members]
+    if precision == torch.float32 and len(rows) > FEW:
+        networks = [fold_batchnorm(network) for network in networks]
+
+    # Batches have equal sizes: 33 images make 17 and 16, since a last batch of 1 is inefficient.
+    order = np.array_split(rows, max(1, -(-len(rows) // batch_size)))  # -(-a // b) rounds up
+
+    # The views are what to_probabilities() averages. For the members A and B they are A and B, or,
+    # if the classifier is mirrored: A, A mirrored, B, B mirrored. All share one decoded image.
+    logits = []
+    for batch, _, _ in dataset.batches(images, order, workers, pin=device.type == "cuda"):
+        batch = dataset.normalize(batch.to(device, non_blocking=True))
+        views = []
+        for member, network in zip(classifier.members, networks):
+            view = _resize(batch, member.size)
+            views.append(forward(network, view, precision))
+            if classifier.mirrored:
+                views.append(forward(network, view.flip(3), precision))
+        logits.append(torch.stack(views))
+    return torch.cat(logits, dim=1)
+
+
+def to_probabilities(classifier, logits):
+    """Return the mean probabilities, float32 (N, C), of the logits of compute_logits()."""
+    # Probabilities are averaged instead of logits, so that each member has one vote: one that is
+    # overconfident, with logits like 20, would outvote all others. On the CPU, as MPS has no double.
+    members = classifier.members
+    views = logits.cpu().double().unflatten(0, (len(members), -1))  # (members, 1 or 2, N, C)
+    scales = torch.tensor([member.scale for member in members]).double().view(-1, 1, 1, 1)
+    offsets = torch.tensor([member.offsets for member in members]).double()[:, None, None, :]
+    return torch.sigmoid(scales * views + offsets).mean(dim=(0, 1)).float().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation and calibration
+
+
+def evaluate_or_calibrate(options):
+    """Run --evaluate or --calibrate, and return the report, with the "split" that it is about."""
+    option = "--evaluate" if options.evaluate else "--calibrate"
+    data = options.evaluate or options.calibrate
+    classifier = _load_chosen_models(options)
+    metrics = import_metrics(option)
+    table = dataset.read_labels(data, **dataset.data_options(options))
+    if options.out:
+        dataset.refuse_to_replace("--out", options.out, _files_read(options, data, table))
+    _note(f"{', '.join(options.model)}: {classifier}")
+
+    # A model does better on its training images than on new ones, so these are left out if possible.
+    # Calibration prefers val, so that test stays untouched for a later --evaluate.
+    split, chosen = _held_out(table, ("test", "val") if options.evaluate else ("val", "test"))
+    if split == "all":
+        _note(f"{option}: all {len(table)} images, including any that the model was trained on, "
+              "since the data has no test or val part with labels of its own")
+    else:
+        _note(f"{option}: the {split} part of the data's own split, "
+              f"{len(chosen)} of {len(table)} images")
+
+    recalibrate = bool(options.calibrate)
+    report = evaluate(classifier, chosen, options.batch_size, options.workers, recalibrate)
+    report = {"split": split} | report
+    if recalibrate:
+        save_model(classifier, options.out)
+        _note(f"written: {options.out}; its report on the images that it was calibrated on:")
+
+    if options.format == "json":
+        text = dataset.to_json(report)
+    else:
+        print_text(dataset.summary(table, data) + "\n")
+        heading = "all data" if split == "all" else f"{split} split"
+        text = f"{heading}, {report['rows']} images\n{metrics.format_report(report)}"
+    _print_or_write(text, options.out if options.evaluate else None)  # else --out is the model
+    return report
+
+
+def _held_out(table, parts):
+    """Return the first of `parts` with known labels and its rows, or "all" and the whole table."""
+    for part in parts:
+        rows = np.array([row for row, own in enumerate(table.parts) if own == part], int)
+        if not np.isnan(table.targets[rows]).all():  # also false if there are no rows
+            return part, table.subset(rows)
+    return "all", table
+
+
+def _files_read(options, data, table):
+    """List the files that --evaluate and --calibrate read, which --out must not replace."""
+    named = [name for name in (options.labels, options.label_groups, options.image_list) if name]
+    names = [*named, "label_groups.json", "classes.txt", "classes.json"]  # may be inside DATA
+    label_files = {origin.rpartition(":")[0] for origin in table.origins}
+    models = [] if options.calibrate else options.model  # a model may be recalibrated in place
+    return [*named, *(Path(data) / name for name in names), *label_files, *models, *table.paths]
+
+
+def evaluate(classifier, table, batch_size=32, workers=None, recalibrate=False):
+    """Report a classifier on a LabelTable.
+
+    Args: recalibrate: whether to refit its calibration and soft thresholds on this table first.
+    Returns: the dict of metrics.report(), with confidence intervals.
+    Raises InputError if the table lacks a class, or if no image can be read.
+    """
+    metrics = import_metrics("--evaluate")
+    targets = targets_for(classifier, table)
+    logits, errors = _logits_and_errors(classifier, table.paths, batch_size, workers)
+    for message in errors.values():
+        _note(f"skipped: {message}")
+    if len(errors) == len(table):
+        raise InputError(f"none of the {len(table)} images can be read; the first: {errors[0]}")
+
+    good = [row for row in range(len(table)) if row not in errors]
+    logits, targets = logits[:, good], targets[good]
+    if recalibrate:
+        fit_calibration(classifier, logits, targets)
+        probabilities = to_probabilities(classifier, logits)
+        classifier.thresholds = metrics.find_thresholds(targets, probabilities, "soft").tolist()
+
+    probabilities = to_probabilities(classifier, logits)
+    return metrics.report(targets, probabilities, classifier.thresholds, classifier.classes, intervals=True)
+
+
+def import_metrics(option):
+    """Import metrics.py, which a deployed model can do without unless it is given this option."""
+    try:
+        import metrics
+    except ImportError:
+        raise InputError(f"{option} needs metrics.py next to inference.py: copy it there") from None
+    return metrics
+
+
+def targets_for(classifier, table):
+    """Return a table's labels (N, C), a column for each class of the classifier.
+
+    Raises InputError if the table does not say whether a class is present.
+    """
+    # Data that lists the labels of each image, such as "bolt;rust", leaves out what is absent, so a
+    # class that it never names is 0 everywhere (table.absent). In a table of 0 and 1, a class
+    # without a column is unknown (NaN).
+    lacking = [name for name in classifier.classes if name not in table.classes]
+    if lacking and math.isnan(table.absent):
+        raise InputError(f"the data has no labels for {', '.join(lacking)}; it has "
+                         f"{', '.join(table.classes)}")
+
+    targets = np.full((len(table), len(classifier.classes)), table.absent, np.float32)
+    for c, name in enumerate(classifier.classes):
+        if name in table.classes:
+            targets[:, c] = table.targets[:, table.classes.index(name)]
+    return targets
+
+
+def fit_calibration(classifier, logits, targets):
+    """Calibrate a classifier in place, to logits (V, N, C) and targets (N, C) with 1, 0 and NaN."""
+    import metrics  # here, not at the top: a deployed model goes without it
+
+    # The calibration is fitted to the mean of the members' probabilities, but applied to each
+    # member. The mean of calibrated members is not quite the calibrated mean, so this is repeated:
+    # in a simulation with three members, a fourth round changed the log loss by 0.000004.
+    for _ in range(1 if len(classifier.members) == 1 else 3):
+        probabilities = to_probabilities(classifier, logits)
+        add_calibration(classifier, *metrics.fit_calibration(targets, probabilities))
+
+
+def add_calibration(classifier, scale, offsets):
+    """Apply a scale and offsets (C,) to the logits of each member, after its own calibration."""
+    for member in classifier.members:
+        member.scale *= scale
+        member.offsets = (scale * np.array(member.offsets) + offsets).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network: layers, device, precision and the forward pass
+
+
 BACKBONES = {  # torchvision network -> its last linear layer, which the head replaces
     "resnet18": "fc",
     "resnet50": "fc",
@@ -46,132 +543,141 @@ BACKBONES = {  # torchvision network -> its last linear layer, which the head re
     "efficientnet_b0": "classifier.1",
     "vgg16": "classifier.6",
 }
-LAST_MAPS = dict.fromkeys(BACKBONES, "features") | {"resnet18": "layer4", "resnet50": "layer4"}  # before the pooling
-HEADS = {"linear": [0.0], "mlp": [0.5, 0.3], "bn": [0.0]}  # head -> its default dropout
-FORMAT = 2  # of model.pth and last.pth
+HEADS = {"linear": [0.0], "mlp": [0.5, 0.3], "bn": [0.0]}  # head -> its default dropout rates
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The network
+# Up to this number of images, preparations do not pay. On one core, measuring bf16 takes 0.1 to 2
+# seconds; merging BatchNorm into convolutions takes 0.1 seconds and saves 0.02 per image.
+FEW = 16
 
 
 def build_model(backbone, head, num_classes, dropout=None):
-    """A torchvision network with a new head, randomly initialised -> nn.Module, images (B, 3, H, W)
-    -> logits (B, C).
+    """Build a torchvision network with a new head, randomly initialised.
 
-    backbone: a name of BACKBONES. head: "linear"; "mlp" (BatchNorm, Dropout, Linear to a quarter,
-    ReLU, Dropout, Linear); or "bn" (Linear, BatchNorm). dropout: one rate, or two for "mlp"; by
-    default those of HEADS.
+    Args: backbone: a name in BACKBONES; head: "linear", "mlp" (BatchNorm, Dropout, Linear to a
+    quarter of the features, ReLU, Dropout, Linear) or "bn" (Linear, BatchNorm); dropout: a list of
+    one rate, or of two for "mlp" (default: see HEADS).
+    Returns: an nn.Module that maps images (B, 3, H, W) to logits (B, num_classes).
     """
     network = torchvision_models().get_model(backbone, weights=None)
     parent, _, name = BACKBONES[backbone].rpartition(".")
     features = network.get_submodule(BACKBONES[backbone]).in_features
-    setattr(network.get_submodule(parent), name, _build_head(head, features, num_classes, dropout or HEADS[head]))
+    layers = _build_head(head, features, num_classes, dropout or HEADS[head])
+    setattr(network.get_submodule(parent), name, layers)
     return network
 
 
 def torchvision_models():
-    """torchvision.models: it takes seconds to import, and so waits until a network is needed."""
+    """Return torchvision.models, whose import takes seconds and waits until it is needed."""
     try:
         import torchvision.models
-    except (ImportError, RuntimeError, AttributeError) as error:
-        raise InputError(f"torchvision does not work with this torch ({str(error).splitlines()[0]}): install both "
+    except (ImportError, RuntimeError, AttributeError) as error:  # if built for another torch
+        reason = str(error).splitlines()[0]
+        raise InputError(f"torchvision does not work with this torch ({reason}): install both "
                          "together, with pip install -r requirements.txt") from None
     return torchvision.models
 
 
-class InFullPrecision:
-    """Compute a layer in the precision of its weights, also where autocast lowers that of the others: logits in bf16
-    have 8 significant bits, so that different images tie."""
-
-    def forward(self, features):
-        features = features.to(next(self.parameters()).dtype)
-        kind = features.device.type
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            return super().forward(features)
-
-        with torch.autocast(kind, enabled=False):
-            return super().forward(features)
-
-
-class Linear(InFullPrecision, nn.Linear):
-    """A head of one linear layer."""
-
-
-class Sequential(InFullPrecision, nn.Sequential):
-    """A head of several layers."""
-
-
 def _build_head(head, features, num_classes, dropout):
+    """Build the layers that map features (B, F) to logits (B, C)."""
+    first, second = (*dropout, dropout[-1])[:2]  # [0.6] stands for [0.6, 0.6]
     if head == "mlp":
-        first, second = (*dropout, dropout[-1])[:2]
-        hidden = features // 4
-        return Sequential(
+        hidden = features // 4  # 128 for ResNet18, as in the two-stage recipe
+        return LayersHead(
             nn.BatchNorm1d(features), nn.Dropout(first), nn.Linear(features, hidden), nn.ReLU(),
             nn.Dropout(second), nn.Linear(hidden, num_classes),
         )
-    if head == "linear" and not dropout[0]:
-        return Linear(features, num_classes)
 
-    layers = [nn.Dropout(dropout[0])] if dropout[0] else []
+    # A single layer keeps torchvision's names of tensors: fc.weight instead of fc.0.weight.
+    if head == "linear" and not first:
+        return LinearHead(features, num_classes)
+
+    layers = [nn.Dropout(first)] if first else []
     layers.append(nn.Linear(features, num_classes))
     if head == "bn":
         layers.append(nn.BatchNorm1d(num_classes))
-    return Sequential(*layers)
+    return LayersHead(*layers)
+
+
+class InFullPrecision:
+    """Compute a layer in the precision of its weights, even where autocast lowers all others."""
+
+    # Logits in bf16 would have 8 significant bits, in which 1.003 is the same as 1.000. Different
+    # images would get equal probabilities, which spoils rankings such as average precision.
+    def forward(self, features):
+        features = features.to(next(self.parameters()).dtype)
+        kind = features.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return super().forward(features)
+        return super().forward(features)
+
+
+class LinearHead(InFullPrecision, nn.Linear):
+    """Map features to logits by one linear layer."""
+
+
+class LayersHead(InFullPrecision, nn.Sequential):
+    """Map features to logits by several layers."""
 
 
 def choose_device(name):
-    """ "auto" or a device name -> torch.device. Raises InputError when it is not there."""
+    """Return the torch.device with this name, or the fastest one for "auto".
+
+    Raises InputError if this machine does not have it.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device)  # fails for cuda:7 on a machine with one GPU
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
 
 
-FEW = 16  # images, up to which it does not pay to measure what is fastest
-
-
 def choose_precision(name, device, images=math.inf):
-    """ "auto", "fp32", "bf16" or "fp16" -> (the dtype that the network computes in, the reason in
-    words).
+    """Choose the dtype that the backbone computes in.
 
-    auto: on a CUDA GPU bf16 from compute capability 8.0 on, fp16 from 7.0 on, else fp32. On a CPU
-    that has bf16 instructions bf16 where a convolution is at least 1.3 times as fast in it, for
-    more than FEW images; else fp32.
+    Args: name: "fp32", "bf16", "fp16" or "auto"; images: number of images to predict.
+    Returns: the dtype, and the reason in words.
     """
     if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name], "as asked for"
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name], "as requested"
+
+    # GPUs compute fast in fp16 from compute capability 7.0 (Volta) on, in bf16 from 8.0 (Ampere)
+    # on. Of the two, bf16 is better: its range is that of fp32, so that nothing overflows.
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         reason = "the GPU has compute capability {}.{}".format(*capability)
         if capability >= (8, 0):
             return torch.bfloat16, reason
         return torch.float16 if capability >= (7, 0) else torch.float32, reason
+
     if device.type != "cpu" or not has_bf16_instructions():
-        return torch.float32, f"the {device.type} has no bf16 instructions that are known"
+        return torch.float32, f"the {device.type} has no known bf16 instructions"
     if images <= FEW:
         return torch.float32, "few images"
+
+    # A whole network gains less than its convolutions, since its other layers and the casts are no
+    # faster. Below 1.3, too little is left to be worth the lower precision.
     speedup = measure_bf16()
     reason = f"a convolution in bf16 is {speedup:.1f} times as fast as in fp32"
     return torch.bfloat16 if speedup >= 1.3 else torch.float32, reason
 
 
 def has_bf16_instructions():
-    """Whether the processor says that it multiplies bf16: a hint, since some do it slowly."""
+    """Return True if the processor claims to multiply bf16, which some do slowly."""
     info = Path("/proc/cpuinfo")
     return info.exists() and re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", info.read_text()) is not None
 
 
 @functools.cache
 def measure_bf16():
-    """How many times as fast a convolution, forward and backward, is in bf16 as in fp32. It takes
-    about a tenth of a second, once in a process."""
-    images = torch.ones(4, 64, 56, 56).contiguous(memory_format=torch.channels_last).requires_grad_()
-    weight = torch.ones(64, 64, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    """Measure how many times as fast a convolution, forward and backward, is in bf16 as in fp32."""
+    # A convolution of ResNet18's first stage, for 4 images of 224 pixels: large enough to be typical,
+    # small enough to take a tenth of a second in all, where bf16 is fast.
+    images, weight = (torch.ones(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
+                      for shape in ((4, 64, 56, 56), (64, 64, 3, 3)))
 
     def seconds(precision):
         started = time.perf_counter()
@@ -181,7 +687,10 @@ def measure_bf16():
 
     seconds(torch.float32)  # the first calls are slow
     seconds(torch.bfloat16)
-    pairs = []  # in turn, and no longer than there is a doubt
+
+    # The two take turns, so that a busy moment of the machine hits both; the fastest of four is the
+    # least disturbed. Where bf16 is emulated, it is so slow that a single pair settles it.
+    pairs = []
     while len(pairs) < 4 and (not pairs or pairs[0][1] < 5 * pairs[0][0]):
         pairs.append((seconds(torch.float32), seconds(torch.bfloat16)))
     fp32, bf16 = map(min, zip(*pairs))
@@ -189,40 +698,45 @@ def measure_bf16():
 
 
 def default_workers():
-    """Threads that decode images: the processors this process may use, but no more than 16."""
+    """Return how many threads decode images: one per processor that this process may use."""
+    # Each thread holds a decoded batch: more than 16 of them would mostly cost memory.
     return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def to_device(network, device):
-    """Move a network to its device, in the memory layout that convolutions are fastest in."""
+    """Move a network to a device, in the memory layout that convolutions are fastest in."""
     return network.to(device, memory_format=torch.channels_last)
 
 
 def forward(network, images, precision):
-    """Return the float32 logits (B, C) of normalised images (B, 3, H, W), or of features (B, F) for a head. The
-    backbone computes in `precision`, the head in fp32."""
+    """Compute float32 logits (B, C), the backbone in `precision` and the head in fp32.
+
+    Args: images: normalised (B, 3, H, W), or features (B, F) if `network` is only a head.
+    """
     if images.dim() == 4:
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
         return network(images).float()
 
 
-def scaled(images, size):
-    """Images (B, 3, H, W) in (size, size), as they are when they have it."""
+def _resize(images, size):
+    """Resize images (B, 3, H, W) to (size, size), unless they have that size."""
     if images.shape[2:] == (size, size):
         return images
     return nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def share_tensors(network):
-    """A copy of a network with the same tensors, whose layers and hooks are its own."""
+    """Copy a network: the copy has layers and hooks of its own, but the same tensors."""
+    # deepcopy() does not copy what its memo lists as copied already.
     tensors = [*network.parameters(), *network.buffers()]
     return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
 
 
 def fold_batchnorm(network):
-    """A copy of a network in eval mode whose convolutions do the work of the BatchNorm right behind
-    them; all other tensors are shared. Logits differ by rounding alone."""
+    """Copy a network in eval mode, with each BatchNorm merged into the convolution before it."""
+    # In eval mode, BatchNorm is a fixed scale and shift per channel, which the weights of the
+    # convolution can absorb: a quarter of the time is saved. Logits differ by rounding only.
     network = share_tensors(network)
     for module in list(network.modules()):
         children = list(module.named_children())
@@ -233,220 +747,37 @@ def fold_batchnorm(network):
     return network
 
 
-@torch.inference_mode()
-def compute_logits(classifier, images, precision, batch_size=32, workers=2, rows=None):
-    """Logits of the given rows of an ImageDataset (default: all), in order -> float32 (V, N, C) on
-    the device.
-
-    There is a view for each member of the Classifier, and when it is `mirrored` a second one of the
-    mirrored image. An image is decoded once, at images.size, and scaled down for members of a
-    smaller size.
-    """
-    device = classifier.device
-    rows = np.arange(len(images)) if rows is None else rows
-    networks = [member.network.eval() for member in classifier.members]
-    if precision == torch.float32 and len(rows) > FEW:
-        networks = [fold_batchnorm(network) for network in networks]
-    order = np.array_split(rows, max(1, -(-len(rows) // batch_size)))
-    logits = []
-    for batch, _, _ in dataset.batches(images, order, workers, pin=device.type == "cuda"):
-        batch = dataset.normalize(batch.to(device, non_blocking=True))
-        views = []
-        for member, network in zip(classifier.members, networks):
-            view = scaled(batch, member.size)
-            views.append(forward(network, view, precision))
-            if classifier.mirrored:
-                views.append(forward(network, view.flip(3), precision))
-        logits.append(torch.stack(views))
-    return torch.cat(logits, dim=1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-@dataclass
-class Member:
-    """One network of a Classifier: a label's probability is sigmoid(scale * logit + its offset)."""
-
-    network: nn.Module
-    backbone: str
-    head: str
-    dropout: list
-    size: int  # images are resized to (size, size)
-    offsets: list  # C numbers
-    scale: float = 1.0
-
-
-@dataclass
-class Classifier:
-    """One or several networks, whose probabilities are averaged, with all that is needed to use
-    them: what model.pth holds."""
-
-    members: list  # of Member
-    classes: list  # C names
-    groups: dict  # group name -> its class names; may be empty
-    thresholds: list  # C numbers: a label is present when its probability is >= its threshold
-    mirrored: bool = False  # the probabilities of the mirrored image are averaged too
-    epoch: int = 0
-    scores: dict = field(default_factory=dict)  # on val, at that epoch
-    trained_on: list = field(default_factory=list)  # train.image_keys() of the images that it was trained on
-    options: dict = field(default_factory=dict)  # of the run that trained it
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    precision: torch.dtype = torch.float32  # None: chosen for each predict() by what is fastest for so many images
-
-    @property
-    def network(self):
-        """The network, of a classifier that has one."""
-        return self.members[0].network
-
-    @property
-    def size(self):
-        """The largest size of its members, at which images are decoded."""
-        return max(member.size for member in self.members)
-
-    def __str__(self):
-        names = Counter(f"{member.backbone}, {member.size} px" for member in self.members)
-        described = "; ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items())
-        return f"{described}{'; mirrored too' if self.mirrored else ''}; {len(self.classes)} classes, on {self.device}"
-
-
-MEMBER_FIELDS = ("backbone", "head", "dropout", "size", "offsets", "scale")
-SAVED_FIELDS = ("classes", "groups", "thresholds", "mirrored", "epoch", "scores", "options")
-
-
-def save_model(classifier, path):
-    """Write a Classifier as model.pth: plain tensors, numbers and strings."""
-    content = {"format": FORMAT, "members": []} | {name: getattr(classifier, name) for name in SAVED_FIELDS}
-    content["trained_on"] = classifier.trained_on
-    for member in classifier.members:
-        state = {name: tensor.cpu().contiguous() for name, tensor in member.network.state_dict().items()}
-        content["members"].append({name: getattr(member, name) for name in MEMBER_FIELDS} | {"network": state})
-    write_checkpoint(path, content)
-
-
-def write_checkpoint(path, content):
-    """torch.save() that leaves a whole file: the new one, or when that fails the one before. Raises
-    OSError."""
-    with dataset.atomic_write(path, "wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # of torch's writer, after what the disk said
-            raise error.__context__ or error from None
-
-
-def check_content(path, content, names, kind):
-    """Raise an InputError unless `content` is a dict with these names, a `kind` of train.py."""
-    if not isinstance(content, dict) or not {"format", *names} <= content.keys():
-        raise InputError(f"{path} is not a {kind} of train.py; its weights, perhaps, are for train.py --weights {path}")
-    if content["format"] != FORMAT:
-        raise InputError(f"{path} has format {content['format']}, and this program reads {FORMAT}: use the version of "
-                         "the program that wrote it")
-
-
-def read_checkpoint(path):
-    """What torch.save() wrote, without running any code in it. Raises InputError."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} is not there") from None
-    except pickle.UnpicklingError:
-        raise InputError(f"{path} holds more than tensors, numbers and strings, or is no PyTorch checkpoint: "
-                         "it was not loaded") from None
-    except Exception as error:  # torch's reader raises whatever the broken bytes lead it to
-        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from None
-
-
-def load_model(path="outputs/model.pth", device="auto", precision="auto"):
-    """Read a model.pth -> Classifier, ready for predict(). A list of paths gives one with the
-    networks of all, and the mean of their thresholds; their classes must be the same. Raises
-    InputError."""
-    if not isinstance(path, (str, os.PathLike)):
-        return _join([load_model(one, device, precision) for one in path], path)
-    if not Path(path).exists():
-        raise InputError(f"{path} is not there: train a model first (python train.py), or name one with --model")
-    content = read_checkpoint(path)
-    check_content(path, content, ("members", *SAVED_FIELDS), "model.pth")
-    device = choose_device(device)
-    count = len(content["classes"])
-    members = []
-    for saved in content["members"]:
-        fields = {name: saved[name] for name in MEMBER_FIELDS}
-        try:
-            with torch.device("meta"):  # no time is spent on initial values that are replaced at once
-                network = build_model(fields["backbone"], fields["head"], count, fields["dropout"])
-            network.load_state_dict(saved["network"], assign=True)
-        except InputError:  # of torchvision
-            raise
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{path} is damaged: its tensors are not those of a {fields['backbone']} network with a "
-                             f"{fields['head']} head for its classes") from None
-        members.append(Member(to_device(network, device).eval(), **fields))
-    if len(content["thresholds"]) != count:
-        raise InputError(f"{path} is damaged: it has {len(content['thresholds'])} thresholds for {count} classes")
-    precision = None if precision == "auto" else choose_precision(precision, device)[0]
-    classifier = Classifier(members, **{name: content[name] for name in SAVED_FIELDS}, device=device,
-                            precision=precision)
-    classifier.trained_on = content.get("trained_on", classifier.trained_on)  # older files do not have it
-    return classifier
-
-
-def _join(classifiers, paths):
-    """Several Classifiers as one."""
-    first = classifiers[0]
-    for other, path in zip(classifiers, paths):
-        if other.classes != first.classes:
-            raise InputError(f"{path} has other classes than {paths[0]}: {', '.join(other.classes)}")
-    members = [member for classifier in classifiers for member in classifier.members]
-    thresholds = np.mean([classifier.thresholds for classifier in classifiers], axis=0).tolist()
-    mirrored = any(classifier.mirrored for classifier in classifiers)
-    trained_on = sorted(set().union(*(classifier.trained_on for classifier in classifiers)))
-    return replace(first, members=members, thresholds=thresholds, mirrored=mirrored, trained_on=trained_on)
+# Pretrained weights
 
 
 @dataclass
 class Weights:
-    """The content of a file of weights, or torchvision's weights."""
+    """Pretrained tensors, from a file or from torchvision."""
 
     source: str  # "imagenet", or the file
     tensors: dict  # name -> tensor
-    classes: list  # that a checkpoint of train.py names, else empty
+    classes: list  # of the model in a checkpoint of train.py, else empty
     trained_on: list  # as in a Classifier
 
 
 def load_weights(network, weights, backbone, classes=()):
-    """Load every tensor whose name and shape match, and return (names taken, {name: why not} of the others, classes
-    taken).
+    """Load every tensor whose name and shape match into a network.
 
-    weights: what read_weights() returns, or its argument. Of a checkpoint of train.py the head's last layers are taken
-    row by row, for the classes that it and `classes` both name. Raises InputError when the weights cannot be had,
-    match nothing, or are those of another backbone.
+    Args: weights: a Weights, or what read_weights() takes; classes: the classes of the network, whose
+    rows in the last layers of the head are taken from a checkpoint of train.py by name.
+    Returns: the names of the loaded tensors, {name: reason} for the others, and the classes whose
+    rows were loaded.
+    Raises InputError if the weights cannot be read or belong to another backbone.
     """
     if not isinstance(weights, Weights):
         weights = read_weights(weights, backbone)
     own = network.state_dict()
     state = _without_prefix(weights, own)
-    known = weights.classes
-    skipped = {}
-    common = []
-
-    # Rows of the head are found by the names of their classes, all of a class or nothing: by their places, they could
-    # be those of other classes.
-    if known and classes:
+    common, skipped = [], {}
+    if weights.classes and classes:
         rows = _class_tensors(network, backbone)
-        if all(name in state and state[name].shape == (len(known), *own[name].shape[1:]) for name in rows):
-            common = [name for name in classes if name in known]
-            skipped |= {f"head row of {name}": "new class" for name in classes if name not in known}
-            skipped |= {f"head row of {name}": "class that is gone" for name in known if name not in classes}
-        for name in rows:
-            saved = state.pop(name, None)
-            if common:
-                state[name] = own[name].clone()
-                for label in common:
-                    state[name][classes.index(label)] = saved[known.index(label)]
-            elif saved is not None:
-                skipped[name] = "of another head, or of other classes"
+        common, skipped = _match_head_rows(state, own, rows, weights.classes, classes)
 
     taken = {}
     for name, tensor in state.items():
@@ -456,285 +787,294 @@ def load_weights(network, weights, backbone, classes=()):
             skipped[name] = f"another shape than {tuple(own[name].shape)}"
         else:
             taken[name] = tensor
+
     _refuse_other_backbone(weights.source, state, taken, backbone)
-    network.load_state_dict(taken, strict=False)
-    skipped |= {name: "not in the file" for name in own if name not in taken and name not in skipped}
-    return list(taken), skipped, common
+    network.load_state_dict(taken, strict=False)  # everything else keeps its initial values
+    missing = [name for name in own if name not in taken and name not in skipped]
+    return list(taken), skipped | dict.fromkeys(missing, "not in the file"), common
 
 
 def read_weights(weights, backbone):
-    """Return the Weights of "imagenet" (torchvision's default weights of the backbone), or of a file: a model.pth, a
-    last.pth or a state_dict. Raises InputError."""
+    """Read the Weights to start training from.
+
+    Args: weights: "imagenet" for torchvision's default weights of the backbone, or a file: a
+    model.pth, a last.pth, or the state_dict of another program.
+    Raises InputError if they cannot be downloaded or read.
+    """
     if weights == "imagenet":
         return Weights(weights, _download(backbone), [], [])
 
     content = read_checkpoint(weights)
     if not isinstance(content, dict):
         raise InputError(f"{weights} holds no state_dict")
-    known = []
-    trained_on = []
-    if "format" in content and "classes" in content:  # of train.py
-        known = list(content["classes"])
+    classes, trained_on = [], []
+    if "format" in content and "classes" in content:  # a checkpoint of train.py
+        classes = list(content["classes"])
         trained_on = list(content.get("trained_on", []))
-    if "members" in content:  # a model.pth
+    if "members" in content:  # a model.pth, of which the first network is taken
         content = content["members"][0]
 
-    # Other programs wrap the tensors, some of them twice.
+    # Many programs save {"state_dict": tensors} or {"model": tensors}; some wrap them twice.
     wrappers = ("network", "state_dict", "model_state_dict", "model")
     while inner := [content[key] for key in wrappers if isinstance(content.get(key), dict)]:
         content = inner[0]
-    return Weights(str(weights), {str(name): tensor for name, tensor in content.items()}, known, trained_on)
+    return Weights(str(weights), {str(name): tensor for name, tensor in content.items()}, classes, trained_on)
+
+
+def _download(backbone):
+    """Download torchvision's default weights of a backbone, unless they are in its cache."""
+    weights = torchvision_models().get_model_weights(backbone).DEFAULT
+    try:
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        return weights.get_state_dict(progress=terminal, check_hash=True)
+    except (OSError, RuntimeError) as error:  # no connection; a broken download
+        raise InputError(f"the ImageNet weights of {backbone} could not be downloaded ({error}): use "
+                         "--weights PATH for a file, or --weights none to train from scratch") from None
 
 
 def _without_prefix(weights, own):
-    """Return the tensors of Weights without what wrappers put before their names: module., _orig_mod., model.backbone.
-
-    The prefix is the one behind which most names of the network follow: in net.conv1.weight, net.layer1.0.conv1.weight
-    it is "net.", as "net.layer1.0." has a single one behind it. Raises InputError when two have equally many.
-    """
+    """Return the tensors of Weights without what wrappers put before their names, like "module."."""
+    # The prefix is what most often stands before a name of the network. In net.conv1.weight and
+    # net.layer1.0.conv1.weight, that is "net", which stands before conv1.weight and before
+    # layer1.0.conv1.weight. "net.layer1.0" stands before conv1.weight, too, but only once.
     counts = Counter()
     for name in weights.tensors:
         parts = name.split(".")
-        counts.update(".".join(parts[:start]) for start in range(len(parts)) if ".".join(parts[start:]) in own)
+        for start in range(len(parts)):
+            if ".".join(parts[start:]) in own:
+                counts[".".join(parts[:start])] += 1
+
+    # If the second name were alone, both prefixes would be equally frequent; the shorter one is
+    # right. If neither begins the other, such as "model" and "ema", the file holds two networks.
     most = [prefix for prefix, count in counts.items() if count == max(counts.values())]
     best = min(most, key=len, default="")
     if not all(prefix.startswith(best) for prefix in most):
-        raise InputError(f"{weights.source} holds several networks, {' and '.join(most)}: save the one to use alone")
+        raise InputError(f"{weights.source} holds several networks, {' and '.join(most)}: save the "
+                         "one to use alone")
 
-    if not best:
-        return dict(weights.tensors)
-    inside = {name[len(best) + 1 :]: tensor for name, tensor in weights.tensors.items() if name.startswith(best + ".")}
-    return {name: tensor for name, tensor in weights.tensors.items() if not name.startswith(best + ".")} | inside
-
-
-def _refuse_other_backbone(source, state, taken, backbone):
-    """Raise an InputError when less than half of the file fits, or when it is plainly that of another backbone.
-
-    The head does not count, and nor does what the file lacks, since files of the first layers alone are of use. Half
-    of a ResNet18 has the names and shapes of a ResNet50, so that another backbone which fits as a whole decides first.
-    """
-
-    def fitting(name, shapes):
-        """Return which share of the file a backbone has a place for: of its tensors or of its weights, the lower."""
-        sizes = {key: tensor.numel() for key, tensor in state.items()
-                 if isinstance(tensor, torch.Tensor) and not key.startswith(BACKBONES[name] + ".")}
-        fit = [key for key in sizes if shapes.get(key) == state[key].shape]
-        return min(len(fit) / max(len(sizes), 1), sum(sizes[key] for key in fit) / max(sum(sizes.values()), 1))
-
-    share = fitting(backbone, {key: tensor.shape for key, tensor in taken.items()})
-    if taken and (share == 1 or all(key.startswith(BACKBONES[backbone] + ".") for key in state)):
-        return
-
-    for name in BACKBONES:
-        with torch.device("meta"):  # shapes alone, which take no time
-            other = torchvision_models().get_model(name, weights=None).state_dict()
-        if fitting(name, {key: tensor.shape for key, tensor in other.items()}) > max(share, 0.9):
-            raise InputError(f"{source} has weights of which {share:.0%} fit {backbone}: it looks like {name}: give "
-                             f"--backbone {name}, or other --weights")
-    if not taken:
-        raise InputError(f"{source} has no tensor that fits {backbone}: is it of another backbone?")
-    if share < 0.5:
-        raise InputError(f"{source} has weights of which {share:.0%} fit {backbone}: is it of another backbone?")
+    start = best + "."  # without a prefix "." is left, which begins no name
+    inside = [name for name in weights.tensors if name.startswith(start)]
+    outside = [name for name in weights.tensors if not name.startswith(start)]
+    return {name.removeprefix(start): weights.tensors[name] for name in outside + inside}
 
 
 def _class_tensors(network, backbone):
-    """The names of the tensors with a row per class: those of the head behind its ReLU, or all of
-    it."""
+    """Name the head's tensors with a row per class: all those after its ReLU, if it has one."""
     root = BACKBONES[backbone]
     names = []
     for path, layer in network.get_submodule(root).named_modules(prefix=root):
         if isinstance(layer, nn.ReLU):
             names = []
         elif not isinstance(layer, nn.Sequential):
-            names += [f"{path}.{key}" for key, tensor in layer.state_dict().items() if tensor.dim()]
+            # dim(): BatchNorm also counts its batches, in a single number for all classes.
+            names += [f"{path}.{key}" for key, value in layer.state_dict().items() if value.dim()]
     return names
 
 
-def _download(backbone):
-    weights = torchvision_models().get_model_weights(backbone).DEFAULT
-    try:
-        return weights.get_state_dict(progress=sys.stderr is not None and sys.stderr.isatty(), check_hash=True)
-    except (OSError, RuntimeError) as error:  # no network; a broken download
-        raise InputError(f"the ImageNet weights of {backbone} could not be downloaded ({error}): use --weights PATH "
-                         f"for a file, or --weights none to train from scratch") from None
+def _match_head_rows(state, own, rows, known, classes):
+    """Change the tensors named `rows` in a state_dict from the file's classes to the network's.
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Predictions
-
-
-def predict(classifier, images, batch_size=32, workers=None):
-    """Probabilities of the labels of images -> float32 (N, C), columns in the order of
-    classifier.classes.
-
-    images: an image or a list of them, each a path, a PIL image, the bytes of a file, a file
-    object, or a uint8 array (H, W, 3). Raises ImageError for the first image that cannot be read.
+    Returns: the common classes, and {name: reason} for what is skipped.
     """
-    single = isinstance(images, (str, os.PathLike, bytes)) or hasattr(images, "mode") or hasattr(images, "read")
-    if single or (isinstance(images, np.ndarray) and images.ndim == 3):
-        images = [images]
-    probabilities, errors = predict_all(classifier, list(images), batch_size, workers)
-    if errors:
-        raise ImageError(errors[min(errors)])
-    return probabilities
+    # Rows are matched by class name. If the file knows [rust, bolt] and the network [bolt, nut],
+    # row 1 of the file becomes row 0 of the network, whose row 1 stays random. By position, "bolt"
+    # would start from what the file knows about "rust".
+    common, skipped = [], {}
+    if all(name in state and state[name].shape == (len(known), *own[name].shape[1:]) for name in rows):
+        common = [name for name in classes if name in known]
+        skipped |= {f"head row of {name}": "new class" for name in classes if name not in known}
+        skipped |= {f"head row of {name}": "removed class" for name in known if name not in classes}
+
+    for name in rows:
+        saved = state.pop(name, None)
+        if common:
+            state[name] = own[name].clone()
+            for label in common:
+                state[name][classes.index(label)] = saved[known.index(label)]
+        elif saved is not None:
+            skipped[name] = "belongs to another head or to other classes"
+    return common, skipped
 
 
-def predict_all(classifier, images, batch_size=32, workers=None):
-    """predict() that goes on past bad images -> (probabilities (N, C), NaN for a bad image; {row:
-    message})."""
-    logits, errors = _logits_of(classifier, images, batch_size, workers)
-    probabilities = to_probabilities(classifier, logits)
-    probabilities[list(errors)] = np.nan
-    return probabilities, errors
+def _refuse_other_backbone(source, state, taken, backbone):
+    """Raise an InputError if less than half of a file fits, or if it is of another backbone."""
 
+    # The head does not count, since it is often new, nor does what is missing from the file, since
+    # a file of the first layers is useful, too. Tensors and numbers are both counted, as a single
+    # tensor can have most of the numbers: the first linear layer of VGG16 does.
+    def fit(name, shapes):
+        """Return the share of the file that a backbone has a place for, from 0 to 1."""
+        sizes = {key: tensor.numel() for key, tensor in state.items()
+                 if isinstance(tensor, torch.Tensor) and not key.startswith(BACKBONES[name] + ".")}
+        fitting = [key for key in sizes if shapes.get(key) == state[key].shape]
+        numbers = sum(sizes[key] for key in fitting) / max(sum(sizes.values()), 1)
+        return min(len(fitting) / max(len(sizes), 1), numbers)
 
-def _logits_of(classifier, images, batch_size, workers):
-    """-> (the (V, N, C) of compute_logits(), {row: message} of images that cannot be read)."""
-    unknown = np.full((len(images), len(classifier.classes)), np.nan, np.float32)
-    if not len(images):
-        return torch.zeros(len(classifier.members), *unknown.shape), {}
-    names = [dataset.image_name(image) for image in images]
-    data = ImageDataset(LabelTable(names, images, unknown, classifier.classes), classifier.size)
-    workers = default_workers() if workers is None else workers
-    precision = classifier.precision or choose_precision("auto", classifier.device, len(images))[0]
-    return compute_logits(classifier, data, precision, batch_size, workers), data.errors
+    share = fit(backbone, {key: tensor.shape for key, tensor in taken.items()})
+    only_head = all(key.startswith(BACKBONES[backbone] + ".") for key in state)
+    if taken and (share == 1 or only_head):
+        return
 
-
-def to_probabilities(classifier, logits):
-    """Logits (V, N, C) of compute_logits() -> the mean of the members' probabilities, float32 (N,
-    C)."""
-    views = logits.cpu().double().unflatten(0, (len(classifier.members), -1))  # (members, 1 or 2 if mirrored, N, C)
-    scales = torch.tensor([member.scale for member in classifier.members]).double().view(-1, 1, 1, 1)
-    offsets = torch.tensor([member.offsets for member in classifier.members]).double()[:, None, None, :]
-    return torch.sigmoid(scales * views + offsets).mean(dim=(0, 1)).float().numpy()
-
-
-def fit_calibration(classifier, logits, targets):
-    """Improve the calibration of a classifier by metrics.fit_calibration(). logits: (V, N, C) of
-    compute_logits(); targets (N, C) with 1, 0, NaN. What is fitted to the mean of several members
-    is given to each, so it takes turns."""
-    import metrics
-
-    for _ in range(1 if len(classifier.members) == 1 else 3):
-        add_calibration(classifier, *metrics.fit_calibration(targets, to_probabilities(classifier, logits)))
-
-
-def add_calibration(classifier, scale, offsets):
-    """Calibrate what comes out of each member by a scale and offsets (C,), as metrics.calibrate()
-    does."""
-    for member in classifier.members:
-        member.scale *= scale
-        member.offsets = (scale * np.array(member.offsets) + offsets).tolist()
-
-
-def targets_for(classifier, table):
-    """The labels of a LabelTable in the order of the classifier's classes -> (N, C). Other classes
-    are ignored; one that the data does not name is absent where the data lists what is there, else
-    an InputError."""
-    lacking = [name for name in classifier.classes if name not in table.classes]
-    if lacking and math.isnan(table.absent):
-        raise InputError(f"the data has no labels for {', '.join(lacking)}; it has {', '.join(table.classes)}")
-    targets = np.full((len(table), len(classifier.classes)), table.absent, np.float32)
-    for c, name in enumerate(classifier.classes):
-        if name in table.classes:
-            targets[:, c] = table.targets[:, table.classes.index(name)]
-    return targets
-
-
-def _readable(table, errors):
-    """The rows of a table whose images could be read; the others are told. Raises InputError when
-    there is none."""
-    for message in errors.values():
-        print_text(f"skipped: {message}", file=sys.stderr)
-    if len(errors) == len(table):
-        raise InputError(f"none of the {len(table)} images can be read, as {errors[0]}")
-    return np.array([row for row in range(len(table)) if row not in errors])
-
-
-def evaluate(classifier, table, batch_size=32, workers=None):
-    """Report a classifier on a LabelTable, as targets_for() reads it -> metrics.report() dict, with
-    intervals."""
-    metrics = import_metrics("--evaluate")
-    targets = targets_for(classifier, table)
-    probabilities, errors = predict_all(classifier, table.paths, batch_size, workers)
-    good = _readable(table, errors)
-    return metrics.report(targets[good], probabilities[good], classifier.thresholds, classifier.classes, True)
-
-
-def calibrate(classifier, table, batch_size=32, workers=None):
-    """Choose the calibration of a classifier's members and its soft thresholds anew on a
-    LabelTable, as targets_for() reads it -> its report there, as of evaluate()."""
-    metrics = import_metrics("--calibrate")
-    logits, errors = _logits_of(classifier, table.paths, batch_size, workers)
-    good = _readable(table, errors)
-    targets = targets_for(classifier, table)[good]
-    fit_calibration(classifier, logits[:, good], targets)
-    probabilities = to_probabilities(classifier, logits[:, good])
-    classifier.thresholds = metrics.find_thresholds(targets, probabilities, "soft").tolist()
-    return metrics.report(targets, probabilities, classifier.thresholds, classifier.classes, intervals=True)
-
-
-def import_metrics(option):
-    """metrics.py, which a deployed model goes without."""
-    try:
-        import metrics
-    except ImportError:
-        raise InputError(f"{option} needs metrics.py beside inference.py: copy it there too") from None
-    return metrics
+    # Half of a ResNet18 fits a ResNet50, so a backbone that fits nearly all of the file is looked
+    # for first. 0.9: such a file may have some more tensors, like those of a training loss.
+    for name in BACKBONES:
+        with torch.device("meta"):  # shapes only, which takes no time
+            other = torchvision_models().get_model(name, weights=None).state_dict()
+        if fit(name, {key: tensor.shape for key, tensor in other.items()}) > max(share, 0.9):
+            raise InputError(f"{source} has weights of which {share:.0%} fit {backbone}: it looks "
+                             f"like {name}: give --backbone {name}, or other --weights")
+    if share < 0.5 or not taken:
+        found = f"weights of which {share:.0%} fit" if taken else "no tensor that fits"
+        raise InputError(f"{source} has {found} {backbone}: is it of another backbone?")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reports
+# Checkpoints
 
 
-def prediction_rows(ids, probabilities, thresholds, classes, groups):
-    """The rows of predictions.csv, the header first: per image and group the labels present, most
-    confident first, the same with their probabilities (label:0.1234), and the mean of those; ;
-    separates the labels of a cell."""
-    groups = groups or {"labels": classes}
-    averages = [f"avg_{group.removesuffix('s')}_confidence" for group in groups] + ["overall_avg_confidence"]
-    if list(groups) == ["labels"]:
-        averages = ["avg_confidence"]
-    rows = [["ID", *groups, *(f"{group}_confidence" for group in groups), *averages]]
-    for name, row, cuts in zip(ids, probabilities, np.broadcast_to(thresholds, probabilities.shape)):
-        labels = []
-        confidences = []
-        numbers = []
-        for members in groups.values():
-            columns = [classes.index(member) for member in members]
-            found = sorted((c for c in columns if row[c] >= cuts[c]), key=lambda c: -row[c])
-            labels.append(";".join(classes[c] for c in found))
-            confidences.append(";".join(f"{classes[c]}:{row[c]:.4f}" for c in found))
-            numbers.append([float(row[c]) for c in found])
-        if len(averages) > 1:
-            numbers.append(list(itertools.chain(*numbers)))
-        rows.append([name, *labels, *confidences, *(f"{np.mean(part):.4f}" if part else "" for part in numbers)])
-    return rows
+FORMAT = 2  # of model.pth and last.pth: raised when a change makes older files unreadable
+MEMBER_FIELDS = ("backbone", "head", "dropout", "size", "offsets", "scale")  # beside the tensors
+SAVED_FIELDS = ("classes", "groups", "thresholds", "mirrored", "epoch", "scores", "options")
+
+
+def save_model(classifier, path):
+    """Save a Classifier as a model.pth, which holds only tensors, numbers and strings."""
+    # contiguous() undoes the memory layout of to_device(), which is of no use in a file.
+    members = []
+    for member in classifier.members:
+        state = member.network.state_dict()
+        state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+        fields = {name: getattr(member, name) for name in MEMBER_FIELDS}
+        members.append(fields | {"network": state})
+
+    fields = {name: getattr(classifier, name) for name in (*SAVED_FIELDS, "trained_on")}
+    write_checkpoint(path, {"format": FORMAT, "members": members} | fields)
+
+
+def write_checkpoint(path, content):
+    """Write a file with torch.save(), completely or not at all.
+
+    Raises OSError, for example if the disk is full; then the previous file is still there.
+    """
+    with dataset.atomic_write(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's error says less than the OSError that caused it
+            raise error.__context__ or error from None
+
+
+def load_model(path="outputs/model.pth", device="auto", precision="auto"):
+    """Load a model.pth as a Classifier, ready for predict().
+
+    Args: path: a file, or a list of files with the same classes, which gives a Classifier with all
+    their networks and the mean of their thresholds; device: as for choose_device(); precision: as
+    for choose_precision().
+    Raises InputError if a file cannot be used.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        return _merge_classifiers([load_model(one, device, precision) for one in path], path)
+
+    if not Path(path).exists():
+        raise InputError(f"{path} does not exist: train a model first (python train.py), or name "
+                         "one with --model")
+    content = read_checkpoint(path)
+    check_content(path, content, ("members", *SAVED_FIELDS), "model.pth")
+
+    count = len(content["classes"])
+    thresholds = len(content["thresholds"])
+    device = choose_device(device)
+    members = [_load_member(path, saved, count, device) for saved in content["members"]]
+    if thresholds != count:
+        raise InputError(f"{path} is damaged: it has {thresholds} thresholds for {count} classes")
+
+    precision = None if precision == "auto" else choose_precision(precision, device)[0]
+    fields = {name: content[name] for name in SAVED_FIELDS}
+    trained_on = content.get("trained_on", [])  # which the first files of this format lack
+    return Classifier(members, **fields, trained_on=trained_on, device=device, precision=precision)
+
+
+def _load_member(path, saved, num_classes, device):
+    """Build one network of a model.pth and load its tensors."""
+    fields = {name: saved[name] for name in MEMBER_FIELDS}
+    torchvision_models()  # if it is broken, it says so here, not as a damaged file below
+    try:
+        with torch.device("meta"):  # no time is spent on random values that are replaced at once
+            network = build_model(saved["backbone"], saved["head"], num_classes, saved["dropout"])
+        network.load_state_dict(saved["network"], assign=True)  # meta tensors cannot be filled
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # of wrong content
+        raise InputError(f"{path} is damaged: its tensors are not those of a {saved['backbone']} "
+                         f"network with a {saved['head']} head for its classes") from None
+    return Member(to_device(network, device).eval(), **fields)
+
+
+def _merge_classifiers(classifiers, paths):
+    """Merge the Classifiers of several files into one."""
+    first = classifiers[0]
+    for other, path in zip(classifiers, paths):
+        if other.classes != first.classes:
+            raise InputError(f"{path} has different classes from {paths[0]}: {', '.join(other.classes)}")
+
+    return replace(
+        first,
+        members=[member for classifier in classifiers for member in classifier.members],
+        thresholds=np.mean([one.thresholds for one in classifiers], axis=0).tolist(),
+        mirrored=any(one.mirrored for one in classifiers),
+        trained_on=sorted(set().union(*(one.trained_on for one in classifiers))),
+    )
+
+
+def read_checkpoint(path):
+    """Return what torch.save() wrote, without running code that an untrusted file may contain.
+
+    Raises InputError if it cannot be read or holds more than tensors, numbers and strings.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} holds more than tensors, numbers and strings, or is not a "
+                         "PyTorch checkpoint: it was not loaded") from None
+    except Exception as error:  # torch raises whatever the bytes of a broken file lead it to
+        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from None
+
+
+def check_content(path, content, names, kind):
+    """Raise an InputError unless a checkpoint is a `kind`, such as "model.pth", with `names`."""
+    if not isinstance(content, dict) or not {"format", *names} <= content.keys():
+        raise InputError(f"{path} is not a {kind} of train.py; to start training from its weights, "
+                         f"use train.py --weights {path}")
+    if content["format"] != FORMAT:
+        raise InputError(f"{path} has format {content['format']}, and this program reads {FORMAT}: "
+                         "use the version of the program that wrote it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predictions as text
 
 
 def format_predictions(style, ids, probabilities, thresholds, classifier):
-    """Predictions as text. style: "table" (the whole table for one image, a line each for several),
-    "csv" (labels and confidences), "probabilities" (CSV with a column per class) or "json" ({name of
-    json_names(): indices of the labels present})."""
+    """Format predictions as text.
+
+    Args: style: "table" (a full table for one image, else a line per image), "csv" (see
+    prediction_rows()), "probabilities" (CSV with a column per class) or "json" ({image: indices of
+    its labels}); ids: N names; probabilities (N, C); thresholds (C,), or (N, C) except for "table".
+    """
     classes = classifier.classes
+    if style == "csv":
+        return _csv_text(prediction_rows(ids, probabilities, thresholds, classes, classifier.groups))
+    if style == "probabilities":
+        rows = [[name, *map(str, row)] for name, row in zip(ids, probabilities)]
+        return _csv_text([["ID", *classes], *rows])
+
     present = probabilities >= thresholds
     if style == "json":
         indices = [np.flatnonzero(row).tolist() for row in present]
-        return json.dumps(dict(zip(json_names(ids), indices)), ensure_ascii=False)
-    if style in ("csv", "probabilities"):
-        rows = [["ID", *classes], *([name, *map(str, row)] for name, row in zip(ids, probabilities))]
-        if style == "csv":
-            rows = prediction_rows(ids, probabilities, thresholds, classes, classifier.groups)
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        return text.getvalue().rstrip("\n")
+        return json.dumps(dict(zip(_shortest_names(ids), indices)), ensure_ascii=False)
     if len(ids) == 1:
-        width = max(9, *map(len, classes))
-        lines = [ids[0], f"{'attribute':{width}}  probability  threshold  status"]
-        for c, name in enumerate(classes):
-            status = "[PRESENT]" if present[0, c] else "[absent]"
-            lines.append(f"{name:{width}}  {probabilities[0, c]:11.4f}  {thresholds[c]:9.4f}  {status}")
-        return "\n".join([*lines, "", f"present: {dataset.list_names(classes, present[0]) or 'none'}"])
+        return _format_table(ids[0], classes, probabilities[0], thresholds, present[0])
+
     width = max(map(len, ids))
     lines = []
     for name, row, found in zip(ids, probabilities, present):
@@ -743,153 +1083,86 @@ def format_predictions(style, ids, probabilities, thresholds, classifier):
     return "\n".join(lines)
 
 
-def json_names(ids):
-    """Shorten the names of images to what tells them apart, as the keys of COCO's predictions are.
+def prediction_rows(ids, probabilities, thresholds, classes, groups):
+    """Return the rows of predictions.csv, the header first.
 
-    A name is the stem, else the path without a suffix, else the path: "a/1.jpg", "b/1.jpg", "b/2.jpg" and "b/2.png"
-    become "a/1", "b/1", "b/2.jpg" and "b/2.png". No form is used that another image has too.
+    Each group of classes has a column with its labels, such as "nut;bolt", the most confident
+    first; one with their probabilities, "nut:0.9000;bolt:0.6000"; and one with the mean of these.
     """
+    groups = groups or {"labels": classes}
+    averages = [f"avg_{group.removesuffix('s')}_confidence" for group in groups] + ["overall_avg_confidence"]
+    if list(groups) == ["labels"]:  # a single group, whose mean is the overall mean
+        averages = ["avg_confidence"]
+
+    rows = [["ID", *groups, *(f"{group}_confidence" for group in groups), *averages]]
+    cuts = np.broadcast_to(thresholds, probabilities.shape)
+    for name, row, cut in zip(ids, probabilities, cuts):
+        found = []  # the columns of the labels present, a list per group
+        for members in groups.values():
+            columns = [classes.index(member) for member in members]
+            found.append(sorted((c for c in columns if row[c] >= cut[c]), key=lambda c: -row[c]))
+        labels = [";".join(classes[c] for c in part) for part in found]
+        confidences = [";".join(f"{classes[c]}:{row[c]:.4f}" for c in part) for part in found]
+
+        if len(averages) > 1:
+            found.append(list(itertools.chain(*found)))
+        means = [f"{np.mean([float(row[c]) for c in part]):.4f}" if part else "" for part in found]
+        rows.append([name, *labels, *confidences, *means])
+    return rows
+
+
+def _csv_text(rows):
+    """Format rows as CSV, without a line break at the end."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)  # Python's default is \r\n
+    return text.getvalue().rstrip("\n")
+
+
+def _shortest_names(ids):
+    """Shorten the names of images to what is unique, like the keys of COCO's predictions."""
+    # A name becomes its stem; if another image has that, too, its path without the suffix; else it
+    # stays: a/1.jpg, b/1.jpg, b/2.jpg and b/2.png become a/1, b/1, b/2.jpg and b/2.png.
     forms = []
     for name in ids:
         path, suffix = os.path.splitext(name.replace("\\", "/"))
-        if suffix.lower() not in IMAGE_SUFFIXES:  # a dot of the name itself
+        if suffix.lower() not in IMAGE_SUFFIXES:  # the dot belongs to the name, as in scan.1
             path += suffix
         forms.append((path.rpartition("/")[2], path, name))
+
     counts = Counter(form for own in forms for form in set(own))
     return [next((form for form in own if counts[form] == 1), own[-1]) for own in forms]
 
 
-def find_images(arguments):
-    """Return the IDs and the paths of the images in files and folders. Raises InputError.
-
-    A folder stands for all images below it, sorted, each named by its path from there. Its other files are counted on
-    stderr. A file is an image whatever its suffix; it is named by its name, or by what was given where two have the
-    same.
-    """
-    ids = []
-    paths = []
-    for argument in map(Path, arguments):
-        if argument.is_dir():
-            found, skipped = [], []
-            for name in sorted(dataset.ImageFolder(argument, argument).names):
-                (found if Path(name).suffix.lower() in IMAGE_SUFFIXES else skipped).append(name)
-            others = _count_suffixes(skipped)
-            if not found and not others:
-                raise InputError(f"{argument} holds no files: name a folder of images")
-            if not found:
-                raise InputError(f"{argument} holds no images that can be read, only {others}: convert images of other "
-                                 "formats to JPEG or PNG")
-            if others:
-                print_text(f"{argument}: skipped {others}, which are not read as images", file=sys.stderr)
-            ids += found
-            paths += [argument / name for name in found]
-        elif os.path.lexists(argument):
-            ids.append(argument.name)
-            paths.append(argument)
-        else:
-            raise InputError(f"{argument} is not there: name an image or a folder of images")
-    if not paths:
-        raise InputError("no image is named: python inference.py IMAGE_OR_FOLDER ...")
-    counts = Counter(ids)
-    return [str(path) if counts[name] > 1 else name for name, path in zip(ids, paths)], paths
-
-
-def _count_suffixes(names):
-    """Describe files by their suffixes, the most frequent first: "12 .heic, 1 .csv". Hidden files are left out."""
-    names = [Path(name) for name in names]
-    suffixes = [path.suffix.lower() or "without a suffix" for path in names if not path.name.startswith(".")]
-    return ", ".join(f"{count} {suffix}" for suffix, count in Counter(suffixes).most_common())
+def _format_table(name, classes, probabilities, thresholds, present):
+    """Format the prediction of a single image as a table with a line per class."""
+    width = max(len("attribute"), *map(len, classes))
+    lines = [name, f"{'attribute':{width}}  probability  threshold  status"]
+    for c, label in enumerate(classes):
+        status = "[PRESENT]" if present[c] else "[absent]"
+        lines.append(f"{label:{width}}  {probabilities[c]:11.4f}  {thresholds[c]:9.4f}  {status}")
+    return "\n".join([*lines, "", f"present: {dataset.list_names(classes, present) or 'none'}"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures of results: heatmaps, labels, mistakes
+# Pictures: labels, heatmaps and mistakes
 
 
-PICTURE_SIDE = 360  # pixels, the longer side of an image that --save draws
-
-
-def heatmaps(classifier, image, labels):
-    """Where in an image the network sees each of the labels -> float32 (len(labels), size, size), 0
-    to 1 each.
-
-    image: as of predict(). labels: column numbers. Grad-CAM: Selvaraju et al. (2017), "Grad-CAM:
-    Visual Explanations from Deep Networks via Gradient-based Localization": the last feature maps,
-    weighted by the mean gradient of the logit; for a linear head that is CAM (Zhou et al. 2016). Of
-    several networks the mean. All 0 where no region was found. Raises ImageError.
-    """
-    pixels = torch.from_numpy(np.array(dataset.load_image(image, classifier.size))).permute(2, 0, 1)[None]
-    images = dataset.normalize(pixels.to(classifier.device))
-    total = sum(_member_heatmaps(member, images, labels) for member in classifier.members)
-    return total / total.max(axis=(1, 2), keepdims=True, initial=1e-30)
-
-
-def _member_heatmaps(member, images, labels):
-    """heatmaps() of one network, of a normalised image (1, 3, H, W), in its size."""
-    kept = []
-    network = share_tensors(member.network).eval()  # for the hook, so that threads may share the classifier
-    network.get_submodule(LAST_MAPS[member.backbone]).register_forward_hook(lambda *call: kept.append(call[2]))
-    with torch.enable_grad():
-        logits = network(scaled(images, member.size).requires_grad_())[0]
-    result = np.zeros((len(labels), *images.shape[2:]), np.float32)
-    for i, label in enumerate(labels):
-        gradient = torch.autograd.grad(logits[label], kept[0], retain_graph=True)[0]
-        maps = (gradient.mean((2, 3), keepdim=True) * kept[0].detach()).sum(1, keepdim=True).relu()
-        maps = upsample(maps, images.shape[2])
-        result[i] = (maps / maps.max().clamp(min=1e-30)).cpu()[0]
-    return result
-
-
-def upsample(maps, size):
-    """Feature maps (1, 1, h, w) -> (1, size, size). With zeros around them a cell at the edge is
-    highest in its middle, not along the edge of the image."""
-    height, width = maps.shape[2:]
-    axis = torch.linspace(-1 + 1 / size, 1 - 1 / size, size, device=maps.device)
-    points = torch.meshgrid(axis * width / (width + 2), axis * height / (height + 2), indexing="xy")
-    padded = nn.functional.pad(maps, (1, 1, 1, 1))
-    grid = torch.stack(points, dim=-1)[None]
-    return nn.functional.grid_sample(padded, grid, mode="bicubic", align_corners=False)[0].clamp(min=0)
-
-
-def draw_heatmap(image, heat):
-    """A PIL image in grey, a heatmap (H, W) over it in yellow to red, and a ring where it is
-    highest."""
-    grey = image.convert("L").convert("RGB")
-    heat = Image.fromarray(heat).resize(image.size, Image.Resampling.BILINEAR)
-    values = np.asarray(heat).clip(0, 1)
-    glow = ImageOps.colorize(Image.fromarray((255 * values).astype(np.uint8)), "yellow", "red")
-    grey.paste(glow, mask=Image.fromarray((170 * values).astype(np.uint8)))
-    if values.any():
-        y, x = np.unravel_index(values.argmax(), values.shape)
-        radius = max(image.size) / 30
-        ring = (x - radius, y - radius, x + radius, y + radius)
-        ImageDraw.Draw(grey).ellipse(ring, outline="white", width=max(1, round(radius / 4)))
-    return grey
-
-
-def picture_paths(paths, folder):
-    """Return the file in `folder` that save_pictures() draws each image into."""
-    return [Path(folder) / f"{Path(name).stem}.png" for name in dataset.distinct_names(paths)]
-
-
-DRAWN = "inference.py --save"  # what the pictures that save_pictures() draws name as their software
-
-
-def _is_drawn(path):
-    """Return whether a file is a picture that save_pictures() has drawn."""
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return image.info.get("Software") == DRAWN
-    except OSError:
-        return False
+# The layer before the pooling, whose output still has places: 7 x 7 for an image of 224 pixels.
+LAST_MAPS = dict.fromkeys(BACKBONES, "features") | {"resnet18": "layer4", "resnet50": "layer4"}
+PICTURE_SIDE = 360  # pixels of an image's longer side: four in a row fill a laptop's screen
+SOFTWARE = "inference.py --save"  # by which a PNG file says that save_pictures() drew it
 
 
 def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
-    """Draw each image with its labels under it, and with `heatmap` where the network sees each
-    label present, into folder/NAME.png -> the paths written. probabilities: (N, C), of
-    predict()."""
+    """Draw each image with its labels below it, and save it as folder/NAME.png.
+
+    Args: probabilities (N, C) from predict(); heatmap: whether to add a picture of each label that
+    shows where the network sees it.
+    Returns: the paths of the pictures.
+    """
     names = dataset.picture_names(classifier.classes)
-    mark = PngImagePlugin.PngInfo()
-    mark.add_text("Software", DRAWN)
+    mark = PngImagePlugin.PngInfo()  # so that a later run knows that it may replace the picture
+    mark.add_text("Software", SOFTWARE)
     written = picture_paths(paths, folder)
     for path, picture, row in zip(paths, written, probabilities):
         image = dataset.load_image(path, within=PICTURE_SIDE)
@@ -897,6 +1170,7 @@ def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
         labels = sorted(present, key=lambda c: -row[c])
         words = [(f"{names[c]} {row[c]:.2f}", dataset.GREEN) for c in labels]
         cells = [(image, words or [("none of the labels", dataset.GREY)])]
+
         if heatmap:
             for heat, (text, _) in zip(heatmaps(classifier, path, labels), words):
                 found = "seen here" if heat.any() else "no region found"
@@ -905,144 +1179,155 @@ def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
     return written
 
 
-def mistakes_sheet(table, probabilities, thresholds, count=24):
-    """The images with the most confident mistakes first -> PIL image.
+def picture_paths(paths, folder):
+    """Return the files in a folder that save_pictures() writes for the images at `paths`."""
+    return [Path(folder) / f"{Path(name).stem}.png" for name in dataset.distinct_names(paths)]
 
-    table: a LabelTable of N images; probabilities (N, C); thresholds (C,) or (N, C). A mistake is
-    as confident as the probability of what was predicted: p for a false alarm, 1 - p for a missed
-    label.
+
+def _is_drawn(path):
+    """Return True if a file is a picture that save_pictures() drew."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software") == SOFTWARE
+    except OSError:
+        return False
+
+
+def heatmaps(classifier, image, labels):
+    """Compute where in an image the networks see each of the labels.
+
+    Args: image: one image, as for predict(); labels: class indices.
+    Returns: float32 (len(labels), size, size), each from 0 to 1, or all 0 if no region was found.
+    Raises ImageError if the image cannot be read.
+    Source: Selvaraju et al. (2017), "Grad-CAM: Visual Explanations from Deep Networks via
+    Gradient-based Localization"; with a linear head it is CAM (Zhou et al. 2016).
     """
+    pixels = torch.from_numpy(np.array(dataset.load_image(image, classifier.size))).permute(2, 0, 1)[None]
+    images = dataset.normalize(pixels.to(classifier.device))
+
+    # Each network's map has its highest value at 1, so that all count the same in the mean.
+    total = sum(_member_heatmaps(member, images, labels) for member in classifier.members)
+    return total / total.max(axis=(1, 2), keepdims=True, initial=1e-30)  # a map of zeros stays 0
+
+
+def _member_heatmaps(member, images, labels):
+    """Compute the heatmaps of one network, at the size of the normalised image (1, 3, H, W)."""
+    kept = []
+    network = share_tensors(member.network).eval()  # for the hook: threads may share a classifier
+    layer = network.get_submodule(LAST_MAPS[member.backbone])
+    layer.register_forward_hook(lambda _, inputs, output: kept.append(output))
+    with torch.enable_grad():
+        logits = network(_resize(images, member.size).requires_grad_())[0]
+
+    # Each feature map is weighted by how much raising it would raise the logit of the label. The sum
+    # is positive where the image speaks for the label; what speaks against it is cut off.
+    result = np.zeros((len(labels), *images.shape[2:]), np.float32)
+    for i, label in enumerate(labels):
+        gradient = torch.autograd.grad(logits[label], kept[0], retain_graph=True)[0]
+        maps = (gradient.mean((2, 3), keepdim=True) * kept[0].detach()).sum(1, keepdim=True).relu()
+        maps = _upsample(maps, images.shape[2])
+        result[i] = (maps / maps.max().clamp(min=1e-30)).cpu()[0]
+    return result
+
+
+def _upsample(maps, size):
+    """Enlarge maps (1, 1, h, w) to (1, size, size), as if there were zeros around them."""
+    # Without the zeros, the edge would be repeated outwards. A high cell at the edge would then be
+    # highest at the border of the image instead of in its own middle.
+    height, width = maps.shape[2:]
+    padded = nn.functional.pad(maps, (1, 1, 1, 1))
+
+    # grid_sample() counts from -1 to 1 across the padded maps. The maps themselves, h of h + 2
+    # rows, fill the inner h / (h + 2) of this range.
+    axis = torch.linspace(-1 + 1 / size, 1 - 1 / size, size, device=maps.device)
+    across, down = axis * width / (width + 2), axis * height / (height + 2)
+    grid = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)[None]
+    large = nn.functional.grid_sample(padded, grid, mode="bicubic", align_corners=False)
+    return large[0].clamp(min=0)  # bicubic curves swing below zero
+
+
+def draw_heatmap(image, heat):
+    """Draw a heatmap (H, W) over a PIL image: yellow to red on grey, with a ring at its peak."""
+    grey = image.convert("L").convert("RGB")
+    heat = Image.fromarray(heat).resize(image.size, Image.Resampling.BILINEAR)
+    values = np.asarray(heat).clip(0, 1)
+    glow = ImageOps.colorize(Image.fromarray((255 * values).astype(np.uint8)), "yellow", "red")
+    opacity = Image.fromarray((170 * values).astype(np.uint8))  # up to 170 of 255: two thirds
+    grey.paste(glow, mask=opacity)
+
+    if values.any():
+        y, x = np.unravel_index(values.argmax(), values.shape)
+        radius = max(image.size) / 30  # small enough to point, large enough to be seen
+        ring = (x - radius, y - radius, x + radius, y + radius)
+        ImageDraw.Draw(grey).ellipse(ring, outline="white", width=max(1, round(radius / 4)))
+    return grey
+
+
+def mistakes_sheet(table, probabilities, thresholds, count=24):
+    """Draw the images with mistakes, the most confident mistakes first, as a PIL image.
+
+    Args: table: a LabelTable of N images; probabilities (N, C); thresholds (C,) or (N, C); count: at
+    most so many images are drawn (24: four rows of six).
+    """
+    # A mistake is as confident as the probability of what was predicted: p for a false alarm, 1 - p
+    # for a missed label. An image ranks by its most confident mistake.
     thresholds = np.broadcast_to(thresholds, probabilities.shape)
     predicted = probabilities >= thresholds
-    unknown = np.isnan(table.targets)
-    wrong = ~unknown & (predicted != (table.targets == 1))
+    wrong = ~np.isnan(table.targets) & (predicted != (table.targets == 1))
     confidence = np.where(wrong, np.where(predicted, probabilities, 1 - probabilities), 0).max(axis=1)
     rows = np.flatnonzero(wrong.any(axis=1))
     title = f"{len(rows)} of {len(table)} images have a mistake"
     if len(rows):
         title += "; the most confident ones first"
+
     names = dataset.picture_names(table.classes)
     cells = []
     for row in rows[np.argsort(-confidence[rows], kind="stable")][:count]:
-        lines = [(table.ids[row], dataset.BLACK)]
-        mistakes = sorted(np.flatnonzero(wrong[row]), key=lambda c: -abs(probabilities[row, c] - thresholds[row, c]))
-        for c in mistakes[:6]:
-            if predicted[row, c]:
-                lines.append((f"+ false alarm: {names[c]} {probabilities[row, c]:.2f}", dataset.RED))
-            else:
-                lines.append((f"- missed: {names[c]} {probabilities[row, c]:.2f}", dataset.BLUE))
-        if len(mistakes) > 6:
-            lines.append((f"and {len(mistakes) - 6} mistakes more", dataset.GREY))
-        lines.append((f"true: {dataset.list_names(names, table.targets[row] == 1) or 'none'}", dataset.GREY))
-        lines.append((f"predicted: {dataset.list_names(names, predicted[row]) or 'none'}", dataset.GREY))
-        if unknown[row].any():
-            lines.append((f"NA: {dataset.list_names(names, unknown[row])}", dataset.GREY))
-        try:
-            cells.append((dataset.load_image(table.paths[row], within=200), lines))
-        except ImageError:  # it was there a moment ago
-            continue
+        # The mistakes of one image are listed by how far they are beyond the threshold.
+        distance = abs(probabilities[row] - thresholds[row])
+        mistakes = np.flatnonzero(wrong[row])
+        mistakes = mistakes[np.argsort(-distance[mistakes], kind="stable")]
+        lines = _describe_mistakes(table, row, names, probabilities[row], predicted[row], mistakes)
+        with contextlib.suppress(ImageError):  # the file was readable a moment ago
+            image = dataset.load_image(table.paths[row], within=200)  # the width of a cell
+            cells.append((image, lines))
     return dataset.draw_sheet(cells, title)
 
 
+def _describe_mistakes(table, row, names, probabilities, predicted, mistakes):
+    """Return the lines below an image of mistakes_sheet(), as (text, colour)."""
+    lines = [(table.ids[row], dataset.BLACK)]
+    for c in mistakes[:6]:  # more lines would make the text longer than the picture
+        if predicted[c]:
+            lines.append((f"+ false alarm: {names[c]} {probabilities[c]:.2f}", dataset.RED))
+        else:
+            lines.append((f"- missed: {names[c]} {probabilities[c]:.2f}", dataset.BLUE))
+    if len(mistakes) > 6:
+        lines.append((f"and {len(mistakes) - 6} more mistakes", dataset.GREY))
+
+    targets = table.targets[row]
+    for title, chosen in (("true", targets == 1), ("predicted", predicted)):
+        lines.append((f"{title}: {dataset.list_names(names, chosen) or 'none'}", dataset.GREY))
+    if np.isnan(targets).any():
+        lines.append((f"NA: {dataset.list_names(names, np.isnan(targets))}", dataset.GREY))
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Charts
 
 
-COLOURS = ["#1f6fb4", "#e07b00", "#b9d3ea"]
+COLOURS = ["#1f6fb4", "#e07b00", "#b9d3ea"]  # blue, orange, and a light blue for the background
 INK = "#333333"
 
 
-def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=()):
-    """A line chart -> PIL image. series: a list of (name, x values, y values, colour); points that
-    are not finite are left out. marks: a list of (x, text) of vertical lines."""
-    lines = []
-    for _, xs, ys, _ in series:
-        points = np.array([xs, ys], float).T
-        lines.append(points[np.isfinite(points).all(axis=1)])
-    points = np.concatenate(lines) if any(map(len, lines)) else np.array([(0, 0), (1, 1)])
-    x_ticks, y_ticks = (ticks(min(values), max(values), size[1] // 70) for values in points.T)
-    width, height = 2 * size[0], 2 * size[1]  # drawn twice as large and shrunk, so that lines are smooth
-    left, top, right, bottom = 132, 116, width - 48, height - 104
-
-    def to_x(values):
-        return np.interp(values, (x_ticks[0], x_ticks[-1]), (left, right))
-
-    def to_y(values):
-        return np.interp(values, (y_ticks[0], y_ticks[-1]), (bottom, top))
-
-    image = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(image)
-
-    def write(x, y, text, anchor, points=26):
-        pen.text((x, y), text, INK, dataset.load_font(points, text), anchor, stroke_width=4, stroke_fill="white")
-
-    for y, value in zip(to_y(y_ticks), y_ticks):
-        pen.line([(left, y), (right, y)], fill="#e4e4e4", width=2)
-        write(left - 16, y, f"{value:g}", "rm")
-    for x, value in zip(to_x(x_ticks), x_ticks):
-        pen.line([(x, bottom), (x, bottom + 10)], fill=INK, width=2)
-        write(x, bottom + 18, f"{value:g}", "mt")
-    pen.line([(left, top), (left, bottom), (right, bottom)], fill=INK, width=2)
-    legend = right
-    for (name, _, _, colour), points in reversed(list(zip(series, lines))):
-        line = list(zip(to_x(points[:, 0]), to_y(points[:, 1])))
-        pen.line(line, fill=colour, width=4, joint="curve")
-        for x, y in line if len(line) <= 40 else []:
-            pen.ellipse((x - 6, y - 6, x + 6, y + 6), fill=colour)
-        write(legend, top - 28, name, "rm")
-        legend -= pen.textlength(name, font=dataset.load_font(26, name)) + 12
-        pen.line([(legend - 40, top - 28), (legend, top - 28)], fill=colour, width=6)
-        legend -= 68
-    for i, (value, text) in enumerate(sorted(marks)):
-        x = to_x(value)
-        pen.line([(x, top), (x, bottom)], fill="#888888", width=2)
-        near_end = x > (left + right) / 2
-        y = bottom - 16 - 36 * (i % 8)
-        write(x - 12 if near_end else x + 12, y, text, "rb" if near_end else "lb")
-    write(width / 2, 32, title, "mm", 30)
-    write((left + right) / 2, height - 28, x_label, "mm", 30)
-    write(16, top - 28, y_label, "lm")
-    return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def ticks(low, high, count):
-    """About `count` round numbers, from at or below `low` to at or above `high`."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        low, high = low - 0.5, high + 0.5
-    rough = (high - low) / count
-    base = 10 ** math.floor(math.log10(rough))
-    step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= rough)
-    digits = max(0, -math.floor(math.log10(step)))
-    steps = range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)
-    return [round(step * k, digits) for k in steps]
-
-
-def stack_charts(charts, columns, title=""):
-    """Charts of one size, in rows, under a title -> PIL image."""
-    width, height = charts[0].size
-    columns = min(columns, len(charts))
-    top = 40 if title else 0
-    image = Image.new("RGB", (columns * width, top + -(-len(charts) // columns) * height), "white")
-    ImageDraw.Draw(image).text((14, 12), title, "black", dataset.load_font(16))
-    for place, chart in enumerate(charts):
-        image.paste(chart, (place % columns * width, top + place // columns * height))
-    return image
-
-
-def reliability_chart(targets, probabilities):
-    """How often labels were there, by the probability that was predicted, beside the ideal -> PIL
-    image. Arguments as of metrics.reliability_curve()."""
-    import metrics
-
-    mean, share, _ = metrics.reliability_curve(targets, probabilities)
-    series = [("ideal", [0, 1], [0, 1], COLOURS[2]), ("all labels", mean, share, COLOURS[0])]
-    return draw_chart(series, "Reliability", "predicted probability", "share that was there", (480, 420))
-
-
 def pr_curves(targets, probabilities, thresholds, classes, most=20):
-    """Precision over recall of each class on val, with a line at its threshold; of many classes the
-    `most` with the lowest average precision -> PIL image. targets (N, C) with 1, 0, NaN;
-    probabilities (N, C); thresholds (C,)."""
-    import metrics
+    """Draw the precision-recall curve of each class on val, as a PIL image.
+
+    Args: targets (N, C) with 1, 0 and NaN; probabilities (N, C); thresholds (C,), which are marked;
+    most: at most so many classes are drawn, the worst ones (20: five rows of four).
+    """
+    import metrics  # here, not at the top: a deployed model goes without it
 
     scores = metrics.average_precision(targets, probabilities, None)
     names = dataset.picture_names(classes)
@@ -1051,198 +1336,131 @@ def pr_curves(targets, probabilities, thresholds, classes, most=20):
     if len(classes) > most:
         shown = np.argsort(scores, kind="stable")[:most]
         title += f"; the {most} of {len(classes)} classes with the lowest average precision"
+
     charts = []
     for c in shown:
         truth = targets[:, c]
         positives = int(np.nansum(truth))
-        line = ("no known positive", [], [], COLOURS[0])
-        marks = []
+        line, marks = ("no known positive", [], [], COLOURS[0]), []
         if positives:
             precision, recall, cuts = metrics.precision_recall_curve(truth, probabilities[:, c])
             line = (f"AP {scores[c]:.3f}, {positives} positives", recall, precision, COLOURS[0])
             marks = [(recall[np.searchsorted(cuts, thresholds[c])], f"threshold {thresholds[c]:.2f}")]
-        name = metrics.shorten(names[c], 34)
+        name = metrics.shorten(names[c], 34)  # characters that fit above a chart of 300 pixels
         charts.append(draw_chart([line], name, "recall", "precision", (300, 280), marks))
     return stack_charts(charts, 4, title)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
+def reliability_chart(targets, probabilities):
+    """Draw how often labels are present, by predicted probability, as a PIL image."""
+    import metrics  # here, not at the top: a deployed model goes without it
+
+    mean, share, _ = metrics.reliability_curve(targets, probabilities)
+    series = [("ideal", [0, 1], [0, 1], COLOURS[2]), ("all labels", mean, share, COLOURS[0])]
+    return draw_chart(series, "Reliability", "predicted probability", "observed frequency", (480, 420))
 
 
-def parse_options(argv=None):
-    """The command line's options. Raises InputError."""
-    parser = dataset.ArgumentParser(
-        prog="inference.py", usage="%(prog)s IMAGE|DIR ... | --evaluate DATA | --calibrate DATA --out FILE [options]",
-        description="Say which labels images carry.")
-    parser.add_argument("paths", nargs="*", metavar="IMAGE|DIR", help="images, or folders of images")
-    parser.add_argument("--image", action="append", default=[], metavar="IMAGE", help="the same, as an option")
-    add = parser.add_argument_group("model").add_argument
-    add("--model", action="append", default=[], metavar="FILE", help="what train.py wrote (default: "
-        "outputs/model.pth); several are averaged: every argument that ends in .pth is a model, wherever it stands")
-    add("--tta", action="store_true", help="average the probabilities with those of the mirrored image")
-    add("--threshold", type=number(float, below=1.001), metavar="T", help="one for all labels (default: the model's)")
-    add = parser.add_argument_group("output").add_argument
-    add("--format", choices=("table", "csv", "json", "probabilities"), default="table", help="of the predictions")
-    add("--out", metavar="FILE", help="write the output into a file")
-    add("--save", metavar="DIR", help="draw each image with its labels into DIR")
-    add("--heatmap", action="store_true", help="with --save: and where each label was seen (Grad-CAM)")
-    group = parser.add_argument_group("labelled data")
-    add = group.add_argument
-    add("--evaluate", metavar="DATA", help="report the model on this labelled folder: on the test part of the data's "
-        "own split, else on val; without a split on all images")
-    add("--calibrate", metavar="DATA", help="choose calibration and thresholds anew on this labelled folder, which the "
-        "model was not trained on (the val part of the data's own split, else test), and write one model to --out")
-    dataset.add_data_options(group)
-    add = parser.add_argument_group("system").add_argument
-    add("-b", "--batch-size", type=number(int, 1), default=32, metavar="N", help="images at a time")
-    add("-j", "--workers", type=number(int), default=default_workers(), metavar="N", help="threads that decode images")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="to compute in")
-    options = parser.parse_intermixed_args(argv)
+def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=()):
+    """Draw a line chart, as a PIL image of the given size.
 
-    # Images may follow the models of --model, and more models the images: the suffix tells them apart.
-    models = [path for path in options.paths if path.lower().endswith(".pth")]
-    options.model = [*options.model, *models] or ["outputs/model.pth"]
-    options.paths = [path for path in options.paths if path not in models]
-
-    if options.heatmap and not options.save:
-        raise InputError("--heatmap draws into the folder of --save DIR: give that too")
-    option = "--evaluate" if options.evaluate else "--calibrate"
-    if options.evaluate and options.calibrate:
-        raise InputError("--evaluate and --calibrate are two commands: give one of them")
-    if options.evaluate or options.calibrate:
-        if options.paths or options.image or options.save or options.format in ("csv", "probabilities"):
-            raise InputError(f"{option} is about its DATA: no images, no --save, --format table or json")
-        if options.calibrate and not options.out:
-            raise InputError("--calibrate writes a model: say where with --out FILE")
-        if options.calibrate and options.threshold is not None:
-            raise InputError("--calibrate chooses the thresholds: leave out --threshold")
-    if options.out and Path(options.out).suffix.lower() in IMAGE_SUFFIXES:
-        raise InputError(f"--out {options.out} has the name of an image, which would be replaced: name another file")
-    for name, value in dataset.data_options(options).items():
-        if value and not options.evaluate and not options.calibrate:
-            raise InputError(f"--{name.replace('_', '-')} goes with --evaluate DATA")
-    return options
-
-
-def main(argv=None):
-    """The command line; returns the probabilities (N, C), or the report with --evaluate and
-    --calibrate."""
-    options = parse_options(argv)
-    if not options.evaluate and not options.calibrate:
-        ids, paths = find_images(options.paths + options.image)
-        check_outputs(options, paths)
-    classifier = load_model(options.model, options.device, options.precision)
-    classifier.mirrored |= options.tta
-    if options.threshold is not None:
-        classifier.thresholds = [options.threshold] * len(classifier.classes)
-    described = f"{', '.join(options.model)}: {classifier}"
-    if options.evaluate or options.calibrate:
-        return use_labels(classifier, options, described)
-    print_text(f"{described}; {len(paths)} images", file=sys.stderr)
-    probabilities, errors = predict_all(classifier, paths, options.batch_size, options.workers)
-    good = [row for row in range(len(paths)) if row not in errors]
-    if good:
-        text = format_predictions(options.format, [ids[row] for row in good], probabilities[good],
-                                  np.array(classifier.thresholds), classifier)
-        output(text, options.out)
-    if options.save and good:
-        chosen = [paths[row] for row in good]
-        drawn = save_pictures(classifier, chosen, probabilities[good], options.save, options.heatmap)
-        more = f" and {len(drawn) - 1} more" if len(drawn) > 1 else ""
-        print_text(f"drawn: {drawn[0]}{more}", file=sys.stderr if options.out else None)
-    for message in errors.values():
-        print_text(f"skipped: {message}", file=sys.stderr)
-    if errors:
-        raise ImageError(f"{len(errors)} of {len(paths)} images could not be read")
-    return probabilities
-
-
-def check_outputs(options, paths):
-    """Raise an InputError if what is written would replace, or lie among, the images and models that are read."""
-    if options.out:
-        dataset.refuse_to_replace("--out", options.out, [*options.model, *paths])
-    if not options.save:
-        return
-    if os.path.exists(options.save) and not os.path.isdir(options.save):
-        raise InputError(f"--save {options.save} is a file: name a folder")
-
-    # The next run would read the pictures as images.
-    folder = Path(options.save).resolve()
-    roots = {Path(argument).resolve() for argument in options.paths + options.image if os.path.isdir(argument)}
-    if roots & {folder, *folder.parents}:
-        raise InputError(f"--save {options.save} lies in a folder of images that are read: name one outside it")
-    for picture in picture_paths(paths, options.save):
-        if os.path.lexists(picture) and not _is_drawn(picture):
-            raise InputError(f"--save {options.save} would replace {picture}, which was not drawn by --save: name "
-                             "another folder")
-
-
-def use_labels(classifier, options, described):
-    """Run --evaluate, or --calibrate and report what the classifier is worth on the same images; return the report.
-
-    described: the classifier in words.
+    Args: series: (name, x values, y values, colour) for each line, of which points that are not
+    finite are left out; marks: (x, text) for each vertical line.
     """
-    data = options.evaluate or options.calibrate
-    option = "--evaluate" if options.evaluate else "--calibrate"
-    metrics = import_metrics(option)
-    table = dataset.read_labels(data, **dataset.data_options(options))
-    if options.out:
-        dataset.refuse_to_replace("--out", options.out, _files_read(options, data, table))
-    print_text(described, file=sys.stderr)
+    lines = []
+    for _, xs, ys, _ in series:
+        points = np.array([xs, ys], float).T
+        lines.append(points[np.isfinite(points).all(axis=1)])
+    points = np.concatenate(lines)
+    if not len(points):
+        points = np.array([(0, 0), (1, 1)])
+    count = size[1] // 70  # a tick every 70 pixels
+    x_ticks, y_ticks = (_ticks(min(values), max(values), count) for values in points.T)
 
-    # What the model was trained on says little about new images. Calibration leaves test to the report, if it can.
-    split, chosen = held_out(table, ("test", "val") if options.evaluate else ("val", "test"))
-    if split == "all":
-        print_text(f"{option}: all {len(table)} images, including any that the model was trained on, since the data "
-                   "has no test or val part with labels of its own", file=sys.stderr)
-    else:
-        print_text(f"{option}: the {split} part of the data's own split, {len(chosen)} of {len(table)} images",
-                   file=sys.stderr)
+    # Pillow's lines are jagged, so the chart is drawn twice as large, and shrunk at the end. The
+    # margins leave room for the title, the legend and the numbers and names of the axes.
+    width, height = 2 * size[0], 2 * size[1]
+    left, top, right, bottom = 132, 116, width - 48, height - 104
+    image = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(image)
 
-    measure = evaluate if options.evaluate else calibrate
-    report = {"split": split} | measure(classifier, chosen, options.batch_size, options.workers)
-    if options.calibrate:
-        save_model(classifier, options.out)
-        print_text(f"written: {options.out}; on the data that it was calibrated with:", file=sys.stderr)
-    if options.format == "json":
-        text = dataset.to_json(report)
-    else:
-        print_text(dataset.summary(table, data) + "\n")
-        heading = "all data" if split == "all" else f"{split} split"
-        text = f"{heading}, {report['rows']} images\n{metrics.format_report(report)}"
-    output(text, options.out if options.evaluate else None)
-    return report
+    def to_x(values):
+        return np.interp(values, (x_ticks[0], x_ticks[-1]), (left, right))
+
+    def to_y(values):
+        return np.interp(values, (y_ticks[0], y_ticks[-1]), (bottom, top))
+
+    # The anchor is Pillow's: "rm" puts the right end of the text at x, and its middle at y. The white
+    # border keeps lines from running through the text.
+    def write(x, y, text, anchor, points=26):
+        font = dataset.load_font(points, text)
+        pen.text((x, y), text, INK, font, anchor, stroke_width=4, stroke_fill="white")
+
+    # The grid is only horizontal, since values are read along it; the x axis has short marks.
+    for y, value in zip(to_y(y_ticks), y_ticks):
+        pen.line([(left, y), (right, y)], fill="#e4e4e4", width=2)
+        write(left - 16, y, f"{value:g}", "rm")
+    for x, value in zip(to_x(x_ticks), x_ticks):
+        pen.line([(x, bottom), (x, bottom + 10)], fill=INK, width=2)
+        write(x, bottom + 18, f"{value:g}", "mt")
+    pen.line([(left, top), (left, bottom), (right, bottom)], fill=INK, width=2)
+
+    # The last series is drawn first, so that the first one ends up on top of the others and, as the
+    # legend is written from right to left, at its beginning.
+    legend = right
+    for (name, _, _, colour), points in reversed(list(zip(series, lines))):
+        line = list(zip(to_x(points[:, 0]), to_y(points[:, 1])))
+        pen.line(line, fill=colour, width=4, joint="curve")
+        for x, y in line if len(line) <= 40 else []:  # more dots would merge into a thick line
+            pen.ellipse((x - 6, y - 6, x + 6, y + 6), fill=colour)
+
+        write(legend, top - 28, name, "rm")  # the name, and to the left of it a piece of line
+        legend -= pen.textlength(name, font=dataset.load_font(26, name)) + 12
+        pen.line([(legend - 40, top - 28), (legend, top - 28)], fill=colour, width=6)
+        legend -= 68
+
+    # Texts of neighbouring marks stand at different heights, and on the side with more room, so
+    # that they neither overlap nor leave the chart.
+    for i, (value, text) in enumerate(sorted(marks)):
+        x = to_x(value)
+        pen.line([(x, top), (x, bottom)], fill="#888888", width=2)
+        y = bottom - 16 - 36 * (i % 8)  # a text is 36 high with its gap, and eight fit
+        near_end = x > (left + right) / 2
+        write(x - 12 if near_end else x + 12, y, text, "rb" if near_end else "lb")
+
+    write(width / 2, 32, title, "mm", 30)
+    write((left + right) / 2, height - 28, x_label, "mm", 30)
+    write(16, top - 28, y_label, "lm")
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def held_out(table, parts):
-    """Return the first of `parts` that has known labels in the data's own split, and the LabelTable of its rows.
+def _ticks(low, high, count):
+    """Return about `count` round numbers that enclose a range: 0, 0.2, 0.4, 0.6 for 0.1 to 0.58."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # a single value would have steps of 0
+        low, high = low - 0.5, high + 0.5
 
-    Data without any of them is returned whole, as "all".
-    """
-    for part in parts:
-        rows = np.array([row for row, own in enumerate(table.parts) if own == part], int)
-        if not np.isnan(table.targets[rows]).all():
-            return part, table.subset(rows)
-    return "all", table
+    # The step is the next larger number of the form 1, 2 or 5 times a power of ten.
+    rough = (high - low) / count
+    base = 10 ** math.floor(math.log10(rough))
+    step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= rough)
+    digits = max(0, -math.floor(math.log10(step)))
 
-
-def _files_read(options, data, table):
-    """List the files that --evaluate and --calibrate read; a calibrated model may take the place of the model."""
-    named = [name for name in (options.labels, options.label_groups, options.image_list) if name]
-    names = [*named, "label_groups.json", "classes.txt", "classes.json"]
-    label_files = {origin.rpartition(":")[0] for origin in table.origins}
-    models = [] if options.calibrate else options.model
-    return [*named, *(Path(data) / name for name in names), *label_files, *models, *table.paths]
+    # 1e-9, since 0.3 / 0.1 is 2.9999999999999996.
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(step * k, digits) for k in range(first, last + 1)]
 
 
-def output(text, path):
-    """Print the text, or write it into a file."""
-    if path:
-        dataset.write_text(path, [text])
-    else:
-        print_text(text)
+def stack_charts(charts, columns, title=""):
+    """Arrange charts of the same size in rows under a title, as a PIL image."""
+    width, height = charts[0].size
+    columns = min(columns, len(charts))
+    rows = -(-len(charts) // columns)
+    top = 40 if title else 0  # room for a line of text
+    image = Image.new("RGB", (columns * width, top + rows * height), "white")
+    ImageDraw.Draw(image).text((14, 12), title, "black", dataset.load_font(16))
+    for place, chart in enumerate(charts):
+        row, column = divmod(place, columns)
+        image.paste(chart, (column * width, top + row * height))
+    return image
 
 
 if __name__ == "__main__":

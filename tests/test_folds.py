@@ -455,7 +455,7 @@ def test_folds_resume_without_their_weights_once_all_have_begun(demo, trained, t
     code, _, errors = as_command(capsys, train.main, "--data", demo, "--out", tmp_path / "out", *RUN, *arguments,
                                  "--resume")
     assert code == 2
-    assert errors.endswith(f"\nerror: {weights} is not there\n")
+    assert errors.endswith(f"\nerror: {weights} does not exist\n")
     (tmp_path / "moved.pth").rename(weights)
     with calls_at({5: interrupt}), pytest.raises(KeyboardInterrupt):  # within the second one
         run(demo, tmp_path / "out", *arguments, "--resume")

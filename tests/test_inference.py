@@ -64,7 +64,7 @@ def make_classifier(backbone="resnet18", head="linear", size=64, classes=("a", "
 # Networks
 
 
-HEAD_LAYERS = {"linear": ["Linear"], "bn": ["Linear", "BatchNorm1d"],
+HEAD_LAYERS = {"linear": ["LinearHead"], "bn": ["Linear", "BatchNorm1d"],
                "mlp": ["BatchNorm1d", "Dropout", "Linear", "ReLU", "Dropout", "Linear"]}
 
 
@@ -498,9 +498,9 @@ def test_predictions_need_no_output(tmp_path, images, monkeypatch, stream):
 
 
 def test_wrong_images_are_clear_errors(model, tmp_path):
-    for arguments, message in (([str(tmp_path / "x.jpg")], r"x\.jpg is not there"),
+    for arguments, message in (([str(tmp_path / "x.jpg")], r"x\.jpg does not exist"),
                                ([str(tmp_path)], "holds no files: name a folder of images"),
-                               ([], "no image is named")):
+                               ([], "no images given")):
         with pytest.raises(InputError, match=message):
             inference.main([*arguments, "--model", model])
 
@@ -559,8 +559,8 @@ def test_models_and_images_may_be_given_in_any_order(two, images, tmp_path, word
     np.testing.assert_allclose(printed, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("words, code, message", [("--model A gone.pth 1", 2, "gone.pth is not there"),
-                                                  ("--model A", 2, "no image is named"), ("A", 2, "no image is named"),
+@pytest.mark.parametrize("words, code, message", [("--model A gone.pth 1", 2, "gone.pth does not exist"),
+                                                  ("--model A", 2, "no images given"), ("A", 2, "no images given"),
                                                   ("--model A 1 C", 1, "model: not an image")])
 def test_what_is_neither_a_model_nor_an_image_is_named(two, images, tmp_path, capsys, words, code, message):
     named = {"A": two[0], "C": str(tmp_path / "model"), "1": images[0]}
@@ -585,7 +585,7 @@ def test_a_file_that_is_read_is_not_replaced(model, images, tmp_path, capsys):
     (linked / "b.png").symlink_to(photos / "b.png")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     not_drawn = "which was not drawn by --save"
-    among = "lies in a folder of images that are read"
+    among = "is inside a folder that images are read from"
     replaces = "would replace a file that is read"
     for call, message in (([photos, "--save", photos], among), ([photos, "--save", f"{photos}/more/../"], among),
                           ([photos, "--save", photos / "more"], among), ([photos, "--save", photos / "new"], among),
@@ -595,8 +595,8 @@ def test_a_file_that_is_read_is_not_replaced(model, images, tmp_path, capsys):
                           ([photos / "b.png", "--save", linked], not_drawn),
                           ([photos, "--save", tmp_path / "model.pth"], "is a file"),
                           ([photos, "--out", tmp_path], "is a folder"),
-                          ([photos, "--out", photos / "a.png"], "has the name of an image"),
-                          ([photos, "--out", tmp_path / "new.JPG"], "has the name of an image"),
+                          ([photos, "--out", photos / "a.png"], "is the name of an image"),
+                          ([photos, "--out", tmp_path / "new.JPG"], "is the name of an image"),
                           ([photos, "--out", tmp_path / "model.pth"], replaces),
                           ([photos / "photo.dat", "--out", photos / "photo.dat"], replaces),
                           ([photos / "photo.dat", "--out", tmp_path / "link.txt"], replaces)):
@@ -1087,10 +1087,10 @@ def test_models_of_other_classes_are_an_error_that_names_the_file(two, model, im
     for other in (model, turned):
         code, out, errors = as_command(capsys, inference.main, images[0], "--model", *two, other, *CPU)
         assert (code, out, errors.count("\n")) == (2, "", 1)
-        assert errors.startswith(f"error: {other} has other classes")
+        assert errors.startswith(f"error: {other} has different classes")
     code, _, errors = as_command(capsys, inference.main, images[0], "--model", two[0], tmp_path / "none.pth", *CPU)
     assert (code, errors.count("\n")) == (2, 1)
-    assert "none.pth is not there" in errors
+    assert "none.pth does not exist" in errors
 
 
 def test_an_image_is_decoded_once_for_all_models_and_views(two, images, tmp_path, monkeypatch, capsys):
@@ -1119,7 +1119,7 @@ def test_tta_is_the_mean_with_the_mirrored_image(two, images, capsys):
         np.testing.assert_allclose(inference.predict(mirrored, pictures), (straight + flipped) / 2, rtol=0, atol=1e-5)
         printed = inference.main([*map(str, images), "--model", path, "--tta", *CPU])
         np.testing.assert_allclose(printed, (straight + flipped) / 2, rtol=0, atol=1e-5)
-    assert "mirrored too" in capsys.readouterr().err
+    assert "mirrored images" in capsys.readouterr().err
     singles = [inference.main([*map(str, images), "--model", path, "--tta", *CPU]) for path in two]
     both = inference.main([*map(str, images), "--model", *two, "--tta", *CPU])
     np.testing.assert_allclose(both, np.mean(singles, axis=0), rtol=0, atol=1e-6)

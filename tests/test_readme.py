@@ -87,7 +87,7 @@ def test_a_notebook_shows_progress_within_an_epoch(notebook):
 # Q17
 @pytest.mark.parametrize("cell, message", [("no data", "nowhere is not a folder"),
                                            ("wrong option", "unrecognized arguments: --frobnicate"),
-                                           ("wrong image", "nowhere.jpg is not there")])
+                                           ("wrong image", "nowhere.jpg does not exist")])
 def test_a_wrong_input_is_one_line_in_a_notebook(notebook, cell, message):
     (error,) = errors(notebook[1][cell])
     lines = "\n".join(error.traceback).splitlines()

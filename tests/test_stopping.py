@@ -735,7 +735,7 @@ def damaged(change):
 
 
 MODELS = {
-    "no file": (lambda trained, path: None, "model.pth is not there: train a model first"),
+    "no file": (lambda trained, path: None, "model.pth does not exist: train a model first"),
     "a folder": (lambda trained, path: path.mkdir(),
                  "cannot be read as a PyTorch checkpoint: Is a directory"),
     "empty": (lambda trained, path: path.touch(), "cannot be read as a PyTorch checkpoint"),

@@ -1475,7 +1475,7 @@ OPTIONS = [
     (["--split", "1", "0", "0"], "--split takes three ratios"),
     (["--split", "nan", "1", "1"], "--split takes three ratios"),
     (["--group", "pipe"], "--group pipe: "),
-    (["--weights", "/nowhere.pth"], "/nowhere.pth is not there"),
+    (["--weights", "/nowhere.pth"], "/nowhere.pth does not exist"),
     (["--data", "/nowhere"], "/nowhere is not a folder"),
     (["--labels", "other.csv"], "other.csv"),
     (["--thresholds", "best"], "best: use soft"),
