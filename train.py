@@ -46,7 +46,6 @@ from inference import BACKBONES, HEADS
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipe: the options' defaults, and what changes them
 
-
 # What measured best on photographs. The comments: test mAP with another value instead, after training on 200 of them
 # for as many epochs, one seed, where 0.01 is noise, all without sam. tests/bench.py recipe compares most of them at
 # equal minutes.
@@ -231,169 +230,178 @@ def parse_options(argv=None):
     return options
 
 
-def threshold_method(text):
-    """A type= function for argparse: what --thresholds takes."""
-    if text in ("soft", "pr_curve", "grid", "global"):
-        return text
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: use soft, pr_curve, grid, global or a number from 0 to 1")
-
-
-def plot_title(text):
-    """Return a --plot-title that can be the name of a file: a type= function for argparse."""
-    problem = None
-    if text and not text.strip():
-        problem = "it is blank"
-    elif any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
-        problem = "it has control characters"
-    elif len(text.encode()) > 200:  # file systems allow 255 bytes, with what is added to a name while it is written
-        problem = "it is longer than 200 bytes"
-    elif title_path(Path(), text).name in set(RUN_FILES) - {"loss_curve.png"}:
-        problem = "a run writes another file of that name"
-    if problem:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} also names a file, and {problem}: use another title")
-    return text
-
-
-def cache_size(text):
-    """A type= function for argparse: what --cache takes."""
-    with contextlib.suppress(ValueError):
-        if text in ("auto", "off") or 0 <= float(text) < math.inf:
-            return text
-    raise argparse.ArgumentTypeError(f"{text}: use auto, off, or a number of gigabytes")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Loss
+# A run, from the command line to the gradient
 
 
-def masked_bce(logits, targets, pos_weight):
-    """Binary cross-entropy over the known labels -> (sum, number of known labels), both scalars.
+def main(argv=None):
+    """Train as the command line says -> the report, as metrics.json has it. Raises InputError."""
+    options = parse_options(argv)
+    start_processes(options)
+    tables = read_data(options)
+    check_out(options, tables)
+    print_configuration(options)
+    report = cross_validate(options, tables) if options.folds else train(build(options, tables))
+    print_last_words(options, (tables["test"].paths or tables["val"].paths or tables["train"].paths)[0])
+    return report
 
-    logits (B, C); targets (B, C) with 1, 0 and NaN, which is ignored; pos_weight (C,) multiplies
-    the loss of positives. The mean is sum / number; with no known label both are 0.
+
+def train(run):
+    """Train a run to its end -> its report."""
+    wait_for_leader()
+    with folder_locked(run.out) if is_leader() else contextlib.nullcontext():
+        if is_leader():
+            if not run.options.resume:
+                remove_old_run(run.options)
+                if run.options.export_splits:
+                    export_splits(run.tables, run.options.export_splits)
+            try:
+                write_inputs(run.options, run.tables)
+            except OSError as error:
+                raise InputError(f"--out {run.options.out}: {error}") from None
+            if run.state.history:  # of a resumed run: it may have been stopped before it was written
+                write_history(run)
+        fit(run)
+        return finish(run)
+
+
+@dataclass
+class State:
+    """How far a run is: plain values, which last.pth holds as they stand."""
+
+    epoch: int = 0  # finished epochs
+    images: int = 0  # images used of the epoch in progress
+    seconds: float = 0.0  # that these took
+    losses: list = field(default_factory=list)  # of every iteration
+    history: list = field(default_factory=list)  # a dict per epoch
+
+    def __str__(self):
+        return f"{self.images} images of epoch {self.epoch + 1}" if self.images else f"epoch {self.epoch}"
+
+
+@dataclass
+class Run:
+    """Everything that trains."""
+
+    options: argparse.Namespace
+    classifier: inference.Classifier
+    tables: dict  # "train", "val" and "test" -> LabelTable
+    images: dict  # the same -> ImageDataset
+    fresh: tuple  # names of the parameters that no weights were loaded for
+    pos_weight: torch.Tensor
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    state: State = field(default_factory=State)
+    model: nn.Module = None  # what is trained: the network, or one of its parallel copies
+    signal: int = 0  # that asks to stop
+    reported: set = field(default_factory=set)  # bad images that the user was told of
+    board: object = None  # TensorBoard's writer
+
+    @property
+    def out(self):
+        """The folder of the run's files."""
+        return Path(self.options.out)
+
+    @property
+    def member(self):
+        """The network that is trained, with its calibration."""
+        return self.classifier.members[0]
+
+
+def fit(run):
+    """Train until the last epoch, or until patience or a signal says so."""
+    options, state = run.options, run.state
+    progress = ProgressLine(run)
+    with signals_noted(run):
+        # A run that was killed after last.pth was written, or that is resumed with another --monitor.
+        if state.epoch and not state.images and find_best(run) != run.classifier.epoch:
+            validate_last(run)
+
+        while state.epoch < options.epochs:
+            waited = best_epoch(state.history, options.monitor, options.min_delta)[1]
+            if 0 < options.patience <= waited:
+                break
+            choose_layers(run)
+            train_epoch(run, progress)
+            if state.images == len(run.tables["train"]):
+                end_epoch(run)
+                progress.end_epoch()
+            if should_stop(run):
+                save_and_stop(run)
+
+        # A run that is resumed with fewer --epochs than before, else the last epoch is validated.
+        if not state.images and "val_loss" not in state.history[-1]:
+            validate_last(run)
+
+
+def train_epoch(run, progress):
+    """One pass over (what is left of) the train split; a signal ends it after the step in hand."""
+    options, state = run.options, run.state
+    count = len(run.tables["train"])
+    order = draw_batches(run)
+    train_mode(run.member.network, options.backbone)
+    started = time.perf_counter() - state.seconds
+    losses = []
+    for (*_, used), batch in zip(order, load_batches(run, order)):
+        rates = learning_rates(options, state.epoch + (state.images + used) / 2 / count)
+        for group, rate in zip(run.optimizer.param_groups, rates):
+            group.update(lr=rate, weight_decay=options.wd)
+        losses.append(train_step(run, *batch))
+        state.images = used
+        state.seconds = time.perf_counter() - started
+        progress.step(losses[-1])
+        if len(losses) % 100 == 0:
+            gather_losses(run, losses)
+        if should_stop(run, len(losses)):
+            break
+    else:
+        state.images = count  # also what no label is known of
+    gather_losses(run, losses)
+
+
+def train_step(run, images, targets, share):
+    """One step of the optimiser -> the loss of the whole batch, over all processes. `share` is that
+    of an image's own labels in its loss; the rest is for those of the one before it.
+
+    With --sam the gradient is, in the second half of the epochs, that of the place nearby where the
+    loss is highest (sharpness-aware minimisation, Foret et al. 2021), which leads to flatter minima.
+    An infinite one, of fp16, ends in NaN, and the scaler leaves out the step, as without.
     """
-    known = ~torch.isnan(targets)
-    targets = torch.where(known, targets, 0.0).to(logits.dtype)
-    bce = nn.functional.binary_cross_entropy_with_logits
-    loss = bce(logits, targets, pos_weight=pos_weight.to(logits.dtype), reduction="none")
-    return torch.where(known, loss, 0.0).sum(), known.sum()
+    loss = compute_gradient(run, images, targets, share)
+    if run.options.sam and run.state.epoch >= run.options.epochs / 2:
+        weights = [weight for weight in run.model.parameters() if weight.grad is not None]
+        changed = [*weights, *run.model.buffers()]  # BatchNorm's statistics stay those of the weights that stay
+        before = [tensor.detach().clone() for tensor in changed]
+        climb(weights, run.options.sam)
+        compute_gradient(run, images, targets, share)
+        with torch.no_grad():
+            for tensor, value in zip(changed, before):
+                tensor.copy_(value)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    return loss
 
 
-def masked_asymmetric(logits, targets, pos_weight):
-    """The asymmetric loss (Ridnik et al. 2021, equation 7) over the known labels, with its
-    parameters: easy negatives weigh little (gamma 4, probability margin 0.05), positives are not
-    focused on (gamma 0). Takes and returns what masked_bce() does."""
-    known = ~torch.isnan(targets)
-    positive = nn.functional.softplus(-logits) * pos_weight.to(logits.dtype)  # -log p
-    shifted = (torch.sigmoid(logits) - 0.05).clamp(min=0)
-    negative = -(shifted**4) * torch.log1p(-shifted)
-    loss = torch.where(targets == 1, positive, negative)
-    return torch.where(known, loss, 0.0).sum(), known.sum()
+def compute_gradient(run, images, targets, share):
+    """Set the gradient of the loss -> the loss; arguments as of train_step()."""
+    masked_loss = LOSSES[run.options.loss]
+    logits = inference.forward(run.model, images, run.classifier.precision)
+    total, known = masked_loss(logits, targets, run.pos_weight)
+    if share < 1:  # as many labels are known
+        total = share * total + (1 - share) * masked_loss(logits, targets.roll(1, 0), run.pos_weight)[0]
+    all_total, all_known = sum_over_ranks(torch.stack([total.detach(), known]))
+    loss = total * rank_and_ranks()[1] / all_known.clamp(min=1)  # DDP averages, it should sum
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    return all_total / all_known.clamp(min=1)
 
 
-# A label that is there in 1, 10, 50 or 90 % of cases gets the probability 0.32, 0.48, 0.68 or 0.92 by this loss, as its
-# derivative there is 0. This line through the logits leads nearly back: to 0.02, 0.10, 0.48 and 0.98.
-ASYMMETRIC_SCALE, ASYMMETRIC_OFFSET = 2.5, -2.0
-
-LOSSES = {"bce": masked_bce, "asymmetric": masked_asymmetric}
-
-
-def compute_pos_weight(targets, mode="sqrt", clip=(1, 20)):
-    """The weight of a class's positives in the loss: negatives / positives -> float32 (C,).
-
-    targets (N, C) with 1, 0, NaN. mode: "none" (all 1), "linear", or "sqrt" (the square root), then
-    clipped to `clip`, if given. A class without a known positive or negative gets 1.
-    """
-    positives = np.count_nonzero(targets == 1, axis=0)
-    negatives = np.count_nonzero(targets == 0, axis=0)
-    if mode == "none":
-        return np.ones(targets.shape[1], np.float32)
-    weight = negatives / np.maximum(positives, 1)
-    if mode == "sqrt":
-        weight = np.sqrt(weight)
-    if clip is not None:
-        weight = np.clip(weight, *clip)
-    weight[(positives == 0) | (negatives == 0)] = 1
-    return weight.astype(np.float32)
-
-
-def sampling_weights(targets):
-    """How often --sampler balanced draws each image, relative to the others -> (N,), at least 1.
-
-    An image weighs what its rarest known positive label does: known labels / positives of the
-    class. targets (N, C) with 1, 0, NaN.
-    """
-    known = np.count_nonzero(~np.isnan(targets), axis=0)
-    positives = np.count_nonzero(targets == 1, axis=0)
-    return np.where(targets == 1, known / np.maximum(positives, 1), 1.0).max(axis=1)
-
-
-def sampling_shift(targets):
-    """By how much drawing with sampling_weights() raises the log odds of each class -> (C,)."""
-    weights = sampling_weights(targets)[:, None]
-    present, absent = targets == 1, targets == 0
-    drawn = (weights * present).sum(axis=0), (weights * absent).sum(axis=0)
-    both = present.any(axis=0) & absent.any(axis=0)
-    odds = np.divide(*drawn, out=np.ones_like(drawn[0]), where=both)
-    plain = np.divide(present.sum(axis=0), absent.sum(axis=0), out=np.ones_like(odds), where=both)
-    return np.log(odds / plain)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers
-
-
-def select_parameters(network, backbone, layers, fresh=()):
-    """The names of the parameters in `layers`, names separated by commas: of layers, or "all",
-    "head", "new" (the head, and `fresh`: parameters that no weights were loaded for), or "late" (all
-    but the first layers). Raises InputError."""
-    sizes = layer_sizes(network, backbone)
-    head = BACKBONES[backbone] + "."
-    prefixes = {"all": ("",), "head": (head,), "new": (head, *fresh), "late": (head, *late_layers(sizes))}
-    prefixes |= {name: (name + ".",) for name in sizes}
-    wrong = [name for name in layers.split(",") if name not in prefixes]
-    if wrong:
-        raise InputError(f"{backbone} has no layer {', '.join(wrong)}; it has {', '.join(prefixes)}")
-    chosen = tuple(prefix for name in layers.split(",") for prefix in prefixes[name])
-    return {name for name, _ in network.named_parameters() if name.startswith(chosen)}
-
-
-def layer_sizes(network, backbone):
-    """{name of each layer of the backbone, the first one first: number of its weights}."""
-    layers = {}
-    for name, layer in network.named_children():
-        layers[name] = layer
-        if name == "features":
-            layers |= {f"features.{inner}": part for inner, part in layer.named_children()}
-    head = {id(weight) for weight in network.get_submodule(BACKBONES[backbone]).parameters()}
-    sizes = {}
-    for name, layer in layers.items():
-        sizes[name] = sum(weight.numel() for weight in layer.parameters() if id(weight) not in head)
-    return {name: size for name, size in sizes.items() if size}
-
-
-def late_layers(sizes):
-    """The prefixes of the layers behind the first ones, which hold at most 7 % of the weights and
-    see edges and textures: for a ResNet layer3 and layer4."""
-    names = [name for name in sizes if name != "features"]
-    up_to = np.cumsum([sizes[name] for name in names])
-    return tuple(name + "." for name, weights in zip(names, up_to) if weights > 0.07 * up_to[-1])
-
-
-def train_mode(network, backbone):
-    """Train mode, but eval mode for layers that are frozen: BatchNorm, whose statistics would
-    drift, and dropout, which is frozen with the layer before it, or as part of the head."""
-    head = network.get_submodule(BACKBONES[backbone])
-    trained = True
-    for module in network.modules():
-        own = list(module.parameters(recurse=False))
-        if own:
-            trained = any(parameter.requires_grad for parameter in own)
-        module.training = trained
-    head.train(any(parameter.requires_grad for parameter in head.parameters()))
+def climb(weights, radius):
+    """Move the weights, together by `radius`, in the direction in which the loss rises most."""
+    length = torch.stack([weight.grad.norm() for weight in weights]).norm().clamp(min=1e-12)
+    with torch.no_grad():
+        for weight in weights:
+            weight += weight.grad * (radius / length)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -519,71 +527,8 @@ def steps_per_epoch(options, count):
     return max(1, steps)
 
 
-def cache_budget(cache):
-    """--cache -> bytes: auto is half of the free memory, shared by the processes."""
-    if cache != "auto":
-        return 0 if cache == "off" else float(cache) * 2**30
-    free = 4 * 2**30  # where nothing tells
-    meminfo = Path("/proc/meminfo")
-    group = Path("/sys/fs/cgroup")
-    if meminfo.exists():
-        free = int(meminfo.read_text().partition("MemAvailable:")[2].split()[0]) * 1024
-    with contextlib.suppress(OSError, ValueError, IndexError):  # no limit, or another kind of container
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        file_cache = int((group / "memory.stat").read_text().partition("inactive_file")[2].split()[0])
-        free = min(free, limit - used + file_cache)
-    return max(0, free) / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The loop
-
-
-MONITORED = {"loss": "loss", "f1": "f1_weighted", "map": "map", "last": "map"}  # --monitor -> name of a score
-
-
-@dataclass
-class State:
-    """How far a run is: plain values, which last.pth holds as they stand."""
-
-    epoch: int = 0  # finished epochs
-    images: int = 0  # images used of the epoch in progress
-    seconds: float = 0.0  # that these took
-    losses: list = field(default_factory=list)  # of every iteration
-    history: list = field(default_factory=list)  # a dict per epoch
-
-    def __str__(self):
-        return f"{self.images} images of epoch {self.epoch + 1}" if self.images else f"epoch {self.epoch}"
-
-
-@dataclass
-class Run:
-    """Everything that trains."""
-
-    options: argparse.Namespace
-    classifier: inference.Classifier
-    tables: dict  # "train", "val" and "test" -> LabelTable
-    images: dict  # the same -> ImageDataset
-    fresh: tuple  # names of the parameters that no weights were loaded for
-    pos_weight: torch.Tensor
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    state: State = field(default_factory=State)
-    model: nn.Module = None  # what is trained: the network, or one of its parallel copies
-    signal: int = 0  # that asks to stop
-    reported: set = field(default_factory=set)  # bad images that the user was told of
-    board: object = None  # TensorBoard's writer
-
-    @property
-    def out(self):
-        """The folder of the run's files."""
-        return Path(self.options.out)
-
-    @property
-    def member(self):
-        """The network that is trained, with its calibration."""
-        return self.classifier.members[0]
+# The network and all that trains it
 
 
 def build(options, tables, weights=None):
@@ -700,100 +645,172 @@ def precision_name(precision):
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[precision]
 
 
-def fit(run):
-    """Train until the last epoch, or until patience or a signal says so."""
-    options, state = run.options, run.state
-    progress = ProgressLine(run)
-    with signals_noted(run):
-        # A run that was killed after last.pth was written, or that is resumed with another --monitor.
-        if state.epoch and not state.images and find_best(run) != run.classifier.epoch:
-            validate_last(run)
-
-        while state.epoch < options.epochs:
-            waited = best_epoch(state.history, options.monitor, options.min_delta)[1]
-            if 0 < options.patience <= waited:
-                break
-            choose_layers(run)
-            train_epoch(run, progress)
-            if state.images == len(run.tables["train"]):
-                end_epoch(run)
-                progress.end_epoch()
-            if should_stop(run):
-                save_and_stop(run)
-
-        # A run that is resumed with fewer --epochs than before, else the last epoch is validated.
-        if not state.images and "val_loss" not in state.history[-1]:
-            validate_last(run)
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
 
 
-def train_epoch(run, progress):
-    """One pass over (what is left of) the train split; a signal ends it after the step in hand."""
-    options, state = run.options, run.state
-    count = len(run.tables["train"])
-    order = draw_batches(run)
-    train_mode(run.member.network, options.backbone)
-    started = time.perf_counter() - state.seconds
-    losses = []
-    for (*_, used), batch in zip(order, load_batches(run, order)):
-        rates = learning_rates(options, state.epoch + (state.images + used) / 2 / count)
-        for group, rate in zip(run.optimizer.param_groups, rates):
-            group.update(lr=rate, weight_decay=options.wd)
-        losses.append(train_step(run, *batch))
-        state.images = used
-        state.seconds = time.perf_counter() - started
-        progress.step(losses[-1])
-        if len(losses) % 100 == 0:
-            gather_losses(run, losses)
-        if should_stop(run, len(losses)):
-            break
-    else:
-        state.images = count  # also what no label is known of
-    gather_losses(run, losses)
+def masked_bce(logits, targets, pos_weight):
+    """Binary cross-entropy over the known labels -> (sum, number of known labels), both scalars.
 
-
-def train_step(run, images, targets, share):
-    """One step of the optimiser -> the loss of the whole batch, over all processes. `share` is that
-    of an image's own labels in its loss; the rest is for those of the one before it.
-
-    With --sam the gradient is, in the second half of the epochs, that of the place nearby where the
-    loss is highest (sharpness-aware minimisation, Foret et al. 2021), which leads to flatter minima.
-    An infinite one, of fp16, ends in NaN, and the scaler leaves out the step, as without.
+    logits (B, C); targets (B, C) with 1, 0 and NaN, which is ignored; pos_weight (C,) multiplies
+    the loss of positives. The mean is sum / number; with no known label both are 0.
     """
-    loss = compute_gradient(run, images, targets, share)
-    if run.options.sam and run.state.epoch >= run.options.epochs / 2:
-        weights = [weight for weight in run.model.parameters() if weight.grad is not None]
-        changed = [*weights, *run.model.buffers()]  # BatchNorm's statistics stay those of the weights that stay
-        before = [tensor.detach().clone() for tensor in changed]
-        climb(weights, run.options.sam)
-        compute_gradient(run, images, targets, share)
-        with torch.no_grad():
-            for tensor, value in zip(changed, before):
-                tensor.copy_(value)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    return loss
+    known = ~torch.isnan(targets)
+    targets = torch.where(known, targets, 0.0).to(logits.dtype)
+    bce = nn.functional.binary_cross_entropy_with_logits
+    loss = bce(logits, targets, pos_weight=pos_weight.to(logits.dtype), reduction="none")
+    return torch.where(known, loss, 0.0).sum(), known.sum()
 
 
-def compute_gradient(run, images, targets, share):
-    """Set the gradient of the loss -> the loss; arguments as of train_step()."""
-    masked_loss = LOSSES[run.options.loss]
-    logits = inference.forward(run.model, images, run.classifier.precision)
-    total, known = masked_loss(logits, targets, run.pos_weight)
-    if share < 1:  # as many labels are known
-        total = share * total + (1 - share) * masked_loss(logits, targets.roll(1, 0), run.pos_weight)[0]
-    all_total, all_known = sum_over_ranks(torch.stack([total.detach(), known]))
-    loss = total * rank_and_ranks()[1] / all_known.clamp(min=1)  # DDP averages, it should sum
-    run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
-    return all_total / all_known.clamp(min=1)
+def masked_asymmetric(logits, targets, pos_weight):
+    """The asymmetric loss (Ridnik et al. 2021, equation 7) over the known labels, with its
+    parameters: easy negatives weigh little (gamma 4, probability margin 0.05), positives are not
+    focused on (gamma 0). Takes and returns what masked_bce() does."""
+    known = ~torch.isnan(targets)
+    positive = nn.functional.softplus(-logits) * pos_weight.to(logits.dtype)  # -log p
+    shifted = (torch.sigmoid(logits) - 0.05).clamp(min=0)
+    negative = -(shifted**4) * torch.log1p(-shifted)
+    loss = torch.where(targets == 1, positive, negative)
+    return torch.where(known, loss, 0.0).sum(), known.sum()
+
+# A label that is there in 1, 10, 50 or 90 % of cases gets the probability 0.32, 0.48, 0.68 or 0.92 by this loss, as its
+# derivative there is 0. This line through the logits leads nearly back: to 0.02, 0.10, 0.48 and 0.98.
+ASYMMETRIC_SCALE, ASYMMETRIC_OFFSET = 2.5, -2.0
+
+LOSSES = {"bce": masked_bce, "asymmetric": masked_asymmetric}
 
 
-def climb(weights, radius):
-    """Move the weights, together by `radius`, in the direction in which the loss rises most."""
-    length = torch.stack([weight.grad.norm() for weight in weights]).norm().clamp(min=1e-12)
-    with torch.no_grad():
-        for weight in weights:
-            weight += weight.grad * (radius / length)
+def compute_pos_weight(targets, mode="sqrt", clip=(1, 20)):
+    """The weight of a class's positives in the loss: negatives / positives -> float32 (C,).
+
+    targets (N, C) with 1, 0, NaN. mode: "none" (all 1), "linear", or "sqrt" (the square root), then
+    clipped to `clip`, if given. A class without a known positive or negative gets 1.
+    """
+    positives = np.count_nonzero(targets == 1, axis=0)
+    negatives = np.count_nonzero(targets == 0, axis=0)
+    if mode == "none":
+        return np.ones(targets.shape[1], np.float32)
+    weight = negatives / np.maximum(positives, 1)
+    if mode == "sqrt":
+        weight = np.sqrt(weight)
+    if clip is not None:
+        weight = np.clip(weight, *clip)
+    weight[(positives == 0) | (negatives == 0)] = 1
+    return weight.astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def choose_layers(run):
+    """Set which layers the coming epoch trains, and with that run.model."""
+    options = run.options
+    network = run.member.network
+    layers = options.train_layers
+    if options.unfreeze and run.state.epoch + 1 >= options.unfreeze_epoch:
+        layers += f",{options.unfreeze}"
+    trained = select_parameters(network, options.backbone, layers, run.fresh)
+    before = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    if run.model is None or trained != before:
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in trained)
+        run.model = nn.parallel.DistributedDataParallel(network) if distributed.is_initialized() else network
+
+
+def select_parameters(network, backbone, layers, fresh=()):
+    """The names of the parameters in `layers`, names separated by commas: of layers, or "all",
+    "head", "new" (the head, and `fresh`: parameters that no weights were loaded for), or "late" (all
+    but the first layers). Raises InputError."""
+    sizes = layer_sizes(network, backbone)
+    head = BACKBONES[backbone] + "."
+    prefixes = {"all": ("",), "head": (head,), "new": (head, *fresh), "late": (head, *late_layers(sizes))}
+    prefixes |= {name: (name + ".",) for name in sizes}
+    wrong = [name for name in layers.split(",") if name not in prefixes]
+    if wrong:
+        raise InputError(f"{backbone} has no layer {', '.join(wrong)}; it has {', '.join(prefixes)}")
+    chosen = tuple(prefix for name in layers.split(",") for prefix in prefixes[name])
+    return {name for name, _ in network.named_parameters() if name.startswith(chosen)}
+
+
+def layer_sizes(network, backbone):
+    """{name of each layer of the backbone, the first one first: number of its weights}."""
+    layers = {}
+    for name, layer in network.named_children():
+        layers[name] = layer
+        if name == "features":
+            layers |= {f"features.{inner}": part for inner, part in layer.named_children()}
+    head = {id(weight) for weight in network.get_submodule(BACKBONES[backbone]).parameters()}
+    sizes = {}
+    for name, layer in layers.items():
+        sizes[name] = sum(weight.numel() for weight in layer.parameters() if id(weight) not in head)
+    return {name: size for name, size in sizes.items() if size}
+
+
+def late_layers(sizes):
+    """The prefixes of the layers behind the first ones, which hold at most 7 % of the weights and
+    see edges and textures: for a ResNet layer3 and layer4."""
+    names = [name for name in sizes if name != "features"]
+    up_to = np.cumsum([sizes[name] for name in names])
+    return tuple(name + "." for name, weights in zip(names, up_to) if weights > 0.07 * up_to[-1])
+
+
+def train_mode(network, backbone):
+    """Train mode, but eval mode for layers that are frozen: BatchNorm, whose statistics would
+    drift, and dropout, which is frozen with the layer before it, or as part of the head."""
+    head = network.get_submodule(BACKBONES[backbone])
+    trained = True
+    for module in network.modules():
+        own = list(module.parameters(recurse=False))
+        if own:
+            trained = any(parameter.requires_grad for parameter in own)
+        module.training = trained
+    head.train(any(parameter.requires_grad for parameter in head.parameters()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedule
+
+
+def learning_rates(options, progress):
+    """(Rate of the backbone, rate of the head) after `progress` epochs."""
+    factor = rate_factor(options, progress)
+    if options.unfreeze and options.unfreeze_lr is not None and progress > options.unfreeze_epoch - 1:
+        return options.unfreeze_lr * factor, options.unfreeze_lr * factor
+    return options.lr_backbone * factor, options.lr * factor
+
+
+def rate_factor(options, progress):
+    """Return the factor on both rates after `progress` epochs, a fraction: the middle of the current step, so that
+    neither the first step nor the last one has the rate 0."""
+    if options.schedule == "cosine":
+        warmup = min(1.0, options.epochs / 10)
+        return min(progress / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress / options.epochs)))
+    if options.schedule == "multistep":
+        return options.lr_decay ** sum(progress > milestone for milestone in options.milestones)
+    return 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def load_batches(run, order):
+    """Yield (images, targets, share) on the device for each batch, augmented, mixed and normalised;
+    share: see train_step()."""
+    options, epoch = run.options, run.state.epoch + 1
+    device = run.classifier.device
+    images = run.images["train"]
+    operations = dataset.read_operations(options.augment)
+    noise = dataset.draw_noise(len(images), options.seed, epoch)
+    batches = dataset.batches(images, [rows for rows, *_ in order], options.workers, pin=device.type == "cuda")
+    for (_, places, used), (batch, targets, _) in zip(order, batches):
+        batch = batch.to(device, non_blocking=True)
+        batch = dataset.augment(batch, operations, noise[places].to(device, non_blocking=True))
+        share = 1.0
+        if options.mix != "none":
+            batch, share = dataset.mix(batch, options.mix, np.random.default_rng([options.seed, epoch, used]))
+        yield dataset.normalize(batch), targets.to(device, non_blocking=True), share
 
 
 def draw_batches(run):
@@ -818,74 +835,44 @@ def draw_batches(run):
     return order
 
 
-def load_batches(run, order):
-    """Yield (images, targets, share) on the device for each batch, augmented, mixed and normalised;
-    share: see train_step()."""
-    options, epoch = run.options, run.state.epoch + 1
-    device = run.classifier.device
-    images = run.images["train"]
-    operations = dataset.read_operations(options.augment)
-    noise = dataset.draw_noise(len(images), options.seed, epoch)
-    batches = dataset.batches(images, [rows for rows, *_ in order], options.workers, pin=device.type == "cuda")
-    for (_, places, used), (batch, targets, _) in zip(order, batches):
-        batch = batch.to(device, non_blocking=True)
-        batch = dataset.augment(batch, operations, noise[places].to(device, non_blocking=True))
-        share = 1.0
-        if options.mix != "none":
-            batch, share = dataset.mix(batch, options.mix, np.random.default_rng([options.seed, epoch, used]))
-        yield dataset.normalize(batch), targets.to(device, non_blocking=True), share
+def sampling_weights(targets):
+    """How often --sampler balanced draws each image, relative to the others -> (N,), at least 1.
+
+    An image weighs what its rarest known positive label does: known labels / positives of the
+    class. targets (N, C) with 1, 0, NaN.
+    """
+    known = np.count_nonzero(~np.isnan(targets), axis=0)
+    positives = np.count_nonzero(targets == 1, axis=0)
+    return np.where(targets == 1, known / np.maximum(positives, 1), 1.0).max(axis=1)
 
 
-def rate_factor(options, progress):
-    """Return the factor on both rates after `progress` epochs, a fraction: the middle of the current step, so that
-    neither the first step nor the last one has the rate 0."""
-    if options.schedule == "cosine":
-        warmup = min(1.0, options.epochs / 10)
-        return min(progress / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress / options.epochs)))
-    if options.schedule == "multistep":
-        return options.lr_decay ** sum(progress > milestone for milestone in options.milestones)
-    return 1.0
+def cache_size(text):
+    """A type= function for argparse: what --cache takes."""
+    with contextlib.suppress(ValueError):
+        if text in ("auto", "off") or 0 <= float(text) < math.inf:
+            return text
+    raise argparse.ArgumentTypeError(f"{text}: use auto, off, or a number of gigabytes")
 
 
-def learning_rates(options, progress):
-    """(Rate of the backbone, rate of the head) after `progress` epochs."""
-    factor = rate_factor(options, progress)
-    if options.unfreeze and options.unfreeze_lr is not None and progress > options.unfreeze_epoch - 1:
-        return options.unfreeze_lr * factor, options.unfreeze_lr * factor
-    return options.lr_backbone * factor, options.lr * factor
+def cache_budget(cache):
+    """--cache -> bytes: auto is half of the free memory, shared by the processes."""
+    if cache != "auto":
+        return 0 if cache == "off" else float(cache) * 2**30
+    free = 4 * 2**30  # where nothing tells
+    meminfo = Path("/proc/meminfo")
+    group = Path("/sys/fs/cgroup")
+    if meminfo.exists():
+        free = int(meminfo.read_text().partition("MemAvailable:")[2].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError, IndexError):  # no limit, or another kind of container
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        file_cache = int((group / "memory.stat").read_text().partition("inactive_file")[2].split()[0])
+        free = min(free, limit - used + file_cache)
+    return max(0, free) / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def choose_layers(run):
-    """Set which layers the coming epoch trains, and with that run.model."""
-    options = run.options
-    network = run.member.network
-    layers = options.train_layers
-    if options.unfreeze and run.state.epoch + 1 >= options.unfreeze_epoch:
-        layers += f",{options.unfreeze}"
-    trained = select_parameters(network, options.backbone, layers, run.fresh)
-    before = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    if run.model is None or trained != before:
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(name in trained)
-        run.model = nn.parallel.DistributedDataParallel(network) if distributed.is_initialized() else network
-
-
-def gather_losses(run, losses):
-    """Move losses (tensors) to run.state.losses, which waits for the device. Raises RuntimeError
-    when one of them or a weight is not finite: such a state is never saved."""
-    epoch = run.state.epoch
-    values = torch.stack(losses).tolist() if losses else []
-    losses.clear()
-    bad = []
-    for iteration, loss in enumerate(values, len(run.state.losses) + 1):
-        if not math.isfinite(loss):
-            bad.append(f"loss is {loss} at iteration {iteration}")
-    if not all(bool(weight.isfinite().all()) for weight in run.member.network.parameters()):
-        bad.append("weights are no longer finite")
-    if bad:
-        saved = f"{run.out / 'last.pth'} is that after epoch {epoch}" if epoch else "nothing is saved yet"
-        raise RuntimeError(f"the {bad[0]}, in epoch {epoch + 1}: try a lower --lr, or --precision fp32; {saved}")
-    run.state.losses += values
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation
 
 
 def end_epoch(run):
@@ -917,54 +904,29 @@ def end_epoch(run):
         run.board.flush()
 
 
+def gather_losses(run, losses):
+    """Move losses (tensors) to run.state.losses, which waits for the device. Raises RuntimeError
+    when one of them or a weight is not finite: such a state is never saved."""
+    epoch = run.state.epoch
+    values = torch.stack(losses).tolist() if losses else []
+    losses.clear()
+    bad = []
+    for iteration, loss in enumerate(values, len(run.state.losses) + 1):
+        if not math.isfinite(loss):
+            bad.append(f"loss is {loss} at iteration {iteration}")
+    if not all(bool(weight.isfinite().all()) for weight in run.member.network.parameters()):
+        bad.append("weights are no longer finite")
+    if bad:
+        saved = f"{run.out / 'last.pth'} is that after epoch {epoch}" if epoch else "nothing is saved yet"
+        raise RuntimeError(f"the {bad[0]}, in epoch {epoch + 1}: try a lower --lr, or --precision fp32; {saved}")
+    run.state.losses += values
+
+
 def validate(run):
     """Return the scores on val, named as in the history."""
     table, _, report = evaluate_split(run, "val")
     check_val(run.options, table.targets)  # images that cannot be read may have had the labels that count
     return {f"val_{name}": report[name] for name in ("loss", *metrics.HEADLINES)}
-
-
-def validate_last(run):
-    """Validate the last epoch of a resumed run, whose network last.pth held, and keep it if it is the best."""
-    run.state.history[-1] |= validate(run)
-    save_epoch(run)
-
-
-def save_epoch(run):
-    """Save a finished epoch: the state, the model if it is the best, and the history.
-
-    The state comes first. A run that is killed before the model is written still has it in the state.
-    """
-    if not is_leader():
-        return
-    save_state(run)
-    row = run.state.history[-1]
-    if find_best(run) == row["epoch"]:
-        run.classifier.epoch = row["epoch"]
-        run.classifier.scores = {name: row[f"val_{name}"] for name in ("loss", *metrics.HEADLINES)}
-        inference.save_model(run.classifier, run.out / "model.pth")
-    write_history(run)
-
-
-def find_best(run):
-    """Return the epoch that is best by the run's options, 0 before the first validation."""
-    return best_epoch(run.state.history, run.options.monitor, run.options.min_delta)[0]
-
-
-def best_epoch(history, monitor, min_delta=0.0):
-    """-> (the epoch that is best on val, validations since then); (0, 0) before the first."""
-    sign = -1 if monitor == "loss" else 1
-    best, epoch, waited = -math.inf, 0, 0
-    for row in history:
-        score = row.get(f"val_{MONITORED[monitor]}")
-        if score is None:
-            continue
-        score = sign * score if math.isfinite(score) else -math.inf
-        if epoch == 0 or score > best + min_delta or monitor == "last":
-            best, epoch, waited = score, row["epoch"], 0
-        else:
-            waited += 1
-    return epoch, waited
 
 
 def evaluate_split(run, split, intervals=False):
@@ -1007,30 +969,6 @@ def predict_split(run, split):
     return good, logits[good]
 
 
-def start_calibration(run):
-    """Take back what pos_weight did to the odds, which are higher by that factor, and what sampler
-    and loss did; with --calibration none nothing."""
-    scale, offsets = 1.0, np.zeros(len(run.classifier.classes))
-    if run.options.calibration == "fit":
-        if run.options.loss == "asymmetric":
-            scale, offsets = ASYMMETRIC_SCALE, offsets + ASYMMETRIC_OFFSET
-        offsets -= np.log(run.pos_weight.cpu().numpy().astype(float))
-        if run.options.sampler == "balanced":
-            offsets -= sampling_shift(run.tables["train"].targets)
-    run.member.scale, run.member.offsets = scale, offsets.tolist()
-
-
-def choose_thresholds(options, targets, probabilities):
-    """The thresholds of --thresholds -> list of C floats, none on a probability."""
-    thresholds = metrics.find_thresholds(targets, probabilities, options.thresholds, options.max_threshold)
-    if options.thresholds == "global":  # one for all classes, between the probabilities of all
-        moved = metrics.between_scores(thresholds[:1], probabilities.reshape(-1, 1))
-        return moved.tolist() * len(thresholds)
-    if not isinstance(options.thresholds, float):
-        thresholds = metrics.between_scores(thresholds, probabilities)
-    return thresholds.tolist()
-
-
 def report_bad_images(run, split):
     """Tell all processes which images cannot be read, and warn once about each. Raises InputError
     when most of the split cannot."""
@@ -1047,6 +985,104 @@ def report_bad_images(run, split):
     for message in sorted(set(errors.values()) - run.reported):
         print_warning(f"skipped {message}")
         run.reported.add(message)
+
+
+def start_calibration(run):
+    """Take back what pos_weight did to the odds, which are higher by that factor, and what sampler
+    and loss did; with --calibration none nothing."""
+    scale, offsets = 1.0, np.zeros(len(run.classifier.classes))
+    if run.options.calibration == "fit":
+        if run.options.loss == "asymmetric":
+            scale, offsets = ASYMMETRIC_SCALE, offsets + ASYMMETRIC_OFFSET
+        offsets -= np.log(run.pos_weight.cpu().numpy().astype(float))
+        if run.options.sampler == "balanced":
+            offsets -= sampling_shift(run.tables["train"].targets)
+    run.member.scale, run.member.offsets = scale, offsets.tolist()
+
+
+def sampling_shift(targets):
+    """By how much drawing with sampling_weights() raises the log odds of each class -> (C,)."""
+    weights = sampling_weights(targets)[:, None]
+    present, absent = targets == 1, targets == 0
+    drawn = (weights * present).sum(axis=0), (weights * absent).sum(axis=0)
+    both = present.any(axis=0) & absent.any(axis=0)
+    odds = np.divide(*drawn, out=np.ones_like(drawn[0]), where=both)
+    plain = np.divide(present.sum(axis=0), absent.sum(axis=0), out=np.ones_like(odds), where=both)
+    return np.log(odds / plain)
+
+
+def choose_thresholds(options, targets, probabilities):
+    """The thresholds of --thresholds -> list of C floats, none on a probability."""
+    thresholds = metrics.find_thresholds(targets, probabilities, options.thresholds, options.max_threshold)
+    if options.thresholds == "global":  # one for all classes, between the probabilities of all
+        moved = metrics.between_scores(thresholds[:1], probabilities.reshape(-1, 1))
+        return moved.tolist() * len(thresholds)
+    if not isinstance(options.thresholds, float):
+        thresholds = metrics.between_scores(thresholds, probabilities)
+    return thresholds.tolist()
+
+
+def threshold_method(text):
+    """A type= function for argparse: what --thresholds takes."""
+    if text in ("soft", "pr_curve", "grid", "global"):
+        return text
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: use soft, pr_curve, grid, global or a number from 0 to 1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Early stopping
+
+MONITORED = {"loss": "loss", "f1": "f1_weighted", "map": "map", "last": "map"}  # --monitor -> name of a score
+
+
+def save_epoch(run):
+    """Save a finished epoch: the state, the model if it is the best, and the history.
+
+    The state comes first. A run that is killed before the model is written still has it in the state.
+    """
+    if not is_leader():
+        return
+    save_state(run)
+    row = run.state.history[-1]
+    if find_best(run) == row["epoch"]:
+        run.classifier.epoch = row["epoch"]
+        run.classifier.scores = {name: row[f"val_{name}"] for name in ("loss", *metrics.HEADLINES)}
+        inference.save_model(run.classifier, run.out / "model.pth")
+    write_history(run)
+
+
+def find_best(run):
+    """Return the epoch that is best by the run's options, 0 before the first validation."""
+    return best_epoch(run.state.history, run.options.monitor, run.options.min_delta)[0]
+
+
+def best_epoch(history, monitor, min_delta=0.0):
+    """-> (the epoch that is best on val, validations since then); (0, 0) before the first."""
+    sign = -1 if monitor == "loss" else 1
+    best, epoch, waited = -math.inf, 0, 0
+    for row in history:
+        score = row.get(f"val_{MONITORED[monitor]}")
+        if score is None:
+            continue
+        score = sign * score if math.isfinite(score) else -math.inf
+        if epoch == 0 or score > best + min_delta or monitor == "last":
+            best, epoch, waited = score, row["epoch"], 0
+        else:
+            waited += 1
+    return epoch, waited
+
+
+def validate_last(run):
+    """Validate the last epoch of a resumed run, whose network last.pth held, and keep it if it is the best."""
+    run.state.history[-1] |= validate(run)
+    save_epoch(run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interrupt and resume
 
 
 @contextlib.contextmanager
@@ -1087,6 +1123,108 @@ def save_and_stop(run):
     wait_for_leader()
     print_warning(f"stopped after {run.state}: the same command with --resume goes on from here")
     raise KeyboardInterrupt if run.signal == signal.SIGINT else SystemExit(128 + run.signal)
+
+
+def save_state(run):
+    """Write last.pth: all that --resume needs to go on as if nothing had happened."""
+    content = {
+        "format": inference.FORMAT, "options": run.classifier.options, "classes": run.classifier.classes,
+        "splits": splits_digest(run.tables), "precision": precision_name(run.classifier.precision),
+        "state": dict(vars(run.state)), "fresh": list(run.fresh), "trained_on": run.classifier.trained_on,
+        "network": run.member.network.state_dict(),
+        "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "random": torch.get_rng_state(),
+    }
+    if run.classifier.device.type == "cuda":
+        content["random_cuda"] = torch.cuda.get_rng_state(run.classifier.device)
+    inference.write_checkpoint(run.out / "last.pth", content)
+
+
+def splits_digest(tables):
+    """A fingerprint of which image is in which split, and of its labels."""
+    digest = hashlib.sha256()
+    for table in tables.values():
+        digest.update(repr(table.ids).encode("utf-8", "surrogateescape"))
+        digest.update(table.targets.tobytes())
+    return digest.hexdigest()
+
+
+def read_state(options, tables):
+    """The content of last.pth. Raises InputError when it is of other data or another network."""
+    path = Path(options.out) / "last.pth"
+    if not path.exists():
+        raise InputError(f"{path} is not there: without --resume a run starts from the beginning")
+    content = inference.read_checkpoint(path)
+    names = ("state", "optimizer", "scaler", "network", "random", "precision")
+    inference.check_content(path, content, names, "last.pth")
+    if content["classes"] != tables["train"].classes or content["splits"] != splits_digest(tables):
+        raise InputError(f"--resume: {path} is of other splits or labels: give the same data and seed, or a new --out")
+    if "fresh" not in content:
+        raise InputError(f"--resume: {path} was written by an older version, and does not say which layers had no "
+                         "weights: resume it with that version, or start again without --resume")
+    before = content["options"]
+    changed = []
+    for name, value in vars(options).items():
+        if before.get(name) != value and name in ("backbone", "head"):
+            raise InputError(f"--resume: {path} has --{name} {before[name]}, not {value}")
+        if before.get(name) != value and name not in ("resume", "quiet", "weights"):
+            changed.append(f"{name} {before.get(name)} -> {value}")
+    if content["state"]["history"] and content["state"]["epoch"] < options.epochs:
+        check_comparable(options, before, path)
+    if changed:
+        print_warning(f"resumed with other options than before: {', '.join(changed)}")
+    if before["weights"] != options.weights:
+        print_warning(f"--weights {options.weights} is not loaded: --resume goes on with the network of {path}")
+    if content["state"]["epoch"] > options.epochs:
+        print_warning(f"--epochs {options.epochs}: {content['state']['epoch']} epochs are trained already")
+    return content
+
+
+def check_comparable(options, before, path):
+    """Raise an InputError when an option changes what --monitor measures, so that the best epoch of a resumed run would
+    be chosen among scores of two kinds."""
+    decisive = {"loss": ("loss", "pos_weight", "pos_weight_clip"), "f1": ("calibration", "thresholds", "max_threshold")}
+    for name in decisive.get(options.monitor, ()):
+        if before[name] != vars(options)[name]:
+            raise InputError(f"--resume: with another --{name.replace('_', '-')} the {options.monitor} of further "
+                             f"epochs cannot be compared with that of the epochs in {path}: keep it, or start again "
+                             "without --resume")
+
+
+def load_state(run, content):
+    """Put a run to where last.pth was written. Raises InputError when the best epoch by its options is lost."""
+    run.state = State(**content["state"])
+    if (run.out / "model.pth").exists():
+        saved = inference.read_checkpoint(run.out / "model.pth")
+        inference.check_content(run.out / "model.pth", saved, ("members", *inference.SAVED_FIELDS), "model.pth")
+        run.classifier.epoch, run.classifier.scores = saved["epoch"], saved["scores"]
+    check_kept(run, content["options"])
+    run.member.network.load_state_dict(content["network"])
+    run.optimizer.load_state_dict(content["optimizer"])
+    if run.scaler.is_enabled() and content["scaler"]:
+        run.scaler.load_state_dict(content["scaler"])
+    torch.set_rng_state(content["random"])
+    if "random_cuda" in content and run.classifier.device.type == "cuda":
+        torch.cuda.set_rng_state(content["random_cuda"], run.classifier.device)
+    print_once(run.options, f"resumed after {run.state}, from {run.out / 'last.pth'}")
+
+
+def check_kept(run, before):
+    """Raise an InputError when the epoch that is best by the options of a resumed run, which had others before, is
+    neither in model.pth, nor in last.pth, nor still to come."""
+    options, state = run.options, run.state
+    best = find_best(run)
+    kept = run.classifier.epoch
+    if best == 0 and state.images and state.epoch >= options.epochs:
+        raise InputError(f"--resume --epochs {options.epochs}: no epoch was validated yet, and the run has begun the "
+                         f"next one: give --epochs {state.epoch + 1} or more")
+    if best == kept or (best == state.epoch and not state.images):
+        return
+    if options.monitor == "last" and state.epoch < options.epochs:
+        return
+    held = f"holds epoch {kept}" if kept else "is not there"
+    raise InputError(f"--resume: by --monitor {options.monitor} --min-delta {options.min_delta:g} epoch {best} is the "
+                     f"best, but its network is lost ({run.out / 'model.pth'} {held}): resume with --monitor "
+                     f"{before['monitor']} --min-delta {before['min_delta']:g}, or start again in another --out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1191,6 +1329,15 @@ def report_folds(options, classifier, table, parts, raw):
     return report, probabilities, thresholds
 
 
+def fit_to(options, targets, raw):
+    """What --calibration and --thresholds choose for probabilities (N, C) -> (scale, offsets,
+    thresholds)."""
+    scale, offsets = 1.0, np.zeros(targets.shape[1])
+    if options.calibration == "fit":
+        scale, offsets = metrics.fit_calibration(targets, raw)
+    return scale, offsets, choose_thresholds(options, targets, metrics.calibrate(raw, scale, offsets))
+
+
 def format_folds(report):
     """The report of cross_validate() as text."""
     text = f"\nall folds, {report['images']} images\n{metrics.format_report(report)}\n"
@@ -1205,125 +1352,13 @@ def format_folds(report):
     return text + "\n"
 
 
-def fit_to(options, targets, raw):
-    """What --calibration and --thresholds choose for probabilities (N, C) -> (scale, offsets,
-    thresholds)."""
-    scale, offsets = 1.0, np.zeros(targets.shape[1])
-    if options.calibration == "fit":
-        scale, offsets = metrics.fit_calibration(targets, raw)
-    return scale, offsets, choose_thresholds(options, targets, metrics.calibrate(raw, scale, offsets))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Files of a run
-
+# Output files
 
 RUN_FILES = ("model.pth", "last.pth", "classes.json", "label_groups.json", "thresholds.json", "predictions.csv",
              "probabilities.csv", "train_metadata.csv", "val_metadata.csv", "test_metadata.csv", "loss_curve.png",
              "pr_curves.png", "reliability.png", "predictions.png", "history.csv", "metrics.json", "config.json",
              "fold_thresholds.csv")
-
-
-def splits_digest(tables):
-    """A fingerprint of which image is in which split, and of its labels."""
-    digest = hashlib.sha256()
-    for table in tables.values():
-        digest.update(repr(table.ids).encode("utf-8", "surrogateescape"))
-        digest.update(table.targets.tobytes())
-    return digest.hexdigest()
-
-
-def save_state(run):
-    """Write last.pth: all that --resume needs to go on as if nothing had happened."""
-    content = {
-        "format": inference.FORMAT, "options": run.classifier.options, "classes": run.classifier.classes,
-        "splits": splits_digest(run.tables), "precision": precision_name(run.classifier.precision),
-        "state": dict(vars(run.state)), "fresh": list(run.fresh), "trained_on": run.classifier.trained_on,
-        "network": run.member.network.state_dict(),
-        "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "random": torch.get_rng_state(),
-    }
-    if run.classifier.device.type == "cuda":
-        content["random_cuda"] = torch.cuda.get_rng_state(run.classifier.device)
-    inference.write_checkpoint(run.out / "last.pth", content)
-
-
-def read_state(options, tables):
-    """The content of last.pth. Raises InputError when it is of other data or another network."""
-    path = Path(options.out) / "last.pth"
-    if not path.exists():
-        raise InputError(f"{path} is not there: without --resume a run starts from the beginning")
-    content = inference.read_checkpoint(path)
-    names = ("state", "optimizer", "scaler", "network", "random", "precision")
-    inference.check_content(path, content, names, "last.pth")
-    if content["classes"] != tables["train"].classes or content["splits"] != splits_digest(tables):
-        raise InputError(f"--resume: {path} is of other splits or labels: give the same data and seed, or a new --out")
-    if "fresh" not in content:
-        raise InputError(f"--resume: {path} was written by an older version, and does not say which layers had no "
-                         "weights: resume it with that version, or start again without --resume")
-    before = content["options"]
-    changed = []
-    for name, value in vars(options).items():
-        if before.get(name) != value and name in ("backbone", "head"):
-            raise InputError(f"--resume: {path} has --{name} {before[name]}, not {value}")
-        if before.get(name) != value and name not in ("resume", "quiet", "weights"):
-            changed.append(f"{name} {before.get(name)} -> {value}")
-    if content["state"]["history"] and content["state"]["epoch"] < options.epochs:
-        check_comparable(options, before, path)
-    if changed:
-        print_warning(f"resumed with other options than before: {', '.join(changed)}")
-    if before["weights"] != options.weights:
-        print_warning(f"--weights {options.weights} is not loaded: --resume goes on with the network of {path}")
-    if content["state"]["epoch"] > options.epochs:
-        print_warning(f"--epochs {options.epochs}: {content['state']['epoch']} epochs are trained already")
-    return content
-
-
-def check_comparable(options, before, path):
-    """Raise an InputError when an option changes what --monitor measures, so that the best epoch of a resumed run would
-    be chosen among scores of two kinds."""
-    decisive = {"loss": ("loss", "pos_weight", "pos_weight_clip"), "f1": ("calibration", "thresholds", "max_threshold")}
-    for name in decisive.get(options.monitor, ()):
-        if before[name] != vars(options)[name]:
-            raise InputError(f"--resume: with another --{name.replace('_', '-')} the {options.monitor} of further "
-                             f"epochs cannot be compared with that of the epochs in {path}: keep it, or start again "
-                             "without --resume")
-
-
-def load_state(run, content):
-    """Put a run to where last.pth was written. Raises InputError when the best epoch by its options is lost."""
-    run.state = State(**content["state"])
-    if (run.out / "model.pth").exists():
-        saved = inference.read_checkpoint(run.out / "model.pth")
-        inference.check_content(run.out / "model.pth", saved, ("members", *inference.SAVED_FIELDS), "model.pth")
-        run.classifier.epoch, run.classifier.scores = saved["epoch"], saved["scores"]
-    check_kept(run, content["options"])
-    run.member.network.load_state_dict(content["network"])
-    run.optimizer.load_state_dict(content["optimizer"])
-    if run.scaler.is_enabled() and content["scaler"]:
-        run.scaler.load_state_dict(content["scaler"])
-    torch.set_rng_state(content["random"])
-    if "random_cuda" in content and run.classifier.device.type == "cuda":
-        torch.cuda.set_rng_state(content["random_cuda"], run.classifier.device)
-    print_once(run.options, f"resumed after {run.state}, from {run.out / 'last.pth'}")
-
-
-def check_kept(run, before):
-    """Raise an InputError when the epoch that is best by the options of a resumed run, which had others before, is
-    neither in model.pth, nor in last.pth, nor still to come."""
-    options, state = run.options, run.state
-    best = find_best(run)
-    kept = run.classifier.epoch
-    if best == 0 and state.images and state.epoch >= options.epochs:
-        raise InputError(f"--resume --epochs {options.epochs}: no epoch was validated yet, and the run has begun the "
-                         f"next one: give --epochs {state.epoch + 1} or more")
-    if best == kept or (best == state.epoch and not state.images):
-        return
-    if options.monitor == "last" and state.epoch < options.epochs:
-        return
-    held = f"holds epoch {kept}" if kept else "is not there"
-    raise InputError(f"--resume: by --monitor {options.monitor} --min-delta {options.min_delta:g} epoch {best} is the "
-                     f"best, but its network is lost ({run.out / 'model.pth'} {held}): resume with --monitor "
-                     f"{before['monitor']} --min-delta {before['min_delta']:g}, or start again in another --out")
 
 
 @contextlib.contextmanager
@@ -1443,7 +1478,6 @@ def write_inputs(options, tables):
             rows.append([name, *("NA" if math.isnan(label) else int(label) for label in labels)])
         dataset.write_csv(out / f"{split}_metadata.csv", rows)
 
-
 HISTORY = ["epoch", "steps", "train_loss", "val_loss", *(f"val_{name}" for name in metrics.HEADLINES),
            "train_f1_macro", "train_f1_weighted", "train_map", "lr", "lr_backbone", "seconds", "images_per_second"]
 
@@ -1492,6 +1526,22 @@ def title_path(out, title):
     return out / f"{title.replace('/', '_')}.png"
 
 
+def plot_title(text):
+    """Return a --plot-title that can be the name of a file: a type= function for argparse."""
+    problem = None
+    if text and not text.strip():
+        problem = "it is blank"
+    elif any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
+        problem = "it has control characters"
+    elif len(text.encode()) > 200:  # file systems allow 255 bytes, with what is added to a name while it is written
+        problem = "it is longer than 200 bytes"
+    elif title_path(Path(), text).name in set(RUN_FILES) - {"loss_curve.png"}:
+        problem = "a run writes another file of that name"
+    if problem:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} also names a file, and {problem}: use another title")
+    return text
+
+
 def finish(run):
     """Choose the best model's calibration and thresholds on val, and report it on test if there is
     one -> dict."""
@@ -1536,7 +1586,6 @@ def write_report(options, best, report, table, probabilities, thresholds):
         dataset.write_text(out / name, [text])
     if options.registry:
         register(options, report)
-
 
 NO_CONFIGURATION = ("out", "registry", "seed", "quiet", "device", "workers", "cache", "resume", "tensorboard",
                     "export_splits", "plot_title")
@@ -1594,7 +1643,7 @@ def open_board(options):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Output
+# Console output
 
 
 def print_once(options, text):
@@ -1607,7 +1656,6 @@ def print_warning(text):
     """Print a warning, also with --quiet."""
     if is_leader():
         print_text(f"warning: {text}", file=sys.stderr)
-
 
 # Options whose default depends on others; the other lines tell them. And --quiet.
 NOT_GIVEN = ("milestones", "dropout", "lr_backbone", "train_layers", "unfreeze", "unfreeze_epoch", "monitor", "sam",
@@ -1690,40 +1738,6 @@ def is_interactive():
     with contextlib.suppress(AttributeError, ValueError):  # there is none, or it is closed
         return sys.stdout.isatty()
     return False
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def main(argv=None):
-    """Train as the command line says -> the report, as metrics.json has it. Raises InputError."""
-    options = parse_options(argv)
-    start_processes(options)
-    tables = read_data(options)
-    check_out(options, tables)
-    print_configuration(options)
-    report = cross_validate(options, tables) if options.folds else train(build(options, tables))
-    print_last_words(options, (tables["test"].paths or tables["val"].paths or tables["train"].paths)[0])
-    return report
-
-
-def train(run):
-    """Train a run to its end -> its report."""
-    wait_for_leader()
-    with folder_locked(run.out) if is_leader() else contextlib.nullcontext():
-        if is_leader():
-            if not run.options.resume:
-                remove_old_run(run.options)
-                if run.options.export_splits:
-                    export_splits(run.tables, run.options.export_splits)
-            try:
-                write_inputs(run.options, run.tables)
-            except OSError as error:
-                raise InputError(f"--out {run.options.out}: {error}") from None
-            if run.state.history:  # of a resumed run: it may have been stopped before it was written
-                write_history(run)
-        fit(run)
-        return finish(run)
 
 
 if __name__ == "__main__":
