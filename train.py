@@ -1,11 +1,11 @@
 """Fine-tune an image classifier when images carry several labels and some labels are unknown.
 
-    python train.py --data data/                # fine-tune ImageNet weights on data/labels.txt and data/images/
+    python train.py --data data/                # ImageNet weights; data/labels.txt, data/images/
     python train.py --data data/ --weights none --epochs 50          # train from scratch
     python train.py --demo                      # train on generated images, without a download
     python train.py --data data/ --folds 5      # cross-validate: five networks, one model
     python train.py --data data/ --resume       # resume a run that was stopped
-    torchrun --standalone --nproc-per-node=2 train.py --data data/   # several GPUs, or CPU processes
+    torchrun --standalone --nproc-per-node=2 train.py --data data/  # several GPUs, or CPU processes
 
     report = train.main(["--data", "data/", "--epochs", "10"])       # in a notebook
 
@@ -57,15 +57,15 @@ RECIPE = {
     "wd": 1e-2,  # 5e-2: -0.007
     "schedule": "cosine",  # one-cycle: 0.000
     "train_layers": "new",  # late layers from the first epoch on: -0.017; all layers: -0.088
-    # "rich" also erases, and crops to half the area, which hides small things: -0.011 on meals; with
-    # --sam 0.000 on traffic (three seeds), and +0.013 on 400 images of traffic (one seed).
+    # "rich" also erases, and crops to half the area, which hides small things: -0.011 on meals;
+    # with --sam 0.000 on traffic (three seeds), and +0.013 on 400 images of traffic (one seed).
     # "light": -0.007, compared with "rich".
     "augment": "flip,crop,rotation,perspective,jitter",
     "mix": "none",  # on 100 photographs mixup: -0.015 (three seeds); cutmix: -0.021 (one seed)
     "loss": "bce",  # asymmetric, without pos_weight: -0.009 (100 photographs, three seeds)
     "sampler": "shuffle",  # balanced, without pos_weight: -0.003 (100 photographs)
     "pos_weight": "sqrt",  # none: -0.004
-    "pos_weight_clip": [1, 20],
+    "pos_weight_clip": [1, 20],  # frequent labels are not played down, very rare ones do not dominate
     "patience": 0,  # because the best epoch on a small val split is mostly luck
 }
 
@@ -73,11 +73,11 @@ RECIPE = {
 DEMO = {"data": "data/demo", "weights": "none", "size": 96, "epochs": 18, "augment": "flip,vflip",
         "pos_weight": "none"}
 
-# The last epoch is kept, even with a preset: a fold reports the same images that would choose its
-# best epoch, which would flatter it.
+# The last epoch is kept, even with a preset: a fold reports the images that would choose its best
+# epoch, which would flatter it. All images are in the folds, unless --split sets a test split aside.
 FOLDS = {"split": [0.85, 0.15, 0], "monitor": "last", "patience": 0}
 
-# What the published recipes have in common. The README says what each of them reproduces.
+# What most published recipes have in common. The README says what each of them reproduces.
 PUBLISHED = {"wd": 0.0, "schedule": "constant", "monitor": "loss", "pos_weight": "linear",
              "pos_weight_clip": None, "calibration": "none", "thresholds": "0.5"}
 PRESETS = {
@@ -117,8 +117,8 @@ def option_parser():
     """Return the parser of the command line, with the recipe as defaults."""
     parser = dataset.ArgumentParser(
         prog="train.py", usage="%(prog)s [--data DIR | --demo] [--preset NAME] [options]",
-        description="Fine-tune an image classifier when images carry several labels and some labels are "
-        "unknown.")
+        description="Fine-tune an image classifier when images carry several labels and some labels "
+        "are unknown.")
     real, whole, count = number(float), number(int), number(int, 1)
 
     group = parser.add_argument_group("data")
@@ -128,8 +128,8 @@ def option_parser():
     add("--split", type=float, nargs=3, default=[0.7, 0.15, 0.15], metavar=("TRAIN", "VAL", "TEST"),
         help="sizes of the splits, relative to each other")
     add("--folds", type=whole, default=0, metavar="K",
-        help="cross-validate: train K networks, each tested on the part that it was not trained on, "
-        "and all together on the test split if --split asks for one; 0: off")
+        help="cross-validate: train K networks, each tested on the part that it was not trained on, and "
+        "all together on the test split if --split asks for one; 0: off")
     add("--split-method", choices=("stratified", "random"), default="stratified",
         help="stratified gives each split its share of every label")
     add("--demo", action="store_true", help="train on generated images, written to data/demo first")
@@ -140,7 +140,8 @@ def option_parser():
     add("--head", choices=HEADS, default="linear", help="layers that replace its classifier")
     add("--dropout", type=number(float, below=1), nargs="+", metavar="P",
         help="dropout rates in the head (default: 0.5 0.3 for mlp, else 0)")
-    add("--weights", default="imagenet", metavar="W", help="initial weights: imagenet, none, or a .pth file")
+    add("--weights", default="imagenet", metavar="W",
+        help="initial weights: imagenet, none (random), or a .pth file")
     add("--size", type=number(int, 32), default=224, help="resize images to SIZE x SIZE pixels")
 
     add = parser.add_argument_group("recipe").add_argument
@@ -155,14 +156,14 @@ def option_parser():
         help="epochs after which multistep lowers the rate (default: after 1/2 and 3/4 of them)")
     add("--lr-decay", type=real, default=0.1, help="factor on the rate at each milestone")
     add("--train-layers", metavar="LAYERS", help="layers to train: all; head; new (the head, and "
-        "layers without loaded weights; from scratch, all); late (all but the first ones); or names, "
-        "such as layer3,layer4,head")
+        "layers without loaded weights; from scratch, all); late (all but the first ones); or "
+        "names, such as layer3,layer4,head")
     add("--unfreeze", metavar="LAYERS", help="layers to train as well from --unfreeze-epoch on "
         "(default: late with --train-layers new, else none)")
     add("--unfreeze-epoch", type=count, metavar="N",
         help="epoch, counted from 1, that unfreezes them (default: after a quarter of the epochs)")
     add("--unfreeze-lr", type=real, metavar="LR", help="learning rate of all layers from then on")
-    add("--augment", metavar="A", help="none, light, rich, or several of these, separated by commas: "
+    add("--augment", metavar="A", help="none, light, rich, or some of these, joined by commas: "
         + ", ".join(dataset.OPERATIONS))
     add("--mix", choices=("none", *dataset.MIXES),
         help="mix each image with another: mixup blends them, cutmix pastes a box")
@@ -179,8 +180,8 @@ def option_parser():
 
     add = parser.add_argument_group("stopping").add_argument
     add("--monitor", choices=MONITORED, help="score on val that decides which epoch is kept "
-        "(f1: weighted by class), or last: the last epoch (default: map with --patience, else last)")
-    add("--patience", type=whole, help="validations without improvement to stop after; 0: never stop")
+        "(f1: weighted), or last: the last epoch (default: map with --patience, else last)")
+    add("--patience", type=whole, help="validations without improvement to stop after; 0: never")
     add("--min-delta", type=real, default=0.0, help="smallest improvement that counts")
     add("--val-every", type=count, default=1, metavar="N",
         help="validate every N epochs, and after the last one")
@@ -199,7 +200,7 @@ def option_parser():
     add("--plot-title", type=plot_title, default="", metavar="TEXT",
         help="title of loss_curve.png, also saved as TITLE.png")
     add("--export-splits", metavar="DIR", help="copy the images to DIR/images/train, val and test")
-    add("--registry", metavar="DIR", help="also keep the best run, by F1 on val, of each configuration")
+    add("--registry", metavar="DIR", help="keep the best run, by F1 on val, per configuration")
     add("--tensorboard", action="store_true", help="log to OUT/tensorboard (package tensorboard)")
     add("-q", "--quiet", action="store_true", help="print only warnings and errors")
 
@@ -223,6 +224,7 @@ def parse_options(argv=None):
     Raises InputError for options that contradict each other.
     """
     parser = option_parser()
+    # Some options decide the defaults of others, so the command line is parsed twice.
     given = parser.parse_known_args(argv)[0]
     defaults = (DEMO if given.demo else {}) | PRESETS[given.preset] | (FOLDS if given.folds else {})
     if given.sampler == "balanced" or given.loss == "asymmetric":
@@ -231,7 +233,7 @@ def parse_options(argv=None):
     options = parser.parse_args(argv)
 
     if options.folds == 1:
-        raise InputError("--folds 1: each network needs a part that it does not train on: give 2 or more")
+        raise InputError("--folds 1: a fold needs a part that it does not train on: give 2 or more")
     if options.folds and options.export_splits:
         raise InputError("--export-splits copies train, val and test, which --folds does not have: "
                          "leave out one of the two")
@@ -239,7 +241,7 @@ def parse_options(argv=None):
     if options.pos_weight_clip and options.pos_weight_clip[0] > options.pos_weight_clip[1]:
         raise InputError("--pos-weight-clip takes the lower bound first")
     if len(options.dropout or []) > len(HEADS[options.head]):
-        raise InputError(f"--dropout: the {options.head} head has only {len(HEADS[options.head])} of them")
+        raise InputError(f"--dropout: the {options.head} head takes {len(HEADS[options.head])} of them")
     if options.patience and options.monitor == "last":
         raise InputError("--patience waits for a better epoch, but --monitor last keeps the last: "
                          "name another --monitor, or leave it out")
@@ -250,7 +252,7 @@ def parse_options(argv=None):
         options.train_layers = "all"
     if options.train_layers == "new" and options.unfreeze is None:
         options.unfreeze = "late"
-    # The extra time only pays off after pretrained layers. There, sam 0: -0.012, in 0.76 of the time
+    # The extra time only pays off after pretrained layers. There sam 0: -0.012, in 0.76 of the time
     # (100 and 200 photographs, three seeds); from scratch, sam 0.1: -0.06 (demo, in equal time).
     if options.sam is None:
         options.sam = 0.0 if options.weights == "none" or options.preset != "default" else 0.1
@@ -259,6 +261,7 @@ def parse_options(argv=None):
     options.dropout = options.dropout or HEADS[options.head]
     options.monitor = options.monitor or ("map" if options.patience else "last")
     options.unfreeze_epoch = options.unfreeze_epoch or 1 + options.epochs // 4
+    # Half and three quarters of the epochs, as published for CIFAR; counted from 1.
     options.milestones = options.milestones or [max(1, options.epochs * k // 4) for k in (2, 3)]
     return options
 
@@ -288,7 +291,7 @@ def main(argv=None):
 def train(run):
     """Train, validate and report a run, and return its report."""
     wait_for_leader()
-    with folder_locked(run.out):
+    with folder_locked(run.out):  # so that no second run writes there
         if is_leader():
             prepare_folder(run)
         fit(run)
@@ -359,6 +362,7 @@ def train_step(run, images, targets, share):
     the loss, and the labels of the image before it get the rest.
     """
     loss = compute_gradient(run, images, targets, share)
+
     if run.options.sam and run.state.epoch >= run.options.epochs / 2:
         # Replace the gradient by that of the worst point nearby (sharpness-aware minimisation). It
         # leads to flat minima, which generalise better. Early on that is not worth the double time.
@@ -378,11 +382,12 @@ def compute_gradient(run, images, targets, share):
         others, _ = masked_loss(logits, targets.roll(1, 0), run.pos_weight)
         total = share * total + (1 - share) * others
 
-    # The mean is over the known labels of all processes. DDP averages the gradients of the processes,
-    # and the factor turns their average into their sum.
+    # Divide by the known labels of all processes, such as 8 when 3 are known here and 5 elsewhere.
+    # DDP averages the gradients of the processes, and the factor turns the average into their sum.
+    # The loss of a batch without a known label is 0, not 0 / 0.
     all_total, all_known = sum_over_ranks(torch.stack([total.detach(), known]))
     loss = total * rank_and_ranks()[1] / all_known.clamp(min=1)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)  # frozen weights have None, which is no gradient
     run.scaler.scale(loss).backward()
     return all_total / all_known.clamp(min=1)
 
@@ -395,10 +400,11 @@ def weights_moved_uphill(model, radius):
     block's. Source: Foret et al. 2021, equation 2.
     """
     weights = [weight for weight in model.parameters() if weight.grad is not None]
-    changed = [*weights, *model.buffers()]  # each batch is to count once in the statistics
+    changed = [*weights, *model.buffers()]  # the statistics must belong to the weights that stay
     before = [tensor.detach().clone() for tensor in changed]
-    length = torch.stack([weight.grad.norm() for weight in weights]).norm().clamp(min=1e-12)  # not 0
 
+    # The length of the gradient of all weights together. Without a known label it is 0.
+    length = torch.stack([weight.grad.norm() for weight in weights]).norm().clamp(min=1e-12)
     with torch.no_grad():
         for weight in weights:
             weight += weight.grad * (radius / length)
@@ -417,13 +423,13 @@ def weights_moved_uphill(model, radius):
 def start_processes(options):
     """Join the other processes if torchrun started this one, and choose its device."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
-        return
+        return  # a single process, or a second run in the same processes
     use_cuda = options.device in ("auto", "cuda") and torch.cuda.is_available()
-    if use_cuda:
+    if use_cuda:  # a GPU per process of this machine
         options.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(options.device)
-    distributed.init_process_group("nccl" if use_cuda else "gloo")
-    atexit.register(distributed.destroy_process_group)
+    distributed.init_process_group("nccl" if use_cuda else "gloo")  # gloo works without GPUs
+    atexit.register(distributed.destroy_process_group)  # NCCL warns without it
 
 
 def rank_and_ranks():
@@ -460,6 +466,7 @@ def read_data(options):
 
     With --folds, "train" has all images of train and val, and "val" is empty. Raises InputError.
     """
+    # Only one process may draw the demo; the others wait, and then all of them read the same files.
     if options.demo and is_leader() and not (Path(options.data) / "labels.txt").exists():
         print_once(options, f"drawing the demo data into {options.data}")
         dataset.write_demo(options.data)
@@ -469,11 +476,10 @@ def read_data(options):
 
     parts = dataset.split(table, options.split, options.split_method, options.seed)
     tables = {name: table.subset(rows) for name, rows in zip(PARTS, parts)}
-    if options.folds:
+    if options.folds:  # cross_validate() divides them anew; a test split stays out of it
         pool = np.sort(np.concatenate(parts[:2]))
         tables |= {"train": table.subset(pool), "val": table.subset([])}
-    made = f"{options.split_method}, seed {options.seed}"
-    source = "the data's own" if any(table.parts) else made
+    source = "the data's own" if any(table.parts) else f"{options.split_method}, seed {options.seed}"
     counts = ", ".join(f"{len(part)} {name}" for name, part in tables.items())
     print_once(options, f"split ({source}): {counts}")
 
@@ -498,9 +504,10 @@ def check_splits(options, tables):
 
     if len(tables["val"]):
         check_val(options, tables["val"].targets)
+    # Without a test split, val is reported; with folds, the val split of each fold.
     if options.monitor != "last" and (options.folds or len(tables["test"]) == 0):
-        print_warning(f"--monitor {options.monitor} chooses the epoch on the images that are reported, "
-                      "which makes the model look better than it is: "
+        print_warning(f"--monitor {options.monitor} chooses the epoch on the images that are "
+                      "reported, which makes the model look better than it is: "
                       "--monitor last --patience 0 keeps the last epoch")
 
 
@@ -523,23 +530,22 @@ def check_batches(options, count, smallest):
 
     Args: count: number of images to train on; smallest: number of images in the smallest split.
     """
-    ranks = rank_and_ranks()[1]
-    share = count // steps_per_epoch(options, count) // ranks
+    _, ranks = rank_and_ranks()
+    share = count // steps_per_epoch(options, count) // ranks  # images per process and step
     if ranks > smallest or share == 0:
         raise InputError(f"{ranks} processes are too many for batches of {options.batch_size} "
                          f"and splits of {smallest}")
     if share == 1 and not trains_on_one_image(options):
         larger = f", or raise --size {options.size}" if options.head == "linear" else ""
-        raise InputError(f"with -b {options.batch_size} and {count} images to train on, a process gets "
-                         "a single image per step, and BatchNorm needs two: "
+        raise InputError(f"with -b {options.batch_size} and {count} images to train on, a process "
+                         "gets a single image per step, and BatchNorm needs two: "
                          f"raise -b, or add images{larger}")
 
 
 def trains_on_one_image(options):
-    """Return True if the network can train on one image at a time.
-
-    BatchNorm needs two values per channel, which a single image has only while its map is not 1 x 1.
-    """
+    """Return True if the network can train on one image at a time."""
+    # BatchNorm needs two values per channel. One image has them only where its map is larger than
+    # 1 x 1, which depends on --size: let the network itself say.
     with torch.device("meta"):  # computes shapes, but no values
         network = inference.build_model(options.backbone, options.head, 1, options.dropout)
         image = torch.empty(1, 3, options.size, options.size)
@@ -565,8 +571,7 @@ class State:
     history: list = field(default_factory=list)  # a dict of scores per epoch
 
     def __str__(self):
-        begun = f"{self.images} images of epoch {self.epoch + 1}"
-        return begun if self.images else f"epoch {self.epoch}"
+        return f"{self.images} images of epoch {self.epoch + 1}" if self.images else f"epoch {self.epoch}"
 
 
 @dataclass
@@ -605,7 +610,7 @@ def build(options, tables, weights=None):
     Raises InputError for unknown layers, and for weights or a last.pth that do not fit.
     """
     last = read_state(options, tables) if options.resume else None
-    torch.manual_seed(options.seed)
+    torch.manual_seed(options.seed)  # for the random weights here, and for dropout later
     table = tables["train"]
     count = len(table.classes)
     device = inference.choose_device(options.device)
@@ -624,22 +629,24 @@ def build(options, tables, weights=None):
             trained_on = sorted({*weights.trained_on, *trained_on})
 
     network = inference.to_device(network, device)
-    member = inference.Member(network, options.backbone, options.head, options.dropout,
-                              options.size, [0.0] * count)
+    member = inference.Member(network, options.backbone, options.head, options.dropout, options.size,
+                              [0.0] * count)
     classifier = inference.Classifier(
         [member], table.classes, table.groups, [0.5] * count, options=dict(vars(options)),
         trained_on=trained_on, device=device, precision=choose_precision(options, device, last))
     pos_weight = compute_pos_weight(table.targets, options.pos_weight, options.pos_weight_clip)
+    # Every image may use the same share of the memory, whatever its split.
     budget = cache_budget(options.cache) / sum(map(len, tables.values()))  # bytes per image
     images = {name: dataset.ImageDataset(part, options.size, budget * len(part))
               for name, part in tables.items()}
 
-    # Two groups of parameters, because the backbone and the head have rates of their own.
+    # Two groups of parameters, because the backbone and the head have learning rates of their own.
     head = list(network.get_submodule(BACKBONES[options.backbone]).parameters())
     in_head = {id(weight) for weight in head}
     backbone = [weight for weight in network.parameters() if id(weight) not in in_head]
     optimizer = torch.optim.AdamW([{"params": backbone}, {"params": head}], weight_decay=options.wd,
                                   fused=device.type != "mps")  # torch 2.4 has no fused AdamW there
+    # Small gradients would be 0 in fp16, unless the loss is scaled up. bf16 has the range of fp32.
     scaler = torch.amp.GradScaler(device.type, enabled=classifier.precision == torch.float16)
 
     run = Run(options, classifier, tables, images, fresh, torch.from_numpy(pos_weight).to(device),
@@ -651,9 +658,7 @@ def build(options, tables, weights=None):
 
 def read_weights(options):
     """Return the inference.Weights that --weights names, or None from scratch."""
-    if options.weights == "none":
-        return None
-    return inference.read_weights(options.weights, options.backbone)
+    return None if options.weights == "none" else inference.read_weights(options.weights, options.backbone)
 
 
 def load_weights(network, weights, options, classes):
@@ -663,6 +668,7 @@ def load_weights(network, weights, options, classes):
         print_once(options, "weights: none, training from scratch")
         return tuple(names)
 
+    # Head weights are matched to classes by name: a model for other classes is a start, too.
     taken, skipped, common = inference.load_weights(network, weights, options.backbone, classes)
     print_once(options, f"weights: {len(taken)} tensors taken from {options.weights}")
     if common:
@@ -675,18 +681,16 @@ def load_weights(network, weights, options, classes):
 
 
 def image_keys(table):
-    """Return an integer for each image that identifies it in later runs, even under another name.
+    """Return an integer per image that identifies it in later runs, even under another name."""
 
-    It is a hash of the size and the first 64 KB of the file: whole files would take too long.
-    """
-
+    # A hash of the size and the first 64 KB of the file: to read whole files would take too long.
     def key(path):
         try:
             with open(path, "rb") as file:
                 content = str(os.fstat(file.fileno()).st_size).encode() + file.read(2**16)
         except OSError:  # training reports it
             content = os.fsencode(path)
-        return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+        return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")  # 64 bits do for millions
 
     with ThreadPoolExecutor(inference.default_workers()) as pool:
         return list(pool.map(key, table.paths))
@@ -711,10 +715,10 @@ def warn_about_leaks(weights, tables):
 def choose_precision(options, device, last):
     """Return the dtype to train in; auto keeps that of a resumed run, else the leader measures."""
     name = last["precision"] if last and options.precision == "auto" else options.precision
-    chosen = list(inference.choose_precision(name, device))
+    chosen = list(inference.choose_precision(name, device))  # a dtype, and the reason for it
     if name != options.precision:
         chosen[1] = "as in the run that is resumed"
-    if distributed.is_initialized():
+    if distributed.is_initialized():  # two processes could measure different winners
         distributed.broadcast_object_list(chosen)
     precision, reason = chosen
     print_once(options, f"device: {device}, precision: {precision_name(precision)} ({reason})")
@@ -737,6 +741,7 @@ def masked_bce(logits, targets, pos_weight):
     multiplies the loss of positives.
     Returns: two scalar tensors, whose quotient is the mean; both are 0 when no label is known.
     """
+    # A mask by multiplication would not do: NaN times 0 is NaN, in the loss and in the gradient.
     known = ~torch.isnan(targets)
     targets = torch.where(known, targets, 0.0).to(logits.dtype)
     loss = nn.functional.binary_cross_entropy_with_logits(
@@ -747,9 +752,10 @@ def masked_bce(logits, targets, pos_weight):
 def masked_asymmetric(logits, targets, pos_weight):
     """Return the summed asymmetric loss over known labels, and how many labels are known.
 
-    Args and Returns: as for masked_bce(). Source: Ridnik et al. 2021, equation 7, with the authors'
-    parameters: focusing 4 for negatives and 0 for positives, probability margin 0.05.
+    Args and Returns: as for masked_bce(). Source: Ridnik et al. 2021, equation 7.
     """
+    # The authors' parameters: negatives below the margin, a probability of 0.05, do not count, others
+    # by the fourth power of what is above it (gamma 4), and positives in full (gamma 0).
     known = ~torch.isnan(targets)
     positive = nn.functional.softplus(-logits) * pos_weight.to(logits.dtype)  # -log p
     shifted = (torch.sigmoid(logits) - 0.05).clamp(min=0)
@@ -760,9 +766,9 @@ def masked_asymmetric(logits, targets, pos_weight):
 
 LOSSES = {"bce": masked_bce, "asymmetric": masked_asymmetric}
 
-# The asymmetric loss inflates probabilities: for a label that is present in 1, 10, 50 or 90 % of the
-# cases it is smallest at 0.32, 0.48, 0.68 or 0.92, where its derivative is 0. This line through the
-# logits leads almost back, to 0.02, 0.10, 0.48 and 0.98. The calibration on val does the rest.
+# The asymmetric loss inflates probabilities: for a label that is present in 1, 10, 50 or 90 % of
+# the cases it is smallest at 0.32, 0.48, 0.68 or 0.92, where its derivative is 0. This line through
+# the logits leads almost back, to 0.02, 0.10, 0.48 and 0.98. The calibration on val does the rest.
 ASYMMETRIC_SCALE, ASYMMETRIC_OFFSET = 2.5, -2.0
 
 
@@ -824,13 +830,12 @@ def select_parameters(network, backbone, layers, fresh=()):
     wrong = [name for name in layers.split(",") if name not in prefixes]
     if wrong:
         raise InputError(f"{backbone} has no layer {', '.join(wrong)}; it has {', '.join(prefixes)}")
-    # startswith() takes a tuple, and the dot in "layer1." keeps "layer10." out.
     chosen = tuple(prefix for name in layers.split(",") for prefix in prefixes[name])
     return {name for name, _ in network.named_parameters() if name.startswith(chosen)}
 
 
 def layer_sizes(network, backbone):
-    """Return a dict from the name of each layer of the backbone, first one first, to its weights."""
+    """Return a dict from the name of each layer of the backbone to its number of weights."""
     layers = {}
     for name, layer in network.named_children():
         layers[name] = layer
@@ -844,21 +849,18 @@ def layer_sizes(network, backbone):
 
 
 def late_layers(sizes):
-    """Return the prefixes of all layers but the first ones, which see only edges and textures.
-
-    The first ones hold at most 7 % of the weights, which leaves layer3 and layer4 of a ResNet.
-    """
+    """Return the prefixes of all layers but the first ones."""
+    # The first ones, up to 7 % of the weights, see edges and textures, which are the same in all
+    # photographs. Of a ResNet this leaves layer3 and layer4: conv1 to layer2 have 6 % of them.
     names = [name for name in sizes if name != "features"]
     up_to = np.cumsum([sizes[name] for name in names])
     return tuple(name + "." for name, weights in zip(names, up_to) if weights > 0.07 * up_to[-1])
 
 
 def train_mode(network, backbone):
-    """Set train mode, but eval mode in frozen layers.
-
-    Otherwise the statistics of a frozen BatchNorm would drift. A layer without parameters, such as
-    dropout, follows the layer before it, or the head that it is part of.
-    """
+    """Set train mode in the layers that train, and eval mode in frozen ones."""
+    # In train mode the statistics of a frozen BatchNorm would drift away from its weights. A layer
+    # without parameters, such as dropout, follows the layer before it, or the head that has it.
     trained = True
     for module in network.modules():
         own = list(module.parameters(recurse=False))
@@ -916,8 +918,7 @@ def load_batches(run):
     drawn = draw_batches(run)
     operations = dataset.read_operations(options.augment)
     noise = dataset.draw_noise(len(images), options.seed, epoch)
-    order = [rows for rows, *_ in drawn]
-    loaded = dataset.batches(images, order, options.workers, pin=device.type == "cuda")
+    loaded = dataset.batches(images, [rows for rows, *_ in drawn], options.workers, pin=device.type == "cuda")
 
     for (_, places, seen), (batch, targets, _) in zip(drawn, loaded):
         batch = batch.to(device, non_blocking=True)
@@ -995,7 +996,7 @@ def cache_budget(cache):
     """Return the bytes of --cache; auto is half of the free memory, shared by the processes."""
     if cache != "auto":
         return 0 if cache == "off" else float(cache) * 2**30
-    free = 4 * 2**30  # a cautious guess for macOS and Windows, which have no /proc
+    free = 4 * 2**30  # a cautious guess where there is no /proc: macOS and Windows
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         free = int(meminfo.read_text().partition("MemAvailable:")[2].split()[0]) * 1024
@@ -1008,6 +1009,7 @@ def cache_budget(cache):
         stat = (group / "memory.stat").read_text()
         file_cache = int(stat.partition("inactive_file")[2].split()[0])
         free = min(free, limit - used + file_cache)
+    # The other half is for the network, the batches, and other programs.
     return max(0, free) / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -1025,11 +1027,15 @@ def gather_losses(run, losses):
     losses.clear()
 
     bad = [f"loss is {loss} at iteration {iteration}"
-           for iteration, loss in enumerate(values, len(state.losses) + 1) if not math.isfinite(loss)]
+           for iteration, loss in enumerate(values, len(state.losses) + 1)
+           if not math.isfinite(loss)]
+    # The last step may have spoiled the weights, which only the next loss would show.
     if not all(bool(weight.isfinite().all()) for weight in run.member.network.parameters()):
         bad.append("weights are no longer finite")
     if bad:
-        saved = f"{run.out / 'last.pth'} holds epoch {state.epoch}" if state.epoch else "nothing is saved yet"
+        saved = "nothing is saved yet"
+        if state.epoch:
+            saved = f"{run.out / 'last.pth'} holds epoch {state.epoch}"
         raise RuntimeError(f"the {bad[0]}, in epoch {state.epoch + 1}: "
                            f"try a lower --lr, or --precision fp32; {saved}")
     state.losses += values
@@ -1040,8 +1046,9 @@ def end_epoch(run):
     options, state = run.options, run.state
     report_bad_images(run, "train")
     epoch = state.epoch + 1
-    losses = state.losses[sum(row["steps"] for row in state.history) :]
-    row = {"epoch": epoch, "steps": len(losses), "train_loss": float(np.mean(losses)) if losses else math.nan}
+    losses = state.losses[sum(row["steps"] for row in state.history) :]  # those of this epoch
+    mean = float(np.mean(losses)) if losses else math.nan  # none, when no label was known
+    row = {"epoch": epoch, "steps": len(losses), "train_loss": mean}
 
     if epoch % options.val_every == 0 or epoch == options.epochs:
         row |= validate(run)
@@ -1081,13 +1088,13 @@ def validate_last(run):
 def evaluate_split(run, split, intervals=False):
     """Predict a split, choosing calibration and thresholds first if it is val.
 
-    Returns: a LabelTable of the images that can be read, their probabilities (n, C), and the report.
+    Returns: a LabelTable of the images that can be read, their probabilities (n, C), the report.
     """
     classifier = run.classifier
     rows, logits = predict_split(run, split)
     table = run.tables[split].subset(rows)
 
-    if split == "val":
+    if split == "val":  # start anew: the best model may be calibrated already
         start_calibration(run)
         if run.options.calibration == "fit":
             inference.fit_calibration(classifier, logits[None], table.targets)
@@ -1095,8 +1102,10 @@ def evaluate_split(run, split, intervals=False):
     if split == "val":
         classifier.thresholds = choose_thresholds(run.options, table.targets, probabilities)
 
+    # The loss is that of training, of the raw logits, so that the two curves can be compared.
     report = metrics.report(table.targets, probabilities, classifier.thresholds, table.classes, intervals)
-    total, known = LOSSES[run.options.loss](logits, torch.from_numpy(table.targets), run.pos_weight.cpu())
+    masked_loss, targets = LOSSES[run.options.loss], torch.from_numpy(table.targets)
+    total, known = masked_loss(logits, targets, run.pos_weight.cpu())
     report["loss"] = (total / known).item()
     return table, probabilities, report
 
@@ -1104,7 +1113,7 @@ def evaluate_split(run, split, intervals=False):
 def predict_split(run, split):
     """Return the rows of a split's images that can be read, and their logits (n, C), on the CPU.
 
-    Each process computes a share of them. Raises RuntimeError when a logit is not finite.
+    Raises RuntimeError when a logit is not finite.
     """
     images = run.images[split]
     rank, ranks = rank_and_ranks()
@@ -1112,6 +1121,7 @@ def predict_split(run, split):
         for buffer in run.member.network.buffers():
             distributed.broadcast(buffer, 0)
 
+    # Each process fills in its rows, and the sum of all is complete, as the other rows are 0.
     share = np.array_split(np.arange(len(images)), ranks)[rank]
     batch_size = 2 * run.options.batch_size  # without gradients there is room for more
     part = inference.compute_logits(run.classifier, images, run.classifier.precision, batch_size,
@@ -1123,7 +1133,7 @@ def predict_split(run, split):
     report_bad_images(run, split)
     good = np.array([row for row in range(len(images)) if row not in images.errors], int)
     if not logits[good].isfinite().all():
-        raise RuntimeError(f"the outputs on {split} are not all finite: try a lower --lr, or --precision fp32")
+        raise RuntimeError(f"some outputs on {split} are not finite: try a lower --lr, or --precision fp32")
     return good, logits[good]
 
 
@@ -1134,13 +1144,13 @@ def report_bad_images(run, split):
     """
     errors = run.images[split].errors
     count = len(run.images[split])
-    if distributed.is_initialized():
+    if distributed.is_initialized():  # each process has read only its share
         found = [None] * distributed.get_world_size()
         distributed.all_gather_object(found, errors)
         for errors_of_one in found:
             errors.update(errors_of_one)
 
-    if 2 * len(errors) > count:
+    if 2 * len(errors) > count:  # that is no damaged image here and there, but a wrong folder
         raise InputError(f"{len(errors)} of {count} images of the {split} split cannot be read, as "
                          f"{next(iter(errors.values()))}: python dataset.py DATA --check lists them all")
     for message in sorted(set(errors.values()) - run.reported):
@@ -1151,9 +1161,10 @@ def report_bad_images(run, split):
 def start_calibration(run):
     """Undo the known effects of pos_weight, sampler and loss on the probabilities.
 
-    For example, a pos_weight of 4 makes the predicted odds 4 times too high, so log 4 is subtracted
-    from the logit. With --calibration none, the logits stay as they are.
+    With --calibration none, leave the probabilities as they are.
     """
+    # A pos_weight of 4, for example, makes the predicted odds 4 times too high, so log 4 is
+    # subtracted from the logits. What is left to fit is small, so that a small val split will do.
     scale, offsets = 1.0, np.zeros(len(run.classifier.classes))
     if run.options.calibration == "fit":
         if run.options.loss == "asymmetric":
@@ -1176,11 +1187,10 @@ def sampling_shift(targets):
 
 
 def choose_thresholds(options, targets, probabilities):
-    """Return the threshold of each class by --thresholds, a list of C floats.
-
-    A chosen threshold lies between two probabilities, so that rounding cannot flip a prediction.
-    """
+    """Return the threshold of each class by --thresholds, a list of C floats."""
     thresholds = metrics.find_thresholds(targets, probabilities, options.thresholds, options.max_threshold)
+    # A chosen threshold is moved to the middle between two probabilities. On one of them, rounding
+    # on another machine could flip a prediction.
     if options.thresholds == "global":  # one for all classes, so between the probabilities of all
         moved = metrics.between_scores(thresholds[:1], probabilities.reshape(-1, 1))
         return moved.tolist() * len(thresholds)
@@ -1202,17 +1212,15 @@ def threshold_method(text):
 # --------------------------------------------------------------------------------------------------
 # Early stopping: the best epoch follows from the history, so a resumed run may change its options
 
-MONITORED = {"loss": "loss", "f1": "f1_weighted", "map": "map", "last": "map"}  # names in the history
+# The score that each --monitor looks at. "last" looks at none, but its epoch must be validated.
+MONITORED = {"loss": "loss", "f1": "f1_weighted", "map": "map", "last": "map"}
 
 
 def save_epoch(run):
-    """Save a finished epoch: the state, the history, and the model if this is the best epoch.
-
-    The state comes first. A run that is killed before it writes the model still has it there.
-    """
+    """Save a finished epoch: the state, the history, and the model if this is the best epoch."""
     if not is_leader():
         return
-    save_state(run)
+    save_state(run)  # first: a run that is killed before it writes the model still has it there
     row = run.state.history[-1]
     if find_best(run)[0] == row["epoch"]:
         run.classifier.epoch = row["epoch"]
@@ -1229,20 +1237,23 @@ def find_best(run):
 def best_epoch(history, monitor, min_delta=0.0):
     """Return the epoch that is best on val, and the number of validations since then.
 
-    Both are 0 before the first validation. With a min_delta of 0.01, map scores of 0.50, 0.505 and
-    0.52 make epoch 3 the best: epoch 2 improves by too little.
+    Args: history: a dict of scores per epoch; monitor, min_delta: as on the command line.
+    Returns: two integers, both 0 before the first validation.
     """
-    sign = -1 if monitor == "loss" else 1
+    # With a min_delta of 0.01, scores of 0.50, 0.505 and 0.52 make epoch 3 the best: epoch 2
+    # improves by too little, so that epoch 3 is still compared with epoch 1.
+    sign = -1 if monitor == "loss" else 1  # a lower loss is better, a higher score
     best, epoch, waited = -math.inf, 0, 0
     for row in history:
         score = row.get(f"val_{MONITORED[monitor]}")
         if score is None:  # not validated
             continue
-        score = sign * score if math.isfinite(score) else -math.inf
+        score = sign * score if math.isfinite(score) else -math.inf  # NaN is worse than any score
         if epoch == 0 or score > best + min_delta or monitor == "last":
             best, epoch, waited = score, row["epoch"], 0
         else:
             waited += 1
+
     return epoch, waited
 
 
@@ -1252,7 +1263,10 @@ def best_epoch(history, monitor, min_delta=0.0):
 
 @contextlib.contextmanager
 def signals_noted(run):
-    """Within the block, let the first Ctrl-C or SIGTERM only set run.signal; the second acts at once."""
+    """Let the first Ctrl-C or SIGTERM within the block only set run.signal.
+
+    The second one acts at once.
+    """
 
     def note(signal_number, _):
         run.signal = signal_number
@@ -1288,7 +1302,7 @@ def save_and_stop(run):
         save_state(run)
     wait_for_leader()
     print_warning(f"stopped after {run.state}: the same command with --resume continues from here")
-    raise KeyboardInterrupt if run.signal == signal.SIGINT else SystemExit(128 + run.signal)
+    raise KeyboardInterrupt if run.signal == signal.SIGINT else SystemExit(128 + run.signal)  # as shells do
 
 
 def save_state(run):
@@ -1297,8 +1311,9 @@ def save_state(run):
     content = {
         "format": inference.FORMAT, "options": classifier.options, "classes": classifier.classes,
         "splits": splits_digest(run.tables), "precision": precision_name(classifier.precision),
-        "state": dict(vars(run.state)), "fresh": list(run.fresh), "trained_on": classifier.trained_on,
-        "network": run.member.network.state_dict(), "optimizer": run.optimizer.state_dict(),
+        "state": dict(vars(run.state)), "fresh": list(run.fresh),
+        "trained_on": classifier.trained_on, "network": run.member.network.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(), "random": torch.get_rng_state(),
     }
     if classifier.device.type == "cuda":
@@ -1308,6 +1323,7 @@ def save_state(run):
 
 def splits_digest(tables):
     """Return a fingerprint of which image is in which split, and of the labels."""
+    # A resumed run on other splits would be tested on images that it was trained on.
     digest = hashlib.sha256()
     for table in tables.values():
         digest.update(repr(table.ids).encode("utf-8", "surrogateescape"))
@@ -1330,8 +1346,9 @@ def read_state(options, tables):
         raise InputError(f"--resume: {path} is of other splits or labels: "
                          "give the same data and seed, or a new --out")
     if "fresh" not in content:
-        raise InputError(f"--resume: {path} was written by an older version, which did not save the layers without "
-                         "weights: resume it with that version, or start again without --resume")
+        raise InputError(f"--resume: {path} was written by an older version, which did not save the "
+                         "layers without weights: resume it with that version, or start again "
+                         "without --resume")
 
     before, epoch = content["options"], content["state"]["epoch"]
     changed = {name: value for name, value in vars(options).items() if before.get(name) != value}
@@ -1346,24 +1363,23 @@ def read_state(options, tables):
     if told:
         print_warning(f"resumed with other options than before: {', '.join(told)}")
     if "weights" in changed:
-        print_warning(f"--weights {options.weights} is not loaded: --resume continues with the network of {path}")
+        print_warning(f"--weights {options.weights} is not loaded: --resume continues with the "
+                      f"network of {path}")
     if epoch > options.epochs:
         print_warning(f"--epochs {options.epochs}: {epoch} epochs are trained already")
     return content
 
 
 def check_comparable(options, before, path):
-    """Raise an InputError when an option changes what --monitor measures.
-
-    The best epoch of the resumed run would otherwise be chosen among scores of two kinds.
-    """
+    """Raise an InputError when an option changes what --monitor measures."""
+    # Else the best epoch is chosen among scores of two kinds: a larger pos_weight raises the loss.
     decisive = {"loss": ("loss", "pos_weight", "pos_weight_clip"),
                 "f1": ("calibration", "thresholds", "max_threshold")}
     for name in decisive.get(options.monitor, ()):
         if before[name] != vars(options)[name]:
-            raise InputError(f"--resume: with another --{name.replace('_', '-')} the {options.monitor} of further "
-                             f"epochs cannot be compared with that of the epochs in {path}: "
-                             "keep it, or start again without --resume")
+            raise InputError(f"--resume: with another --{name.replace('_', '-')} the {options.monitor} "
+                             "of further epochs cannot be compared with that of the epochs in "
+                             f"{path}: keep it, or start again without --resume")
 
 
 def load_state(run, content):
@@ -1372,9 +1388,10 @@ def load_state(run, content):
     Raises InputError when the network of the best epoch is lost.
     """
     run.state = State(**content["state"])
-    if (run.out / "model.pth").exists():
-        saved = inference.read_checkpoint(run.out / "model.pth")
-        inference.check_content(run.out / "model.pth", saved, ("members", *inference.SAVED_FIELDS), "model.pth")
+    path = run.out / "model.pth"
+    if path.exists():  # the best epoch so far
+        saved = inference.read_checkpoint(path)
+        inference.check_content(path, saved, ("members", *inference.SAVED_FIELDS), "model.pth")
         run.classifier.epoch, run.classifier.scores = saved["epoch"], saved["scores"]
     check_best_is_kept(run, content["options"])
 
@@ -1382,31 +1399,34 @@ def load_state(run, content):
     run.optimizer.load_state_dict(content["optimizer"])
     if run.scaler.is_enabled() and content["scaler"]:
         run.scaler.load_state_dict(content["scaler"])
-    torch.set_rng_state(content["random"])
+    torch.set_rng_state(content["random"])  # of dropout
     if "random_cuda" in content and run.classifier.device.type == "cuda":
         torch.cuda.set_rng_state(content["random_cuda"], run.classifier.device)
     print_once(run.options, f"resumed after {run.state}, from {run.out / 'last.pth'}")
 
 
 def check_best_is_kept(run, before):
-    """Raise an InputError when the network of a resumed run's best epoch exists nowhere.
+    """Raise an InputError when the network of a resumed run's best epoch is lost.
 
-    For example, --monitor loss kept epoch 3 in model.pth, last.pth holds epoch 5, and --monitor map
-    says that epoch 4 was the best. before: the options of the run so far.
+    Args: before: the options of the run so far.
     """
+    # For example: --monitor loss kept epoch 3 in model.pth, last.pth holds epoch 5, and by the new
+    # --monitor map epoch 4 was the best.
     options, state = run.options, run.state
     best, kept = find_best(run)[0], run.classifier.epoch
+
     if best == 0 and state.images and state.epoch >= options.epochs:
-        raise InputError(f"--resume --epochs {options.epochs}: no epoch was validated yet, and the run has begun "
-                         f"the next one: give --epochs {state.epoch + 1} or more")
+        raise InputError(f"--resume --epochs {options.epochs}: no epoch was validated yet, and the run "
+                         f"has begun the next one: give --epochs {state.epoch + 1} or more")
     if best == kept or (best == state.epoch and not state.images):  # in model.pth, or in last.pth
         return
     if options.monitor == "last" and state.epoch < options.epochs:  # still to come
         return
     held = f"holds epoch {kept}" if kept else "is not there"
-    raise InputError(f"--resume: by --monitor {options.monitor} --min-delta {options.min_delta:g} epoch {best} is "
-                     f"the best, but its network is lost ({run.out / 'model.pth'} {held}): resume with --monitor "
-                     f"{before['monitor']} --min-delta {before['min_delta']:g}, or start again in another --out")
+    raise InputError(f"--resume: by --monitor {options.monitor} --min-delta {options.min_delta:g} epoch "
+                     f"{best} is the best, but its network is lost ({run.out / 'model.pth'} {held}): "
+                     f"resume with --monitor {before['monitor']} --min-delta {before['min_delta']:g}, "
+                     "or start again in another --out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1416,10 +1436,11 @@ def check_best_is_kept(run, before):
 def cross_validate(options, tables):
     """Train a network for each part of the data on all other parts, and return the report.
 
-    Each is an ordinary run in OUT/fold_k, and predicts the part that it was not trained on. By these
-    out-of-fold predictions OUT/model.pth, which holds all the networks, is calibrated, gets its
-    thresholds, and is reported. Raises InputError.
+    Raises InputError when a part is too small, or when --weights has seen the images.
     """
+    # Each fold is an ordinary run in OUT/fold_k. Its network predicts the part that it was not
+    # trained on, as its val split. By all these out-of-fold predictions OUT/model.pth, which holds
+    # all the networks, is calibrated, gets its thresholds, and is reported.
     pool, out = tables["train"], Path(options.out)
     folders = [out / f"fold_{k + 1}" for k in range(options.folds)]
     parts = dataset.divide(pool, [1] * options.folds, options.split_method, options.seed)
@@ -1434,8 +1455,8 @@ def cross_validate(options, tables):
     if not options.resume or (begun[0] and not all(begun)):
         weights = read_weights(options)
     if known := sum(count_trained_on(weights, table) for table in (pool, tables["test"])):
-        raise InputError(f"--weights {options.weights} was trained on {known} of the images that --folds tests on: "
-                         "use weights that have not seen them, such as imagenet")
+        raise InputError(f"--weights {options.weights} was trained on {known} of the images that "
+                         "--folds tests on: use weights that have not seen them, such as imagenet")
 
     classifiers = []
     raw = np.full(pool.targets.shape, np.nan)  # out-of-fold probabilities, before their calibration
@@ -1448,6 +1469,7 @@ def cross_validate(options, tables):
                     remove_old_run(options)
                 write_inputs(options, {"train": pool, "test": tables["test"]})
             train(run)
+            # Forget what the fold fitted on its val split: that is the part which it is tested on.
             start_calibration(run)
             rows, logits = predict_split(run, "val")
             raw[np.flatnonzero(parts == k)[rows]] = inference.to_probabilities(run.classifier, logits[None])
@@ -1455,12 +1477,13 @@ def cross_validate(options, tables):
 
         members = [member for one in classifiers for member in one.members]
         trained_on = sorted({key for one in classifiers for key in one.trained_on})
-        classifier = replace(run.classifier, members=members, epoch=0, scores={}, trained_on=trained_on)
+        classifier = replace(run.classifier, members=members, trained_on=trained_on, epoch=0, scores={})
         good = np.flatnonzero(~np.isnan(raw).any(axis=1))  # images that can be read
         table = pool.subset(good)
         report, probabilities, thresholds = report_folds(options, classifier, table, parts[good], raw[good])
         if len(tables["test"]):
-            report["test"] = inference.evaluate(classifier, tables["test"], 2 * options.batch_size, options.workers)
+            report["test"] = inference.evaluate(classifier, tables["test"], 2 * options.batch_size,
+                                                options.workers)
             report["test"]["images"] = report["test"].pop("rows")
 
         if is_leader():
@@ -1478,7 +1501,8 @@ def build_fold(options, pool, own, out, weights):
 
     Args: own: booleans (N,), the rows of the pool to validate on; weights: as for build().
     """
-    fold = argparse.Namespace(**vars(options) | {"out": str(out), "folds": 0, "registry": None, "export_splits": None})
+    fold = argparse.Namespace(**vars(options))
+    fold.out, fold.folds, fold.registry, fold.export_splits = str(out), 0, None, None
     if out.name != "fold_1" and not (out / "last.pth").exists():
         fold.resume = False  # the run was stopped in an earlier fold
     rows = {"train": np.flatnonzero(~own), "val": np.flatnonzero(own), "test": []}
@@ -1486,13 +1510,13 @@ def build_fold(options, pool, own, out, weights):
 
 
 def report_folds(options, classifier, table, parts, raw):
-    """Calibrate a classifier by its out-of-fold predictions, choose its thresholds, and report them.
+    """Report out-of-fold predictions, and calibrate the classifier by them.
 
-    The report is cross-fitted: calibration and thresholds of a part are those that the other parts
-    would choose. The classifier gets those that all parts choose.
     Args: parts (N,), the fold of each image; raw (N, C), probabilities before their calibration.
     Returns: the report, and the probabilities and thresholds (N, C) that it is about.
     """
+    # The report is cross-fitted: what is applied to a part is chosen on the other parts. Chosen on
+    # the images that it is tested on, it would flatter the model.
     probabilities, thresholds = np.empty_like(raw), np.empty_like(raw)
     scores = []
     for k in range(options.folds):
@@ -1501,7 +1525,8 @@ def report_folds(options, classifier, table, parts, raw):
         probabilities[own] = metrics.calibrate(raw[own], scale, offsets)
         scores.append(metrics.report(table.targets[own], probabilities[own], thresholds[own], table.classes))
 
-    report = {"split": "folds"} | metrics.report(table.targets, probabilities, thresholds, table.classes, True)
+    report = {"split": "folds"} | metrics.report(table.targets, probabilities, thresholds,
+                                                 table.classes, intervals=True)
     report["images"] = report.pop("rows")
     report |= {f"val_{name}": report[name] for name in metrics.HEADLINES}
     report["folds"] = {}
@@ -1509,17 +1534,19 @@ def report_folds(options, classifier, table, parts, raw):
         values = [of_fold[name] for of_fold in scores]
         report["folds"][name] = {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1))}
 
+    # New images are in no part, so the classifier gets what all parts together choose.
     scale, offsets, classifier.thresholds = fit_to(options, table.targets, raw)
     inference.add_calibration(classifier, scale, offsets)
     return report, probabilities, thresholds
 
 
 def fit_to(options, targets, raw):
-    """Return the scale, offsets (C,) and thresholds that the options choose for probabilities (N, C)."""
+    """Return the scale, offsets (C,) and thresholds (C,) that probabilities (N, C) call for."""
     scale, offsets = 1.0, np.zeros(targets.shape[1])
     if options.calibration == "fit":
         scale, offsets = metrics.fit_calibration(targets, raw)
-    return scale, offsets, choose_thresholds(options, targets, metrics.calibrate(raw, scale, offsets))
+    probabilities = metrics.calibrate(raw, scale, offsets)
+    return scale, offsets, choose_thresholds(options, targets, probabilities)
 
 
 def format_folds(report):
@@ -1528,7 +1555,8 @@ def format_folds(report):
     folds = report["folds"]
     for name in ("f1_macro", "map", "f1_macro_judged", "map_judged"):
         headline = name.removesuffix("_judged")
-        if name == headline or folds[name] != folds[headline]:  # a rare class may have no positive in a fold
+        # The two differ when a rare class has no positive in some fold.
+        if name == headline or folds[name] != folds[headline]:
             text += "\n{}: {mean:.3f} +- {deviation:.3f} over the folds".format(name, **folds[name])
     if "test" in report:
         text += f"\n\ntest split, {report['test']['images']} images, all networks together\n"
@@ -1539,12 +1567,14 @@ def format_folds(report):
 # --------------------------------------------------------------------------------------------------
 # Output files: what a run may replace, and what it writes
 
-RUN_FILES = ("model.pth", "last.pth", "classes.json", "label_groups.json", "thresholds.json", "predictions.csv",
-             "probabilities.csv", "train_metadata.csv", "val_metadata.csv", "test_metadata.csv", "loss_curve.png",
-             "pr_curves.png", "reliability.png", "predictions.png", "history.csv", "metrics.json", "config.json",
-             "fold_thresholds.csv")
+RUN_FILES = (
+    "model.pth", "last.pth", "classes.json", "label_groups.json", "thresholds.json", "predictions.csv",
+    "probabilities.csv", "train_metadata.csv", "val_metadata.csv", "test_metadata.csv",
+    "loss_curve.png", "pr_curves.png", "reliability.png", "predictions.png", "history.csv",
+    "metrics.json", "config.json", "fold_thresholds.csv")
 HISTORY = ["epoch", "steps", "train_loss", "val_loss", *(f"val_{name}" for name in metrics.HEADLINES),
-           "train_f1_macro", "train_f1_weighted", "train_map", "lr", "lr_backbone", "seconds", "images_per_second"]
+           "train_f1_macro", "train_f1_weighted", "train_map", "lr", "lr_backbone", "seconds",
+           "images_per_second"]
 
 
 def check_out(options, tables):
@@ -1553,30 +1583,29 @@ def check_out(options, tables):
     names = {*RUN_FILES, title_path(out, options.plot_title or "loss_curve").name}
     reads = files_read(options, tables, names)
 
-    # The run writes to --out and its folds, and removes older folds. In the first a file with one of
-    # its names counts whoever wrote it, in the others only what an older run wrote.
+    # The run writes to --out and its folds, where any file with one of the names is in the way. And
+    # it removes what an older run wrote, there and in further folds, which may be one of its inputs.
     written = [out, *(out / f"fold_{k + 1}" for k in range(options.folds))]
     for folder in dict.fromkeys([*written, *fold_folders(out)]):
         ours = files_of_run(folder)
-        there = [folder / name for name in sorted(names) if (folder / name).exists()] if folder in written else []
-        for path in [*ours, *there]:
+        there = [folder / name for name in sorted(names) if (folder / name).exists()]
+        for path in [*ours, *(there if folder in written else [])]:
             if what := reads.get(os.path.realpath(path)):
                 raise InputError(f"{what} lies in --out, and would be replaced: name another --out")
             if path not in ours:
-                raise InputError(f"--out {out}: {path} would be replaced, and no run of train.py wrote it: "
-                                 "name another --out")
+                raise InputError(f"--out {out}: {path} would be replaced, and no run of train.py "
+                                 "wrote it: name another --out")
 
     if options.export_splits and not options.resume:
         images = Path(options.export_splits) / "images"
         if images.is_dir() and any(images.iterdir()):
-            raise InputError(f"--export-splits {options.export_splits}: {images} is not empty: name a new folder")
+            raise InputError(f"--export-splits {options.export_splits}: {images} is not empty: "
+                             "name a new folder")
 
 
 def files_read(options, tables, names):
-    """Return what the run reads, as a dict from real path to a description.
-
-    Of the images only those with one of the `names` are included, since there may be millions.
-    """
+    """Return what the run reads, as a dict from real path to a description for messages."""
+    # Of the images, of which there may be millions, only those that share a name with an output.
     data = Path(options.data)
     paths = {str(data / "label_groups.json")}
     for table in tables.values():
@@ -1595,17 +1624,16 @@ def files_read(options, tables, names):
 
 
 def files_of_run(folder):
-    """Return the files in a folder that an earlier run wrote there.
-
-    Its config.json, which marks them as a run's, comes last: when removal is interrupted, the rest
-    is still recognised.
-    """
+    """Return the files in a folder that an earlier run wrote there, config.json last."""
+    # Its config.json marks them as a run's. As it is removed last, a removal that is interrupted
+    # leaves files that are still recognised.
     try:
         config = metrics.read_json(folder / "config.json")
     except ValueError:
         return []
     if not {"data", "out", "backbone"} <= config.keys():  # another program's config.json
         return []
+
     names = {*RUN_FILES} - {"config.json"}
     if config.get("plot_title") and isinstance(config["plot_title"], str):
         names.add(title_path(folder, config["plot_title"]).name)
@@ -1632,6 +1660,7 @@ def folder_locked(out):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out}: it cannot be written: {error.strerror}") from None
+
     with contextlib.ExitStack() as stack:
         try:
             import fcntl
@@ -1640,7 +1669,7 @@ def folder_locked(out):
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"--out {out}: another run writes there: wait, or name another folder") from None
-        except (ImportError, OSError):  # Windows has no fcntl, and some network drives have no locks
+        except (ImportError, OSError):  # Windows has no fcntl, some network drives have no locks
             pass
         yield
 
@@ -1688,7 +1717,7 @@ def write_inputs(options, tables):
     """Write what is known before training: options, classes, and the labels of each split."""
     out = Path(options.out)
     table = tables["train"]
-    dataset.write_json(out / "config.json", vars(options))
+    dataset.write_json(out / "config.json", vars(options))  # first: it marks the others as a run's
     dataset.write_json(out / "classes.json", table.classes)
     if table.groups:
         dataset.write_json(out / "label_groups.json", table.groups)
@@ -1709,10 +1738,10 @@ def open_board(options):
     """
     if not options.tensorboard or not is_leader():
         return None
-    try:
+    try:  # it is no requirement, and slow to import
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+        raise InputError("--tensorboard needs a package: pip install tensorboard") from None
     return SummaryWriter(Path(options.out) / "tensorboard")
 
 
@@ -1734,7 +1763,8 @@ def write_history(run):
                 marks.append((row["epoch"], f"lr {row['lr']:g}"))
 
     curves = loss_curves(run.state.losses, history, marks, options.plot_title)
-    for path in {run.out / "loss_curve.png", title_path(run.out, options.plot_title or "loss_curve")}:
+    for title in {"loss_curve", options.plot_title or "loss_curve"}:
+        path = title_path(run.out, title)
         dataset.write_png(path, curves)
 
 
@@ -1745,7 +1775,8 @@ def loss_curves(losses, history, marks=(), title=""):
     """
     steps = range(1, len(losses) + 1)
     series = [("each iteration", steps, losses, inference.COLOURS[0])]
-    window = len(losses) // 40  # a long curve is noise without a mean: of a 40th, its trend stays visible
+    # A long curve is mostly noise. A running mean over a 40th of it shows the trend.
+    window = len(losses) // 40
     if window > 1:
         means = np.convolve(losses, np.full(window, 1 / window), mode="valid")
         series = [(f"mean of {window}", steps[window - 1 :], means, inference.COLOURS[0]),
@@ -1776,7 +1807,7 @@ def plot_title(text):
     elif title_path(Path(), text).name in set(RUN_FILES) - {"loss_curve.png"}:
         problem = "a run writes another file of that name"
     if problem:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} also names a file, and {problem}: use another title")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} also names a file, and {problem}: use another")
     return text
 
 
@@ -1786,9 +1817,9 @@ def finish(run):
     The report is on test, or on val if there is no test split.
     """
     options = run.options
-    wait_for_leader()
+    wait_for_leader()  # to write model.pth
     best = inference.load_model(run.out / "model.pth", run.classifier.device)
-    best.precision = run.classifier.precision
+    best.precision = run.classifier.precision  # not measured again
     run.classifier = best
 
     split = "test" if len(run.tables["test"]) else "val"
@@ -1799,7 +1830,7 @@ def finish(run):
         table, probabilities, scores = evaluate_split(run, "test", intervals=True)
 
     report = {"split": split, "images": scores.pop("rows"), "loss": scores.pop("loss"), "epoch": best.epoch}
-    report |= {f"val_{name}": value for name, value in best.scores.items()}
+    report |= {f"val_{name}": value for name, value in best.scores.items()}  # for the registry
     report |= scores
     if is_leader():
         write_report(options, best, report, table, probabilities, np.array(best.thresholds))
@@ -1810,7 +1841,7 @@ def finish(run):
 
 def write_pr_curves(out, table, probabilities, classifier):
     """Write pr_curves.png, with the thresholds that were chosen on these probabilities."""
-    curves = inference.pr_curves(table.targets, probabilities, classifier.thresholds, classifier.classes)
+    curves = inference.pr_curves(table.targets, probabilities, classifier.thresholds, table.classes)
     dataset.write_png(out / "pr_curves.png", curves)
 
 
@@ -1824,8 +1855,9 @@ def write_report(options, classifier, report, table, probabilities, thresholds):
     inference.save_model(classifier, out / "model.pth")
     styles = {"predictions.csv": "csv", "probabilities.csv": "probabilities"}
     if options.thresholds == "global":  # a published recipe has its results in the file name
-        name = (f"predictions_{options.backbone}_f1-{report['val_f1_weighted']:.4f}_epoch-{classifier.epoch}"
-                f"_b-{options.batch_size}_lr-{options.lr:g}_t-{classifier.thresholds[0]:.4f}.json")
+        name = (f"predictions_{options.backbone}_f1-{report['val_f1_weighted']:.4f}"
+                f"_epoch-{classifier.epoch}_b-{options.batch_size}_lr-{options.lr:g}"
+                f"_t-{classifier.thresholds[0]:.4f}.json")
         styles[name] = "json"
     for name, style in styles.items():
         text = inference.format_predictions(style, table.ids, probabilities, thresholds, classifier)
@@ -1851,27 +1883,30 @@ def register(options, report):
         elif best >= report["val_f1_weighted"]:
             print_once(options, f"registry: {folder} keeps its F1 of {best:.4f} on val")
             return
+
     for name in ("model.pth", "config.json", "metrics.json"):
         with dataset.atomic_write(folder / name, "wb") as file:
             file.write((Path(options.out) / name).read_bytes())
     print_once(options, f"registry: {folder} now has an F1 of {report['val_f1_weighted']:.4f} on val")
 
 
-# Options that do not change what is learned, except for the random seed, which is luck.
-NOT_IN_REGISTRY = ("out", "registry", "seed", "quiet", "device", "workers", "cache", "resume", "tensorboard",
-                   "export_splits", "plot_title")
+# Options that do not change what is learned; and the random seed, of which the luckiest is kept.
+NOT_IN_REGISTRY = ("out", "registry", "seed", "quiet", "device", "workers", "cache", "resume",
+                   "tensorboard", "export_splits", "plot_title")
 
 
 def registry_name(options):
-    """Return the folder name of a configuration: its main options, and a fingerprint of them all."""
+    """Return the folder name of a configuration: its main options, and a fingerprint of all."""
     known = sorted((name, value) for name, value in options.items() if name not in NOT_IN_REGISTRY)
-    tokens = [f"{options['backbone']}-{options['head']}", f"b-{options['batch_size']}", f"lr-{options['lr']:g}"]
+    tokens = [f"{options['backbone']}-{options['head']}", f"b-{options['batch_size']}",
+              f"lr-{options['lr']:g}"]
     if options["lr_backbone"] != options["lr"]:
         tokens.append(f"lrb-{options['lr_backbone']:g}")
     tokens += [f"wd-{options['wd']:g}", f"e-{options['epochs']}",
                f"train-{options['train_layers'].replace(',', '+')}"]
     if options["unfreeze"]:
-        tokens.append(f"unfreeze-{options['unfreeze'].replace(',', '+')}-{options['unfreeze_epoch']}")
+        layers = options["unfreeze"].replace(",", "+")
+        tokens.append(f"unfreeze-{layers}-{options['unfreeze_epoch']}")
     return "_".join([*tokens, hashlib.sha256(repr(known).encode()).hexdigest()[:6]])
 
 
@@ -1891,44 +1926,47 @@ def print_warning(text):
         print_text(f"warning: {text}", file=sys.stderr)
 
 
-# Not listed as "not the defaults": --quiet, and options whose default depends on others, most of which
-# the other lines show.
-NOT_LISTED = ("milestones", "dropout", "lr_backbone", "train_layers", "unfreeze", "unfreeze_epoch", "monitor",
-              "sam", "quiet")
+# Not listed among "not the defaults": options whose default depends on others, most of which the
+# other lines show; and --quiet.
+NOT_LISTED = ("milestones", "dropout", "lr_backbone", "train_layers", "unfreeze", "unfreeze_epoch",
+              "monitor", "sam", "quiet")
 
 
 def print_configuration(options):
     """Print what will be trained and how, and which options differ from the defaults."""
-    unfreezes = f", from epoch {options.unfreeze_epoch} {options.unfreeze} too" if options.unfreeze else ""
+    layers = options.train_layers
+    if options.unfreeze:
+        layers += f", from epoch {options.unfreeze_epoch} also {options.unfreeze}"
     kept = f"the best epoch by {options.monitor} on val is kept, patience {options.patience}"
     if options.monitor == "last":
         kept = "the last epoch is kept"
+
     defaults = vars(option_parser().parse_args([]))
     changed = [f"{name}={value}" for name, value in vars(options).items()
                if value != defaults[name] and name not in NOT_LISTED]
     print_once(options, (
-        f"model: {options.backbone}, {options.head} head, {options.size} px, "
-        f"trained: {options.train_layers}{unfreezes}\n"
+        f"model: {options.backbone}, {options.head} head, {options.size} px, trained: {layers}\n"
         f"recipe: {options.epochs} epochs, batch {options.batch_size}, lr {options.lr:g}"
         f" (backbone {options.lr_backbone:g}), weight decay {options.wd:g}, {options.schedule}, "
         f"augment {options.augment}, pos_weight {options.pos_weight}, sam {options.sam:g}\n"
         f"{kept}; thresholds: {options.thresholds}\n"
         f"not the defaults: {', '.join(changed) or 'nothing'}"))
     if options.unfreeze and options.unfreeze_epoch > options.epochs:
-        print_warning(f"{options.unfreeze} is never trained: --unfreeze-epoch {options.unfreeze_epoch} is beyond "
-                      f"--epochs {options.epochs}")
+        print_warning(f"{options.unfreeze} is never trained: --unfreeze-epoch "
+                      f"{options.unfreeze_epoch} is beyond --epochs {options.epochs}")
 
 
 def print_next_steps(options, image):
     """Print what the run wrote, and a command that applies the model to an image."""
     model = [] if options.out == "outputs" else ["--model", str(Path(options.out) / "model.pth")]
     command = ["python", "inference.py", str(image), *model, "--save", "drawn", "--heatmap"]
-    print_once(options, f"written to {options.out}/: model.pth, metrics.json, predictions.csv and more,\n"
-               f"and pictures (predictions.png shows the worst mistakes)\nnext: {shlex.join(command)}")
+    print_once(options, f"written to {options.out}/: model.pth, metrics.json, predictions.csv, "
+               "and pictures, such as\nthe worst mistakes in predictions.png\n"
+               f"next: {shlex.join(command)}")
 
 
 class ProgressLine:
-    """A line that updates in place on a terminal or in a notebook, and a permanent line per epoch."""
+    """Print a line per epoch, and within it, on a terminal, one that updates in place."""
 
     def __init__(self, run):
         self.run = run
@@ -1936,15 +1974,18 @@ class ProgressLine:
         self.shown = 0.0  # time of the last update
 
     def step(self, loss):
-        """Show the progress after a step, at most five times a second, and at the end of the epoch."""
+        """Show the progress after a step."""
         options, state = self.run.options, self.run.state
         count = len(self.run.tables["train"])
         now = time.perf_counter()
+        # Five times a second looks fluent. More would be slow: showing a loss waits for the device.
         if not self.live or (now - self.shown < 0.2 and state.images < count):
             return
+
         self.shown = now
         rate = state.images / state.seconds
-        left = datetime.timedelta(seconds=int(((options.epochs - state.epoch) * count - state.images) / rate))
+        images_left = (options.epochs - state.epoch) * count - state.images
+        left = datetime.timedelta(seconds=int(images_left / rate))
         line = (f"epoch {state.epoch + 1}/{options.epochs}  image {state.images}/{count}  "
                 f"loss {loss.item():.4f}  {rate:.0f} images/s  {left} left")
         print_text(f"\r{line:<90}", end="")  # padded, to cover a longer line before it
