@@ -1,13 +1,13 @@
 """Fine-tune an image classifier when images carry several labels and some labels are unknown.
 
-    python train.py --data data/                # ImageNet weights; data/labels.txt, data/images/
-    python train.py --data data/ --weights none --epochs 50          # train from scratch
-    python train.py --demo                      # train on generated images, without a download
-    python train.py --data data/ --folds 5      # cross-validate: five networks, one model
-    python train.py --data data/ --resume       # resume a run that was stopped
+    python train.py --data data/                             # data/labels.txt, data/images/
+    python train.py --data data/ --weights none --epochs 50  # from scratch, not from ImageNet weights
+    python train.py --demo                                   # generated images, no download
+    python train.py --data data/ --folds 5                   # cross-validate: five networks, one model
+    python train.py --data data/ --resume                    # resume a run that was stopped
     torchrun --standalone --nproc-per-node=2 train.py --data data/  # several GPUs, or CPU processes
 
-    report = train.main(["--data", "data/", "--epochs", "10"])       # in a notebook
+    report = train.main(["--data", "data/", "--epochs", "10"])      # in a notebook
 
 A run reads and splits the labels, trains with a masked loss, keeps the last epoch (with --patience
 the best one on val), calibrates the probabilities and chooses a threshold per class on val, and
@@ -57,15 +57,15 @@ RECIPE = {
     "wd": 1e-2,  # 5e-2: -0.007
     "schedule": "cosine",  # one-cycle: 0.000
     "train_layers": "new",  # late layers from the first epoch on: -0.017; all layers: -0.088
-    # "rich" also erases, and crops to half the area, which hides small things: -0.011 on meals;
-    # with --sam 0.000 on traffic (three seeds), and +0.013 on 400 images of traffic (one seed).
-    # "light": -0.007, compared with "rich".
+    # "rich" also erases, and crops to half the area, which hides small things: -0.011 on meals and
+    # 0.000 on traffic (with --sam, three seeds), but +0.013 on 400 images of traffic (one seed).
+    # "light" compared with "rich": -0.007.
     "augment": "flip,crop,rotation,perspective,jitter",
     "mix": "none",  # on 100 photographs mixup: -0.015 (three seeds); cutmix: -0.021 (one seed)
     "loss": "bce",  # asymmetric, without pos_weight: -0.009 (100 photographs, three seeds)
     "sampler": "shuffle",  # balanced, without pos_weight: -0.003 (100 photographs)
     "pos_weight": "sqrt",  # none: -0.004
-    "pos_weight_clip": [1, 20],  # frequent labels are not played down, very rare ones do not dominate
+    "pos_weight_clip": [1, 20],  # does not play down frequent labels, and limits very rare ones
     "patience": 0,  # because the best epoch on a small val split is mostly luck
 }
 
@@ -129,15 +129,15 @@ def option_parser():
         help="sizes of the splits, relative to each other")
     add("--folds", type=whole, default=0, metavar="K",
         help="cross-validate: train K networks, each tested on the part that it was not trained on, and "
-        "all together on the test split if --split asks for one; 0: off")
+        "all together on the test split, if there is one; 0: off")
     add("--split-method", choices=("stratified", "random"), default="stratified",
         help="stratified gives each split its share of every label")
-    add("--demo", action="store_true", help="train on generated images, written to data/demo first")
+    add("--demo", action="store_true", help="train on generated images, drawn first if needed")
     add("--seed", type=whole, default=0, help="random seed")
 
     add = parser.add_argument_group("model").add_argument
     add("--backbone", choices=BACKBONES, default="resnet18", help="torchvision network")
-    add("--head", choices=HEADS, default="linear", help="layers that replace its classifier")
+    add("--head", choices=HEADS, default="linear", help="what replaces the last layer of the backbone")
     add("--dropout", type=number(float, below=1), nargs="+", metavar="P",
         help="dropout rates in the head (default: 0.5 0.3 for mlp, else 0)")
     add("--weights", default="imagenet", metavar="W",
@@ -161,7 +161,7 @@ def option_parser():
     add("--unfreeze", metavar="LAYERS", help="layers to train as well from --unfreeze-epoch on "
         "(default: late with --train-layers new, else none)")
     add("--unfreeze-epoch", type=count, metavar="N",
-        help="epoch, counted from 1, that unfreezes them (default: after a quarter of the epochs)")
+        help="first epoch that trains them, counted from 1 (default: after a quarter of the epochs)")
     add("--unfreeze-lr", type=real, metavar="LR", help="learning rate of all layers from then on")
     add("--augment", metavar="A", help="none, light, rich, or some of these, joined by commas: "
         + ", ".join(dataset.OPERATIONS))
@@ -200,7 +200,7 @@ def option_parser():
     add("--plot-title", type=plot_title, default="", metavar="TEXT",
         help="title of loss_curve.png, also saved as TITLE.png")
     add("--export-splits", metavar="DIR", help="copy the images to DIR/images/train, val and test")
-    add("--registry", metavar="DIR", help="keep the best run, by F1 on val, per configuration")
+    add("--registry", metavar="DIR", help="keep the best run (F1 on val) of each configuration here")
     add("--tensorboard", action="store_true", help="log to OUT/tensorboard (package tensorboard)")
     add("-q", "--quiet", action="store_true", help="print only warnings and errors")
 
@@ -224,7 +224,7 @@ def parse_options(argv=None):
     Raises InputError for options that contradict each other.
     """
     parser = option_parser()
-    # Some options decide the defaults of others, so the command line is parsed twice.
+    # Some options change the defaults of others, so the command line is parsed twice.
     given = parser.parse_known_args(argv)[0]
     defaults = (DEMO if given.demo else {}) | PRESETS[given.preset] | (FOLDS if given.folds else {})
     if given.sampler == "balanced" or given.loss == "asymmetric":
@@ -246,8 +246,8 @@ def parse_options(argv=None):
         raise InputError("--patience waits for a better epoch, but --monitor last keeps the last: "
                          "name another --monitor, or leave it out")
 
-    # From scratch every layer is new. After pretraining, a trained head first keeps the large
-    # gradients of random weights away from layers that are good already.
+    # From scratch, all layers are new. Otherwise the new ones train alone at first, because the large
+    # gradients of random weights would spoil layers that are good already.
     if options.train_layers == "new" and options.weights == "none":
         options.train_layers = "all"
     if options.train_layers == "new" and options.unfreeze is None:
@@ -261,7 +261,7 @@ def parse_options(argv=None):
     options.dropout = options.dropout or HEADS[options.head]
     options.monitor = options.monitor or ("map" if options.patience else "last")
     options.unfreeze_epoch = options.unfreeze_epoch or 1 + options.epochs // 4
-    # Half and three quarters of the epochs, as published for CIFAR; counted from 1.
+    # Half and three quarters of the epochs, as He et al. 2016 did on CIFAR.
     options.milestones = options.milestones or [max(1, options.epochs * k // 4) for k in (2, 3)]
     return options
 
@@ -304,7 +304,7 @@ def fit(run):
     progress = ProgressLine(run)
     with signals_noted(run):
         # A resumed run may lack its best model, because it was killed before it wrote model.pth, or
-        # because another --monitor says now that the last epoch was the best.
+        # because by another --monitor the last epoch is now the best.
         best, _ = find_best(run)
         if state.epoch and not state.images and best != run.classifier.epoch:
             validate_last(run)
@@ -335,7 +335,7 @@ def train_epoch(run, progress):
     losses = []
 
     for batch in load_batches(run):
-        # The middle of a step decides its rate, so that neither the first nor the last step has 0.
+        # The rate is that of the middle of the step, which is 0 in neither the first nor the last.
         rates = learning_rates(options, state.epoch + (state.images + batch.seen) / 2 / count)
         for group, rate in zip(run.optimizer.param_groups, rates):
             group.update(lr=rate, weight_decay=options.wd)
@@ -378,7 +378,7 @@ def compute_gradient(run, images, targets, share):
     masked_loss = LOSSES[run.options.loss]
     logits = inference.forward(run.model, images, run.classifier.precision)
     total, known = masked_loss(logits, targets, run.pos_weight)
-    if share < 1:  # as many labels are known, so `known` stays
+    if share < 1:  # rolling the targets does not change how many labels are known
         others, _ = masked_loss(logits, targets.roll(1, 0), run.pos_weight)
         total = share * total + (1 - share) * others
 
@@ -387,17 +387,17 @@ def compute_gradient(run, images, targets, share):
     # The loss of a batch without a known label is 0, not 0 / 0.
     all_total, all_known = sum_over_ranks(torch.stack([total.detach(), known]))
     loss = total * rank_and_ranks()[1] / all_known.clamp(min=1)
-    run.optimizer.zero_grad(set_to_none=True)  # frozen weights have None, which is no gradient
+    run.optimizer.zero_grad(set_to_none=True)  # of frozen weights it stays None
     run.scaler.scale(loss).backward()
     return all_total / all_known.clamp(min=1)
 
 
 @contextlib.contextmanager
 def weights_moved_uphill(model, radius):
-    """Move the weights by `radius` along their gradient within the block, where the loss is higher.
+    """Move the weights by `radius` uphill, along the gradient of the loss, within the block.
 
-    Afterwards the weights and the BatchNorm statistics are as before, and the gradient is the
-    block's. Source: Foret et al. 2021, equation 2.
+    Afterwards the weights and the BatchNorm statistics are as before, while the gradient is the one
+    that the block computed. Source: Foret et al. 2021, equation 2.
     """
     weights = [weight for weight in model.parameters() if weight.grad is not None]
     changed = [*weights, *model.buffers()]  # the statistics must belong to the weights that stay
@@ -445,7 +445,7 @@ def is_leader():
 
 
 def wait_for_leader():
-    """Wait until every process has come here."""
+    """Wait until every process, the leader included, has come here."""
     if distributed.is_initialized():
         distributed.barrier()
 
@@ -466,7 +466,7 @@ def read_data(options):
 
     With --folds, "train" has all images of train and val, and "val" is empty. Raises InputError.
     """
-    # Only one process may draw the demo; the others wait, and then all of them read the same files.
+    # Only one process draws the demo. The others wait, and then all of them read the same files.
     if options.demo and is_leader() and not (Path(options.data) / "labels.txt").exists():
         print_once(options, f"drawing the demo data into {options.data}")
         dataset.write_demo(options.data)
@@ -476,7 +476,7 @@ def read_data(options):
 
     parts = dataset.split(table, options.split, options.split_method, options.seed)
     tables = {name: table.subset(rows) for name, rows in zip(PARTS, parts)}
-    if options.folds:  # cross_validate() divides them anew; a test split stays out of it
+    if options.folds:  # cross_validate() divides train and val anew, and leaves test alone
         pool = np.sort(np.concatenate(parts[:2]))
         tables |= {"train": table.subset(pool), "val": table.subset([])}
     source = "the data's own" if any(table.parts) else f"{options.split_method}, seed {options.seed}"
@@ -490,7 +490,7 @@ def read_data(options):
 
 
 def check_splits(options, tables):
-    """Raise an InputError when a split has too few known labels, or warn about the consequences."""
+    """Raise an InputError when too few labels are known to train, or warn what will be missing."""
     if np.isnan(tables["train"].targets).all():
         raise InputError(f"{options.data}: no label of the train split is known: "
                          "there is nothing to learn from")
@@ -825,7 +825,7 @@ def select_parameters(network, backbone, layers, fresh=()):
     head = BACKBONES[backbone] + "."
     prefixes = {"all": ("",), "head": (head,), "new": (head, *fresh)}
     prefixes["late"] = (head, *late_layers(sizes))
-    prefixes |= {name: (name + ".",) for name in sizes}
+    prefixes |= {name: (name + ".",) for name in sizes}  # the dot keeps layer10 out of layer1
 
     wrong = [name for name in layers.split(",") if name not in prefixes]
     if wrong:
@@ -845,7 +845,7 @@ def layer_sizes(network, backbone):
     head = {id(weight) for weight in network.get_submodule(BACKBONES[backbone]).parameters()}
     sizes = {name: sum(weight.numel() for weight in layer.parameters() if id(weight) not in head)
              for name, layer in layers.items()}
-    return {name: size for name, size in sizes.items() if size}
+    return {name: size for name, size in sizes.items() if size}  # pooling has no weights
 
 
 def late_layers(sizes):
@@ -917,7 +917,7 @@ def load_batches(run):
     images = run.images["train"]
     drawn = draw_batches(run)
     operations = dataset.read_operations(options.augment)
-    noise = dataset.draw_noise(len(images), options.seed, epoch)
+    noise = dataset.draw_noise(len(images), options.seed, epoch)  # a row for each place
     loaded = dataset.batches(images, [rows for rows, *_ in drawn], options.workers, pin=device.type == "cuda")
 
     for (_, places, seen), (batch, targets, _) in zip(drawn, loaded):
@@ -933,8 +933,8 @@ def load_batches(run):
 def draw_batches(run):
     """Return a tuple (rows, places, seen) for each batch that is left of the epoch.
 
-    rows: images of this process; places: their positions in the epoch; seen: images of the epoch
-    that all processes have used after this batch.
+    Returns: rows: images of this process; places: their positions in the order of the epoch; seen:
+    images of the epoch that all processes have used after this batch.
     """
     options, state = run.options, run.state
     targets = run.tables["train"].targets
@@ -1014,7 +1014,7 @@ def cache_budget(cache):
 
 
 # --------------------------------------------------------------------------------------------------
-# Validation
+# Losses of an epoch, and validation
 
 
 def gather_losses(run, losses):
@@ -1138,9 +1138,9 @@ def predict_split(run, split):
 
 
 def report_bad_images(run, split):
-    """Share with all processes which images cannot be read, and warn once about each.
+    """Tell all processes which images cannot be read, and warn once about each.
 
-    Raises InputError when that is more than half of the split.
+    Raises InputError when they are more than half of the split.
     """
     errors = run.images[split].errors
     count = len(run.images[split])
@@ -1150,7 +1150,7 @@ def report_bad_images(run, split):
         for errors_of_one in found:
             errors.update(errors_of_one)
 
-    if 2 * len(errors) > count:  # that is no damaged image here and there, but a wrong folder
+    if 2 * len(errors) > count:  # more likely the wrong folder than damaged images
         raise InputError(f"{len(errors)} of {count} images of the {split} split cannot be read, as "
                          f"{next(iter(errors.values()))}: python dataset.py DATA --check lists them all")
     for message in sorted(set(errors.values()) - run.reported):
@@ -1179,6 +1179,8 @@ def sampling_shift(targets):
     """Return by how much sampling_weights() raises the log odds of each class: (C,)."""
     weights = sampling_weights(targets)[:, None]
     present, absent = targets == 1, targets == 0
+    # Compare the odds among the images drawn with the odds in the data. A class that is always or
+    # never present has no odds, and no shift.
     both = present.any(axis=0) & absent.any(axis=0)
     drawn = (weights * present).sum(axis=0), (weights * absent).sum(axis=0)
     odds = np.divide(*drawn, out=np.ones_like(drawn[0]), where=both)
@@ -1244,6 +1246,7 @@ def best_epoch(history, monitor, min_delta=0.0):
     # improves by too little, so that epoch 3 is still compared with epoch 1.
     sign = -1 if monitor == "loss" else 1  # a lower loss is better, a higher score
     best, epoch, waited = -math.inf, 0, 0
+
     for row in history:
         score = row.get(f"val_{MONITORED[monitor]}")
         if score is None:  # not validated
@@ -1253,7 +1256,6 @@ def best_epoch(history, monitor, min_delta=0.0):
             best, epoch, waited = score, row["epoch"], 0
         else:
             waited += 1
-
     return epoch, waited
 
 
@@ -1275,7 +1277,7 @@ def signals_noted(run):
             os.write(2, b"\nfinishing the current step, then saving and stopping\n")
 
     before = {}
-    if threading.current_thread() is threading.main_thread():  # Python delivers signals only there
+    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
         before = {name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -1358,10 +1360,10 @@ def read_state(options, tables):
     if content["state"]["history"] and epoch < options.epochs:
         check_comparable(options, before, path)
 
-    told = [f"{name} {before.get(name)} -> {value}" for name, value in changed.items()
-            if name not in ("resume", "quiet", "weights")]
-    if told:
-        print_warning(f"resumed with other options than before: {', '.join(told)}")
+    shown = [f"{name} {before.get(name)} -> {value}" for name, value in changed.items()
+             if name not in ("resume", "quiet", "weights")]
+    if shown:
+        print_warning(f"resumed with other options than before: {', '.join(shown)}")
     if "weights" in changed:
         print_warning(f"--weights {options.weights} is not loaded: --resume continues with the "
                       f"network of {path}")
@@ -1397,7 +1399,7 @@ def load_state(run, content):
 
     run.member.network.load_state_dict(content["network"])
     run.optimizer.load_state_dict(content["optimizer"])
-    if run.scaler.is_enabled() and content["scaler"]:
+    if run.scaler.is_enabled() and content["scaler"]:  # --precision may have changed
         run.scaler.load_state_dict(content["scaler"])
     torch.set_rng_state(content["random"])  # of dropout
     if "random_cuda" in content and run.classifier.device.type == "cuda":
@@ -1475,6 +1477,7 @@ def cross_validate(options, tables):
             raw[np.flatnonzero(parts == k)[rows]] = inference.to_probabilities(run.classifier, logits[None])
             classifiers.append(run.classifier)
 
+        # The model of all folds averages their probabilities.
         members = [member for one in classifiers for member in one.members]
         trained_on = sorted({key for one in classifiers for key in one.trained_on})
         classifier = replace(run.classifier, members=members, trained_on=trained_on, epoch=0, scores={})
@@ -1504,7 +1507,7 @@ def build_fold(options, pool, own, out, weights):
     fold = argparse.Namespace(**vars(options))
     fold.out, fold.folds, fold.registry, fold.export_splits = str(out), 0, None, None
     if out.name != "fold_1" and not (out / "last.pth").exists():
-        fold.resume = False  # the run was stopped in an earlier fold
+        fold.resume = False  # the run was stopped in an earlier fold, so this one begins
     rows = {"train": np.flatnonzero(~own), "val": np.flatnonzero(own), "test": []}
     return build(fold, {name: pool.subset(rows[name]) for name in PARTS}, weights)
 
@@ -1649,11 +1652,11 @@ def fold_folders(out):
 
 @contextlib.contextmanager
 def folder_locked(out):
-    """Create a run's folder, and lock it within the block, in the leader.
+    """Create a run's folder, and keep other runs out of it within the block.
 
-    Raises InputError when another run holds it, or when it cannot be written.
+    Raises InputError when another run is in it, or when it cannot be written.
     """
-    if not is_leader():
+    if not is_leader():  # the lock of the leader does for all
         yield
         return
     try:
@@ -1709,6 +1712,7 @@ def export_splits(tables, folder):
     for split, table in tables.items():
         target = Path(folder) / "images" / split
         target.mkdir(parents=True, exist_ok=True)
+        # Two images of different folders may have the same name.
         for path, name in zip(table.paths, dataset.distinct_names(table.paths)):
             shutil.copy2(path, target / name)
 
@@ -1764,14 +1768,13 @@ def write_history(run):
 
     curves = loss_curves(run.state.losses, history, marks, options.plot_title)
     for title in {"loss_curve", options.plot_title or "loss_curve"}:
-        path = title_path(run.out, title)
-        dataset.write_png(path, curves)
+        dataset.write_png(title_path(run.out, title), curves)
 
 
 def loss_curves(losses, history, marks=(), title=""):
     """Draw the loss of each step above the loss of each epoch, and return a PIL image.
 
-    marks: pairs of an epoch and the text to write there.
+    Args: losses: a number per step; history: a dict per epoch; marks: pairs (epoch, text).
     """
     steps = range(1, len(losses) + 1)
     series = [("each iteration", steps, losses, inference.COLOURS[0])]
@@ -1848,13 +1851,13 @@ def write_pr_curves(out, table, probabilities, classifier):
 def write_report(options, classifier, report, table, probabilities, thresholds):
     """Write the model, its report and its predictions, and add it to the registry.
 
-    thresholds: those of the report, (C,), or with folds (N, C).
+    Args: thresholds: those of the report, (C,), or with folds (N, C).
     """
     out = Path(options.out)
     classifier.options = dict(vars(options))
     inference.save_model(classifier, out / "model.pth")
     styles = {"predictions.csv": "csv", "probabilities.csv": "probabilities"}
-    if options.thresholds == "global":  # a published recipe has its results in the file name
+    if options.thresholds == "global":  # the coco recipe puts its results in the file name
         name = (f"predictions_{options.backbone}_f1-{report['val_f1_weighted']:.4f}"
                 f"_epoch-{classifier.epoch}_b-{options.batch_size}_lr-{options.lr:g}"
                 f"_t-{classifier.thresholds[0]:.4f}.json")
@@ -1876,7 +1879,7 @@ def register(options, report):
     folder = Path(options.registry) / registry_name(vars(options))
     if (folder / "metrics.json").exists():
         best = None
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # a damaged file is replaced
             best = metrics.read_run(folder).get("val_f1_weighted")
         if not isinstance(best, (int, float)):
             print_warning(f"registry: {folder / 'metrics.json'} has no F1 on val: the run there is replaced")
@@ -1978,7 +1981,7 @@ class ProgressLine:
         options, state = self.run.options, self.run.state
         count = len(self.run.tables["train"])
         now = time.perf_counter()
-        # Five times a second looks fluent. More would be slow: showing a loss waits for the device.
+        # Five times a second looks smooth. More would be slow: showing a loss waits for the device.
         if not self.live or (now - self.shown < 0.2 and state.images < count):
             return
 
