@@ -211,8 +211,8 @@ def test_a_signal_saves_the_step_in_hand(demo, trained, tmp_path, capfd, number,
     count = saved_state(tmp_path)["images"]
     place = f"{count} images of epoch 1" if at == 2 else "epoch 1"
     assert (0 < count < 60) == (at == 2)
-    assert "stopping after this step, to save" in errors
-    assert f"stopped after {place}: the same command with --resume goes on from here" in errors
+    assert "finishing the current step, then saving and stopping" in errors
+    assert f"stopped after {place}: the same command with --resume continues from here" in errors
     assert train.main([*options, "--resume"]) == trained[1]
     assert same_tensors(tensors(tmp_path / "model.pth"), tensors(trained[0] / "model.pth"))
     assert history(tmp_path) == history(trained[0])
@@ -808,7 +808,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(demo, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setitem(train.LOSSES, "bce", broken)
-        message = r"the loss is nan at iteration 6, in epoch 2: .*lr.*is that after epoch 1"
+        message = r"the loss is nan at iteration 6, in epoch 2: .*lr.*holds epoch 1"
         with pytest.raises(RuntimeError, match=message):
             train.main(options)
     assert saved_state(tmp_path)["epoch"] == 1
