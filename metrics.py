@@ -2,14 +2,14 @@
 
     python metrics.py outputs/*                      # the results table of several runs
     python metrics.py outputs/* --sort map --group-by backbone
-    python metrics.py RUN_A RUN_B --paired           # compare two runs on the same images, with 95 % intervals
+    python metrics.py RUN_A RUN_B --paired           # differences on the same images, with intervals
 
     import metrics
     thresholds = metrics.find_thresholds(targets, scores, "soft")
     print(metrics.format_report(metrics.report(targets, scores, thresholds, classes)))
 
-The order is that of a reader's questions: what does a report hold, how is each number computed (predictions, rankings,
-probabilities), where do thresholds and intervals come from, and how do runs compare? Callers come before callees.
+The file answers a reader's questions in order: what is in a report, how is each number computed
+(predictions, rankings, probabilities), how are thresholds and intervals found, how do runs compare?
 
 The arguments mean the same everywhere, for N rows (images) and C classes:
 
@@ -18,12 +18,12 @@ The arguments mean the same everywhere, for N rows (images) and C classes:
     scores          (N, C), finite, higher for a likelier label
     probabilities   (N, C), from 0 to 1
 
-Numbers are those of scikit-learn with `zero_division=0`, over the known labels only. Three consequences:
+Numbers are those of scikit-learn with `zero_division=0`, over the known labels only. Consequences:
 
-* A class without a known positive has precision, recall, F1 and average precision 0, and counts in the macro mean.
-* ROC AUC is NaN for a class that lacks known positives or known negatives, and then so is the macro mean.
+* Without a known positive a class has precision, recall, F1 and average precision 0, which lowers the
+  macro means. Without a known positive or negative its ROC AUC is NaN, and then so is the macro mean.
   report() also gives the means over the classes that can be judged.
-* Rows without a known label are left out of the row-wise numbers (subset accuracy, `average="samples"`).
+* Rows without a known label are left out of subset accuracy and of `average="samples"`.
 
 Wrong input raises a ValueError that names the argument and the first offending element.
 """
@@ -37,9 +37,11 @@ from pathlib import Path
 
 import numpy as np
 
-HEADLINES = ("hamming_loss", "subset_accuracy", "f1_micro", "f1_macro", "f1_weighted", "f1_samples", "map",
-             "roc_auc_macro", "ece", "brier", "log_loss")
-JUDGED = ("f1_macro_judged", "map_judged", "roc_auc_macro_judged")  # the same over the classes that can be judged
+# Keys of metrics.json and columns of the results table. JUDGED leaves out classes without
+# positives.
+HEADLINES = ("hamming_loss", "subset_accuracy", "f1_micro", "f1_macro", "f1_weighted", "f1_samples",
+             "map", "roc_auc_macro", "ece", "brier", "log_loss")
+JUDGED = ("f1_macro_judged", "map_judged", "roc_auc_macro_judged")
 LOWER_IS_BETTER = ("hamming_loss", "ece", "brier", "log_loss", "val_loss")
 
 
@@ -52,24 +54,26 @@ def report(targets, scores, thresholds, classes, intervals=False):
 
     Args:
         targets, scores: (N, C).
-        thresholds: (C,), a single number, or (N, C) if they differ by row; per_class then has their median.
+        thresholds: (C,), a single number, or (N, C) if they differ by row.
         classes: C different names.
         intervals: whether to add 95 % intervals.
     Returns: a dict of plain Python values, ready for JSON except for NaN:
-        rows: N.
-        The names in HEADLINES: floats; ece, brier and log_loss are NaN if the scores are not probabilities.
+        rows, and the names in HEADLINES; ece, brier, log_loss are NaN if scores are not
+        probabilities.
         classes_judged: number of classes with a known positive.
         f1_macro_judged, map_judged: the means over these classes; NaN if there are none.
         roc_auc_macro_judged: the mean over those that also have a known negative.
-        per_class: {name: dict} with precision, recall, f1, average_precision, roc_auc, threshold, the counts positives,
-            negatives and na, and prevalence (the share of positives among the known labels).
+        per_class: {name: dict} with precision, recall, f1, average_precision, roc_auc, threshold
+            (the median over rows), positives, negatives, na and prevalence (positives among the
+            known).
     With intervals, also:
-        intervals: {name: [low, high]} for the headlines except ROC AUC and ECE. A number that no single row changes,
-            such as the F1 of perfect predictions, has no interval.
-        classes_supported: number of classes that the intervals of f1_macro and map cover: those with at least 4 known
-            positives, or none if they are fewer than half of the classes with a positive.
-        f1_macro_supported, map_supported: if only some classes are supported, the means over these. They have the
-            intervals in place of f1_macro and map.
+        intervals: {name: [low, high]} of the headlines except ROC AUC and ECE. A number that no
+            single row changes, such as the F1 of perfect predictions, has no interval.
+        classes_supported: number of classes that the intervals of f1_macro and map cover: those
+            with at least 4 known positives; none if these are fewer than half of those with a
+            positive.
+        f1_macro_supported, map_supported: the means over these classes if they are not all; they
+            then have the intervals in place of f1_macro and map.
 
     >>> report([[1, 0], [0, 1]], [[0.9, 0.2], [0.1, 0.4]], 0.5, ["cat", "dog"])["f1_macro"]
     0.5
@@ -80,12 +84,14 @@ def report(targets, scores, thresholds, classes, intervals=False):
     if len(set(classes)) < len(classes):
         raise ValueError(f"classes has a name twice: {', '.join(map(str, classes))}")
 
-    thresholds = np.atleast_2d(np.asarray(thresholds, float))  # one row for all images, or one for each
+    # With folds each image has the thresholds of its fold; the table of classes shows their median.
+    thresholds = np.atleast_2d(np.asarray(thresholds, float))
     present = scores >= thresholds
     headlines, columns = _measure(positive, known, scores, present)
     columns["threshold"] = np.broadcast_to(np.median(thresholds, axis=0), len(classes))
 
-    result = {"rows": len(known)} | headlines | {"ece": _calibration_error(positive, known, scores), "per_class": {}}
+    ece = calibration_error(targets, scores) if _are_probabilities(scores) else float("nan")
+    result = {"rows": len(known)} | headlines | {"ece": ece, "per_class": {}}
     for c, name in enumerate(classes):
         result["per_class"][name] = {key: values[c].item() for key, values in columns.items()}
     if intervals:
@@ -94,15 +100,18 @@ def report(targets, scores, thresholds, classes, intervals=False):
 
 
 def _measure(positive, known, scores, present):
-    """Return the headlines of a report and its columns, (C,) each, as two dicts.
-
-    The ECE is not among them, as it has no interval: it is too high on few images.
-    """
+    """Return the headlines of a report except the ECE, and its columns, (C,) each, as two dicts."""
+    # The ECE is left to report(): it has no interval, as it is too high on few images.
     present = present & known
     precision, recall, f1 = _precision_recall_f1(positive, known, present, None)
-    ranking = [(_average_precision(*pair), _roc_auc(*pair)) for pair in _sorted_scores(positive, known, scores)]
+
+    # The scores of each class are sorted only once, for both rankings.
+    pairs = _sorted_scores(positive, known, scores)
+    ranking = [(_average_precision(*pair), _roc_auc(*pair)) for pair in pairs]
     average_precisions, aucs = np.array(ranking).T
 
+    # Without a positive, F1 and average precision are 0 by convention and say nothing about a
+    # model.
     positives = _count(positive, 0)
     known_count = _count(known, 0)
     judged = positives > 0
@@ -123,35 +132,39 @@ def _measure(positive, known, scores, present):
         "roc_auc_macro_judged": _mean(aucs[~np.isnan(aucs)]),
     }
     columns = {
-        "precision": precision, "recall": recall, "f1": f1, "average_precision": average_precisions, "roc_auc": aucs,
-        "positives": positives, "negatives": known_count - positives, "na": len(known) - known_count,
-        "prevalence": _divide(positives, known_count),
+        "precision": precision, "recall": recall, "f1": f1,
+        "average_precision": average_precisions, "roc_auc": aucs,
+        "positives": positives, "negatives": known_count - positives,
+        "na": len(known) - known_count, "prevalence": _divide(positives, known_count),
     }
     return headlines, columns
 
 
 REPORT_COLUMNS = {  # the columns of the table of classes; each title is as wide as its column
-    "precision": "precision", "recall": "recall", "f1": "   F1", "average_precision": "   AP", "roc_auc": "  AUC",
-    "threshold": "threshold", "positives": "positives", "negatives": "negatives", "na": "    NA",
+    "precision": "precision", "recall": "recall", "f1": "   F1", "average_precision": "   AP",
+    "roc_auc": "  AUC", "threshold": "threshold", "positives": "positives",
+    "negatives": "negatives", "na": "    NA",
 }
 
 
 def format_report(report, most=30):
-    """Format a report() as text: the headlines, then an aligned table of the classes, at most 100 columns wide.
+    """Format a report() as text of at most 100 columns: the headlines, then a table of the classes.
 
     Args:
         report: what report() returned.
-        most: number of classes to show; if there are more, those with the lowest and the highest average precision.
-    Returns: lines of text, joined.
+        most: number of classes to show: those with the lowest and the highest average precision.
+    Returns: the text.
 
     >>> numbers = report([[1], [0]], [[0.9], [0.1]], 0.5, ["cat"])
     >>> print(format_report(numbers).splitlines()[0])
     hamming_loss 0.000   subset_accuracy 1.000   map 1.000   roc_auc_macro 1.000
     """
-    # Moving the four F1s to the end puts them on a line of their own. Intervals leave room for two numbers per line.
+    # The four F1s go to the end, on a line of their own. Intervals leave room for two numbers a
+    # line.
     names = sorted(HEADLINES, key=lambda name: name.startswith("f1"))
     per_line = 2 if "intervals" in report else 4
-    lines = [_format_values(report, names[start : start + per_line]) for start in range(0, len(names), per_line)]
+    starts = range(0, len(names), per_line)
+    lines = [_format_values(report, names[start : start + per_line]) for start in starts]
     lines += _format_judged(report)
 
     per_class = report["per_class"]
@@ -164,15 +177,18 @@ def format_report(report, most=30):
         names = [*names[: most // 2], None, *names[most // 2 - most :]]  # None marks the gap
     for name in names:
         if name is None:
-            lines.append(f"... {len(per_class) - most} classes between the worst and the best: metrics.json has all")
+            hidden = len(per_class) - most
+            lines.append(f"... {hidden} classes between the worst and the best: "
+                         "metrics.json has all")
             continue
-        cells = [_cell(per_class[name][column]).rjust(len(title)) for column, title in REPORT_COLUMNS.items()]
+        row = per_class[name]
+        cells = [_cell(row[column]).rjust(len(title)) for column, title in REPORT_COLUMNS.items()]
         lines.append(" ".join([shorten(name, width).ljust(width), *cells]))
     return "\n".join(lines)
 
 
 def _format_values(report, names):
-    """Return some numbers of a report as a line of text, each followed by its interval if it has one."""
+    """Return a line of text with some numbers of a report, each followed by its interval if any."""
     texts = []
     for name in names:
         texts.append(f"{name} {_cell(report[name])}")
@@ -182,12 +198,13 @@ def _format_values(report, names):
 
 
 def _format_judged(report):
-    """Return lines of text about the classes with too few known positives, and the means over the others."""
+    """Return lines about the classes with too few known positives, and the means over the others."""
     lines = []
     classes = len(report["per_class"])
     unjudged = classes - report["classes_judged"]
     if unjudged:
-        lines.append(f"classes without a known positive, which count as 0 in f1_macro and map: {unjudged} of {classes}")
+        lines.append("classes without a known positive, which count as 0 in f1_macro and map: "
+                     f"{unjudged} of {classes}")
 
     differ = _differ_from_headlines([report])
     if differ:
@@ -202,21 +219,23 @@ def _format_judged(report):
 
 
 def _explain_intervals(supported, classes):
-    """Return the sentence that says which classes the intervals of f1_macro and map cover, empty if they cover all."""
+    """Say which classes the intervals of f1_macro and map cover; return "" if they cover all."""
+    enough = f"at least {MIN_POSITIVES} known positives"
     if supported == classes:
         return ""
     if supported == 0:
-        return f"no interval of f1_macro and map: too few classes have at least {MIN_POSITIVES} known positives"
-    return f"intervals of f1_macro and map cover the {supported} classes with at least {MIN_POSITIVES} known positives"
+        return f"no interval of f1_macro and map: too few classes have {enough}"
+    return f"intervals of f1_macro and map cover the {supported} classes with {enough}"
 
 
 def _differ_from_headlines(reports):
-    """Return the names in JUDGED whose value differs from its headline in at least one of the reports (dicts)."""
+    """Return the names in JUDGED that differ from their headlines in at least one report (a dict)."""
 
     def differs(report, name):
         value = report.get(name)
-        is_number = value is not None and value == value  # files have None, memory has NaN
-        return is_number and value != report.get(name.removesuffix("_judged"))
+        if value is None or value != value:  # missing: None in files, NaN in memory
+            return False
+        return value != report.get(name.removesuffix("_judged"))
 
     return [name for name in JUDGED if any(differs(report, name) for report in reports)]
 
@@ -276,8 +295,8 @@ def precision_recall_f1(targets, predictions, average):
 
     Args:
         targets, predictions: (N, C).
-        average: "micro" pools all labels, "macro" is the mean over classes, "weighted" weights each class by its
-            positives, "samples" is the mean over rows, None keeps the values of each class.
+        average: "micro" pools all labels, "macro" is the mean over classes, "weighted" weights them
+            by their positives, "samples" is the mean over rows, None keeps the value of each class.
     Returns: (precision, recall, f1), floats, or (C,) each if `average` is None.
 
     >>> precision_recall_f1([[1, 0], [1, 1]], [[1, 1], [0, 1]], "micro")
@@ -289,7 +308,8 @@ def precision_recall_f1(targets, predictions, average):
 
 def _precision_recall_f1(positive, known, present, average):
     axis = {"micro": None, "samples": 1}.get(average, 0)
-    hits, predicted, actual = (_count(array, axis) for array in (positive & present, present, positive))
+    counted = (positive & present, present, positive)
+    hits, predicted, actual = (_count(array, axis) for array in counted)
     values = _divide(hits, predicted), _divide(hits, actual), _divide(2 * hits, predicted + actual)
 
     weights = known.any(axis=1) if average == "samples" else actual
@@ -306,11 +326,11 @@ def f1_score(targets, predictions, average):
 
 
 def _average(values, average, weights):
-    """Average values of the classes, or of the rows for "samples", as `average` says; "micro" has just one."""
+    """Average the values of classes, or of rows for "samples"; "micro" has a single value."""
     if average is None:
         return values
     if average in ("weighted", "samples"):
-        counted = weights > 0  # without this, a ROC AUC of NaN would spoil the mean even at weight 0
+        counted = weights > 0  # a ROC AUC of NaN would spoil the mean even with weight 0
         return float(_divide((values[counted] * weights[counted]).sum(), weights.sum()))
     return float(values.mean())
 
@@ -318,16 +338,21 @@ def _average(values, average, weights):
 # ---------------------------------------------------------------------------------------------------------------------
 # Rankings: scores against targets
 #
-# Everything follows from two sorted lists per class: the scores of its positives and those of its negatives.
+# Everything follows from two sorted lists per class: the scores of its positives and those of its
+# negatives.
 
 
 def average_precision(targets, scores, average="macro"):
-    """Return average precision, the area under the precision-recall curve: sum over n of (R_n - R_(n-1)) P_n.
+    """Return average precision, the step-wise area under the precision-recall curve.
+
+    It is the sum over n of (R_n - R_(n-1)) P_n, with precision P_n and recall R_n at the n-th score
+    from above.
 
     Args:
         targets, scores: (N, C).
         average: "macro" (the mean over classes, mAP), "micro", "weighted" (by positives) or None.
-    Returns: a float in [0, 1], or (C,) if `average` is None; 0 for a class without a known positive.
+    Returns: a float in [0, 1], or (C,) if `average` is None; 0 for a class without a known
+        positive.
 
     >>> average_precision([[1], [0], [1]], [[0.9], [0.8], [0.7]])
     0.8333333333333333
@@ -339,8 +364,8 @@ def roc_auc(targets, scores, average="macro"):
     """Return the area under the ROC curve.
 
     Args: as for average_precision().
-    Returns: a float in [0, 1], or (C,) if `average` is None. It is NaN for a class without a known positive or without
-        a known negative, and then the mean over classes is NaN too.
+    Returns: a float in [0, 1], or (C,) if `average` is None. It is NaN for a class without a known
+        positive or without a known negative, and then the mean over classes is NaN too.
 
     >>> roc_auc([[1], [0], [1]], [[0.9], [0.8], [0.7]])
     0.5
@@ -349,7 +374,7 @@ def roc_auc(targets, scores, average="macro"):
 
 
 def _ranking_score(function, targets, scores, average):
-    """Apply a function of (scores of positives, scores of negatives) to each class, or once to all labels."""
+    """Apply a function of sorted scores (positives, negatives) to each class, or to all pooled."""
     _check_average(average, "micro", "macro", "weighted", None)
     positive, known, scores = _check_pair(targets, scores, "scores")
     if average == "micro":
@@ -359,27 +384,32 @@ def _ranking_score(function, targets, scores, average):
 
 
 def _average_precision(positives, negatives):
-    """Return the mean, over the positives, of the precision at their score.
-
-    Recall rises by 1 / len(positives) at each positive, so this is the sum over (R_n - R_(n-1)) P_n.
-    """
+    """Return the mean, over the positives, of the precision at their score."""
     if len(positives) == 0:
         return 0.0
+    # Recall rises by 1 / len(positives) at each positive, so the mean is the sum over (R_n -
+    # R_(n-1)) P_n. Example: positives at 0.9 and 0.7 and a negative at 0.8 have the precisions 1/1
+    # and 2/3 and the mean 0.83.
     hits = _at_least(positives, positives)
     return float(np.mean(hits / (hits + _at_least(negatives, positives))))
 
 
 def _roc_auc(positives, negatives):
-    """Return the probability that a positive scores higher than a negative, ties counting half (Mann-Whitney U)."""
+    """Return the probability that a positive scores higher than a negative (Mann-Whitney U)."""
     if len(positives) == 0 or len(negatives) == 0:
         return float("nan")
-    lower = np.searchsorted(negatives, positives, side="left") + np.searchsorted(negatives, positives, side="right")
-    return float(lower.sum() / 2 / len(positives) / len(negatives))
+
+    # "left" counts the lower negatives, "right" also the equal ones: halving the sum lets ties
+    # count half.
+    left = np.searchsorted(negatives, positives, side="left")
+    right = np.searchsorted(negatives, positives, side="right")
+    return float((left + right).sum() / 2 / len(positives) / len(negatives))
 
 
 def _sorted_scores(positive, known, scores):
     """Yield (scores of the positives, scores of the negatives) of each class, both ascending."""
-    # Reading one column of a row-major array is slow, so 16 are transposed at a time: few enough to need little memory.
+    # Reading one column of a row-major array is slow, so 16 are transposed at a time: few enough to
+    # need little memory.
     for start in range(0, scores.shape[1], 16):
         block = slice(start, start + 16)
         columns = [np.ascontiguousarray(array[:, block].T) for array in (positive, known, scores)]
@@ -396,9 +426,10 @@ def precision_recall_curve(targets, scores):
     """Compute the precision-recall curve of one class, as scikit-learn does.
 
     Args: targets, scores (N,).
-    Returns: (precision (K+1,), recall (K+1,), thresholds (K,)). The thresholds are the K distinct scores of the known
-        rows, ascending; precision[k] and recall[k] belong to `scores >= thresholds[k]`, and the last point is
-        precision 1, recall 0. Without a known positive recall is 1 up to that point; without a known label K is 0.
+    Returns: (precision (K+1,), recall (K+1,), thresholds (K,)). The thresholds are the K distinct
+        scores of the known rows, ascending; precision[k] and recall[k] belong to `scores >=
+        thresholds[k]`, and the last point is precision 1, recall 0. Without a known positive recall
+        is 1 up to that point; without a known label K is 0.
 
     >>> precision, recall, thresholds = precision_recall_curve([1, 0, 1], [0.9, 0.8, 0.7])
     >>> recall
@@ -420,13 +451,10 @@ def reliability_curve(targets, probabilities, bins=15):
     """Compare predicted probabilities with how often labels are present, in bins of equal width.
 
     Args: targets, probabilities (N, C); bins: number of bins, 15 as in Guo et al. 2017.
-    Returns: (mean probability, share of positives, number of labels), each (bins,), over all known labels; the first
-        two are NaN for an empty bin.
+    Returns: (mean probability, share of positives, number of labels), each (bins,), over all known
+        labels; the first two are NaN for an empty bin.
     """
-    return _reliability(*_check_pair(targets, probabilities, "probabilities"), bins)
-
-
-def _reliability(positive, known, scores, bins=15):
+    positive, known, scores = _check_pair(targets, probabilities, "probabilities")
     counts, predicted, there = np.zeros((3, bins))
     for p, label in _known_labels(positive, known, scores):
         bin_of = np.minimum((p * bins).astype(int), bins - 1)  # the last bin includes 1
@@ -440,18 +468,13 @@ def _reliability(positive, known, scores, bins=15):
 def calibration_error(targets, probabilities):
     """Return the expected calibration error (ECE; Guo et al. 2017).
 
-    It is the mean distance between the two curves of reliability_curve(), weighted by the number of labels.
+    It is the mean distance between the two curves of reliability_curve(), weighted by the number of
+    labels.
 
     Args: targets, probabilities (N, C).
     Returns: a float in [0, 1]; 0 if no label is known.
     """
-    return _calibration_error(*_check_pair(targets, probabilities, "probabilities"))
-
-
-def _calibration_error(positive, known, scores):
-    if not _are_probabilities(scores):
-        return float("nan")
-    mean, share, counts = _reliability(positive, known, scores)
+    mean, share, counts = reliability_curve(targets, probabilities)
     return float(_divide(np.nansum(counts * np.abs(mean - share)), counts.sum()))
 
 
@@ -491,7 +514,7 @@ def _brier_and_log_loss(positive, known, scores):
 
 
 def _squares_and_losses(p, label):
-    """Return the squared error and the cross-entropy of each label (boolean) with probability p (float64)."""
+    """Return the squared error and the cross-entropy of each boolean label with probability p."""
     clipped = np.clip(p, 1e-7, 1 - 1e-7)
     return (p - label) ** 2, -np.log(np.where(label, clipped, 1 - clipped))
 
@@ -502,7 +525,7 @@ def _are_probabilities(scores):
 
 def _known_labels(positive, known, scores):
     """Yield (scores in float64, whether they are positive) of the known labels, some rows at a time."""
-    for start in range(0, len(known), 4096):  # float64 copies of all scores at once would take much memory
+    for start in range(0, len(known), 4096):  # copying all scores at once would double the memory
         rows = slice(start, start + 4096)
         yield scores[rows][known[rows]].astype(float), positive[rows][known[rows]]
 
@@ -510,8 +533,9 @@ def _known_labels(positive, known, scores):
 def fit_calibration(targets, probabilities):
     """Fit what calibrate() needs: temperature scaling (Guo et al. 2017) with an offset for each class.
 
-    The result minimises the log loss, summed over the known labels, plus 2 log(scale)^2 and 2 offset^2 for each class.
-    These are normal priors with standard deviation 0.5: they keep a class with few labels near offset 0.
+    The result minimises the log loss, summed over the known labels, plus 2 log(scale)^2 and 2
+    offset^2 for each class. These are normal priors with standard deviation 0.5: they keep a class
+    with few labels near offset 0.
 
     Args: targets, probabilities (N, C).
     Returns: (scale, a float; offsets, (C,)).
@@ -532,7 +556,8 @@ def fit_calibration(targets, probabilities):
     for _ in range(100):  # only a safeguard: Newton's method converges quadratically
         step = _newton_step(theta, z, positive, known)
 
-        # A long step may overshoot, so it is cut to at most 1, and halved until the objective falls.
+        # A long step may overshoot, so it is cut to at most 1, and halved until the objective
+        # falls.
         step /= max(1, np.abs(step).max())
         while objective(theta - step) > value and np.abs(step).max() > 1e-9:
             step /= 2
@@ -544,21 +569,22 @@ def fit_calibration(targets, probabilities):
 
 
 def _newton_step(theta, z, positive, known):
-    """Return what to subtract from theta, (C + 1,), to get to the minimum if the objective were quadratic."""
+    """Return what to subtract from theta, (C + 1,), to reach the minimum of a quadratic objective."""
     scaled = np.exp(theta[0]) * z
     p = sigmoid(scaled + theta[1:])
     error = np.where(known, p - positive, 0)
     weight = np.where(known, p * (1 - p), 0)
     gradient = 4 * theta + np.append((error * scaled).sum(), error.sum(axis=0))
 
-    # Offsets of different classes do not interact, so the matrix of second derivatives has only a diagonal and the row
-    # of log(scale). Eliminating the offsets leaves one equation for log(scale), without storing a matrix.
+    # Offsets of different classes do not interact, so the matrix of second derivatives has only a
+    # diagonal and the row of log(scale). Eliminating the offsets leaves one equation for
+    # log(scale), without storing a matrix.
     of_offsets = 4 + weight.sum(axis=0)
     mixed = (weight * scaled).sum(axis=0)
     curvature = 4 + (weight * scaled**2).sum() - (mixed**2 / of_offsets).sum()
 
-    # Along log(scale) the objective may bend downwards, where Newton would climb. Then the one term that can be
-    # negative is left out.
+    # Along log(scale) the objective may bend downwards, where Newton would climb. Then the one term
+    # that can be negative is left out.
     bend = (error * scaled).sum()
     curvature += bend if curvature + bend > 0 else 0
 
@@ -569,7 +595,7 @@ def _newton_step(theta, z, positive, known):
 
 
 def calibrate(probabilities, scale, offsets):
-    """Return the probabilities (N, C) whose logits are scale * z + offsets, in float64; z: those of the given ones."""
+    """Replace the logits z of probabilities (N, C) by scale * z + offsets; return float64 probabilities."""
     return sigmoid(scale * logit(probabilities) + offsets)
 
 
@@ -588,9 +614,9 @@ def sigmoid(logits):
 # Thresholds: from which score on a label counts as present
 
 FALLBACK = 0.5  # the threshold of a class that val says nothing about
-GRID = np.linspace(0, 1, 41)  # the candidates of method "grid", as in the published script behind --preset inspection
-LOGITS = np.linspace(-6, 6, 241)  # the candidates of "soft": probabilities from 0.0025 to 0.9975, in steps of 0.05
-SOFTNESS = 0.5  # width of the soft step, in logits: ten candidates, so that no single image decides between two
+GRID = np.linspace(0, 1, 41)  # the candidates of "grid", as in the script behind --preset inspection
+LOGITS = np.linspace(-6, 6, 241)  # the candidates of "soft", 0.05 apart: probabilities 0.0025 to 0.9975
+SOFTNESS = 0.5  # width of the soft step in logits: ten candidates, so that no single image decides
 PRIOR = 50  # number of positives at which the labels of a class count as much as the expectation
 
 
@@ -612,19 +638,20 @@ def find_thresholds(targets, scores, method="soft", max_threshold=None):
     array([0.6, 0.5])
     """
     positive, known, scores = _check_pair(targets, scores, "scores")
-    if isinstance(method, (int, float)) and not isinstance(method, bool):
+    if isinstance(method, (int, float)) and not isinstance(method, bool):  # True is an int in Python
         return np.full(scores.shape[1], float(method))
     if method not in ("soft", "pr_curve", "grid", "global"):
         raise ValueError(f"method is {method!r}: it must be soft, pr_curve, grid, global or a number")
 
     if method == "soft":
         _refuse((scores < 0) | (scores > 1), scores, "scores", "a probability, from 0 to 1")
-        thresholds = np.array([_soft_threshold(*pair) for pair in _sorted_scores(positive, known, scores)])
+        thresholds = [_soft_threshold(*pair) for pair in _sorted_scores(positive, known, scores)]
     elif method == "global":
-        thresholds = np.full(scores.shape[1], _best_global(positive, known, scores))
+        thresholds = [_best_global(positive, known, scores)] * scores.shape[1]
     else:
         grid = GRID if method == "grid" else None
-        thresholds = np.array([_best_threshold(*pair, grid) for pair in _sorted_scores(positive, known, scores)])
+        thresholds = [_best_threshold(*pair, grid) for pair in _sorted_scores(positive, known, scores)]
+    thresholds = np.array(thresholds)
 
     if max_threshold is not None:
         thresholds[thresholds > max_threshold] = FALLBACK
@@ -632,27 +659,26 @@ def find_thresholds(targets, scores, method="soft", max_threshold=None):
 
 
 def _soft_threshold(positives, negatives):
-    """Return the soft threshold of one class, a probability; 0.5 if no label is known.
-
-    It is a weighted mean, on the scale of logits, of what the labels say and of what the probabilities expect. With 5
-    positives the labels have 5 / 55 of the weight, with 50 positives half of it, with none nothing.
-    """
+    """Return the soft threshold of one class, a probability; 0.5 if no label is known."""
     p = np.sort(np.concatenate([positives, negatives]).astype(float))[::-1]
     if len(p) == 0:
         return FALLBACK
 
-    # What the labels say: the best F1 if a score z above or below the threshold t is counted as present not by 1 or 0
-    # but by sigmoid((z - t) / 0.5). A plain F1 jumps with every image, this one is smooth.
+    # What the labels say: the best F1 if a score z above or below the threshold t is counted as
+    # present not by 1 or 0 but by sigmoid((z - t) / 0.5). A plain F1 jumps with every image, this
+    # one is smooth.
     hits = _soft_counts(positives)
     f1 = 2 * hits / (hits + _soft_counts(negatives) + len(positives))
     best = max(LOGITS[np.argmax(f1)], logit(p[-1]))
 
-    # What the probabilities expect, if they are right: half of the best expected F1 (Lipton, Elkan & Naryanaswamy
-    # 2014). For 0.9, 0.6 and 0.2, predicting the highest 1, 2 or 3 as present has the expected F1 0.67, 0.81 and 0.72.
-    # So two are best, and 0.405 divides them from the third.
+    # What the probabilities expect, if they are right: half of the best expected F1 (Lipton, Elkan
+    # & Naryanaswamy 2014). For 0.9, 0.6 and 0.2, predicting the highest 1, 2 or 3 as present has
+    # the expected F1 0.67, 0.81 and 0.72. So two are best, and 0.405 divides them from the third.
     expected_f1 = 2 * np.cumsum(p) / (np.arange(1, len(p) + 1) + p.sum())
     expected = logit(expected_f1.max() / 2)
 
+    # The result is their weighted mean in logits. With 5 positives the labels have 5 / 55 of the
+    # weight, with 50 half of it, with none nothing.
     n = len(positives)
     return sigmoid((n * best + PRIOR * expected) / (n + PRIOR))
 
@@ -661,19 +687,19 @@ def _soft_counts(scores):
     """Count the scores of one class that lie above each of LOGITS, softly."""
     counts = np.zeros(len(LOGITS))
     steps = np.exp(LOGITS / SOFTNESS)
-    for start in range(0, len(scores), 4096):  # the table of scores by LOGITS would be 241 times as large as the scores
+    for start in range(0, len(scores), 4096):  # a table of all scores by LOGITS would be 241 times as large
         below = np.exp(-logit(scores[start : start + 4096]) / SOFTNESS)
-        counts += (1 / (1 + below[:, None] * steps)).sum(axis=0)  # sigmoid((z - t) / SOFTNESS), with fewer calls of exp
+        # sigmoid((z - t) / SOFTNESS) = 1 / (1 + exp(-z / SOFTNESS) exp(t / SOFTNESS)) calls exp
+        # less often.
+        counts += (1 / (1 + below[:, None] * steps)).sum(axis=0)
     return counts
 
 
 def _best_threshold(positives, negatives, grid=None):
-    """Return the lowest value with the best F1 of one class, on the grid or among the scores of its positives.
-
-    Other scores need not be tried: raising a threshold to the next positive only drops negatives.
-    """
+    """Return the lowest value with the best F1 of one class, on the grid or among its positives' scores."""
     if len(positives) == 0:
         return FALLBACK
+    # Other scores need not be tried: raising a threshold to the next positive only drops negatives.
     candidates = np.unique(positives) if grid is None else grid
     return candidates[np.argmax(_f1_at(positives, negatives, candidates))]
 
@@ -684,7 +710,8 @@ def _best_global(positive, known, scores):
     if len(candidates) == 0:
         return FALLBACK
 
-    # Every class tries every candidate, so at most 1,000 are taken, evenly spaced: more would hardly change F1.
+    # Every class tries every candidate, so at most 1,000 are taken, evenly spaced: more would
+    # hardly change F1.
     chosen = np.linspace(0, len(candidates) - 1, min(1000, len(candidates))).round().astype(int)
     candidates = candidates[chosen]
     total = np.zeros(len(candidates))
@@ -721,17 +748,18 @@ def between_scores(thresholds, scores):
 # ---------------------------------------------------------------------------------------------------------------------
 # Intervals: how far a number may be from its value on very many images like these
 #
-# They come from the jackknife: how much does a number change when one row is left out? Resampling rows (the bootstrap)
-# works worse here. A resample may lack a class, and positives that it draws twice raise the average precision.
-# `tests/bench.py intervals` simulates how often the intervals cover the true value; the choices below are based on it.
+# They come from the jackknife: how much does a number change when one row is left out? Resampling
+# rows (the bootstrap) works worse here. A resample may lack a class, and positives that it draws
+# twice raise the average precision. `tests/bench.py intervals` simulates how often the intervals
+# cover the true value; the choices below are based on it.
 
-MIN_POSITIVES = 4  # known positives that a class needs for an interval; chosen by tests/bench.py intervals
+MIN_POSITIVES = 4  # known positives that a class needs; chosen by tests/bench.py intervals
 
-# The 97.5 % quantile of Student's t by 1 / degrees of freedom, along which it is nearly straight: linear interpolation
-# errs by less than 3 % from two degrees of freedom on.
+# The 97.5 % quantile of Student's t by 1 / degrees of freedom, along which it is nearly straight:
+# linear interpolation errs by less than 3 % from two degrees of freedom on.
 STUDENT_T = np.array([
-    [0, 1.960], [1 / 60, 2.000], [1 / 20, 2.086], [1 / 10, 2.228], [1 / 6, 2.447], [1 / 4, 2.776], [1 / 3, 3.182],
-    [1 / 2, 4.303], [1, 12.706]])
+    [0, 1.960], [1 / 60, 2.000], [1 / 20, 2.086], [1 / 10, 2.228], [1 / 6, 2.447], [1 / 4, 2.776],
+    [1 / 3, 3.182], [1 / 2, 4.303], [1, 12.706]])
 
 
 def _add_intervals(result, positive, known, scores, present):
@@ -739,7 +767,7 @@ def _add_intervals(result, positive, known, scores, present):
     result["classes_supported"] = int(_supported_classes(_count(positive, 0)).sum())
     result["intervals"] = {}
     for name, (value, without) in _jackknife(positive, known, scores, present).items():
-        result.setdefault(name, value)  # the means over the supported classes are not among the headlines
+        result.setdefault(name, value)  # adds the means over the supported classes
         reach = _reach(value, without)
         if reach:
             result["intervals"][name] = _interval(name, value, *reach)
@@ -748,10 +776,11 @@ def _add_intervals(result, positive, known, scores, present):
 def paired_differences(targets, scores, thresholds, other_scores, other_thresholds):
     """Compare two models on the same images.
 
-    Args: targets (N, C); scores and other_scores (N, C); thresholds and other_thresholds as for report().
-    Returns: {name: (value, other value, difference, low, high)} for the headlines except ROC AUC and ECE, and for the
-        means over the supported classes (see report()). The difference is other value - value; low and high are its
-        95 % interval, or None if it has none.
+    Args: targets (N, C); scores and other_scores (N, C); thresholds and other_thresholds as for
+        report().
+    Returns: {name: (value, other value, difference, low, high)} for the headlines except ROC AUC
+        and ECE, and for the means over the supported classes (see report()). The difference is
+        other value - value; low and high are its 95 % interval, or None if it has none.
     """
     positive, known, scores = _check_pair(targets, scores, "scores")
     other_scores = _check_pair(targets, other_scores, "scores")[2]
@@ -767,43 +796,40 @@ def paired_differences(targets, scores, thresholds, other_scores, other_threshol
         reach = _reach(difference, other_without - without)
         low = high = None
         if reach:
-            most = np.inf if name == "log_loss" else 1.0
+            most = np.inf if name == "log_loss" else 1.0  # other numbers are in [0, 1]
             low, high = max(difference - reach[0], -most), min(difference + reach[1], most)
         result[name] = value, other_value, difference, low, high
     return result
 
 
 def _supported_classes(positives):
-    """Return which classes (C,) the intervals of f1_macro and map cover, given the known positives (C,) of each.
-
-    If those with MIN_POSITIVES are fewer than half of the classes with a positive, none is: they would mostly be
-    classes that have this many by chance, which raises their average precision.
-    """
+    """Return which classes (C,) the intervals of f1_macro and map cover, from their known positives (C,)."""
+    # If the others are the majority, these would mostly be classes that have so many positives by
+    # chance, which raises their average precision. Then none is supported.
     enough = positives >= MIN_POSITIVES
     return enough & (2 * enough.sum() >= np.count_nonzero(positives))
 
 
 def _jackknife(positive, known, scores, present):
-    """Return {name: (value, values (N,) without row 0, row 1, ...)} of the headlines except ROC AUC and ECE.
-
-    If some classes have too few known positives, f1_macro and map get constant values, and hence no interval;
-    f1_macro_supported and map_supported are over the other classes.
-    """
+    """Return {name: (value, values without row 0, row 1, ... (N,))} for all but ROC AUC and ECE."""
     headlines, columns = _measure(positive, known, scores, present)
     present = present & known
     positives = columns["positives"]
     supported = _supported_classes(positives)
     probabilities = _are_probabilities(scores)
 
-    # Class by class, as the values of all classes at once would take many times the memory of the scores.
+    # Class by class, as the values of all classes at once would take many times the memory of the
+    # scores.
     f1_macro, f1_weighted, average_precision, squares, losses = np.zeros((5, len(known)))
     for c in range(len(positives)):
-        is_positive, is_known, score, is_present = (array[:, c] for array in (positive, known, scores, present))
+        arrays = (positive, known, scores, present)
+        is_positive, is_known, score, is_present = (array[:, c] for array in arrays)
         f1 = _ratio_without(2 * (is_positive & is_present), is_positive.astype(int) + is_present)
         f1_weighted += f1 * (positives[c] - is_positive)
         if supported[c]:
             f1_macro += f1 / supported.sum()
-            average_precision += _average_precision_without(is_positive, is_known, score) / supported.sum()
+            ap = _average_precision_without(is_positive, is_known, score)
+            average_precision += ap / supported.sum()
         if probabilities:
             square, loss = _squares_and_losses(score.astype(float), is_positive)
             squares += np.where(is_known, square, 0)
@@ -822,11 +848,15 @@ def _jackknife(positive, known, scores, present):
         "f1_samples": _ratio_without(_divide(2 * hits, counted), judged),
     }
     if probabilities:
-        without |= {"brier": _ratio_without(squares, known_count), "log_loss": _ratio_without(losses, known_count)}
-    result = {name: (headlines[name], values) for name, values in without.items()}
+        without["brier"] = _ratio_without(squares, known_count)
+        without["log_loss"] = _ratio_without(losses, known_count)
 
+    # If some classes have too few positives, f1_macro and map get constant values, hence no
+    # interval, and the means over the other classes stand beside them.
     if not supported.all():
-        result |= {name: (headlines[name], np.full(len(known), headlines[name])) for name in ("f1_macro", "map")}
+        without |= {name: np.full(len(known), headlines[name]) for name in ("f1_macro", "map")}
+
+    result = {name: (headlines[name], values) for name, values in without.items()}
     if supported.any():
         suffix = "" if supported.all() else "_supported"
         result[f"f1_macro{suffix}"] = float(columns["f1"][supported].mean()), f1_macro
@@ -835,20 +865,21 @@ def _jackknife(positive, known, scores, present):
 
 
 def _ratio_without(numerator, denominator):
-    """Return sum(numerator) / sum(denominator), both (N,), without each of the N rows; 0 where that is 0 / 0."""
+    """Return sum(numerator) / sum(denominator), both (N,), without each row in turn; 0 / 0 is 0."""
     return _divide(numerator.sum() - numerator, denominator.sum() - denominator)
 
 
 def _average_precision_without(positive, known, scores):
-    """Return the average precision (N,) of one class without each of its rows; it has two positives or more."""
+    """Return the average precision (N,) of a class with at least two positives, without each of its rows."""
     positives = np.sort(scores[positive])
     hits = _at_least(positives, positives)
     ranks = _at_least(np.sort(scores[known]), positives)
     precision = hits / ranks
 
-    # A row that is left out changes the precision at the positives that score no more than it does. A negative takes 1
-    # from their ranks: in (positive 0.9, negative 0.8, positive 0.7) the last precision rises from 2/3 to 2/2. The
-    # changes are summed from below, so that each row looks its own up.
+    # A row that is left out changes the precision at the positives that score no more than it does.
+    # A negative takes 1 from their ranks: in (positive 0.9, negative 0.8, positive 0.7) the last
+    # precision rises from 2/3 to 2/2. The changes are summed from below, so that each row looks its
+    # own up.
     fewer = np.maximum(ranks - 1, 1)  # rank 1 belongs to a positive that has no rows to lose but itself
     below = np.searchsorted(positives, scores, side="right")
     gain = np.append(0, np.cumsum(hits / fewer - precision))[below]
@@ -863,36 +894,35 @@ def _average_precision_without(positive, known, scores):
 
 
 def _reach(value, without):
-    """Return how far the 95 % interval of a value reaches, (down, up), or None if no row changes the value.
-
-    The standard error is the jackknife's (Tukey 1958), from the values without each row, (N,).
-    """
+    """Return how far a 95 % interval reaches (down, up), or None if no row changes the value."""
     count = len(without)
     moves = without - without.mean()
     squares = (moves**2).sum()
     if count < 2 or np.abs(moves).max() < 1e-12:  # 1e-12: rounding errors alone
         return None
-    error = np.sqrt((count - 1) / count * squares)
+    error = np.sqrt((count - 1) / count * squares)  # the jackknife's standard error (Tukey 1958)
 
-    # An error that rests on few rows, such as the positives of rare classes, is itself uncertain. So Student's t gets
-    # the degrees of freedom that match the variance of its square: if 5 rows out of many matter equally, about 10.
+    # An error that rests on few rows, such as the positives of rare classes, is itself uncertain.
+    # So Student's t gets the degrees of freedom that match the variance of its square: if 5 rows
+    # out of many matter equally, about 10.
     freedom = min(count - 1, 2 / max((moves**4).sum() / squares**2 - 1 / count, 1e-9))
     reach = np.interp(1 / freedom, *STUDENT_T.T) * error
 
-    # The jackknife also estimates the bias: on few positives average precision is too high and F1 too low. The interval
-    # is longer by twice that, because some classes are covered only as they happen to have more positives than
-    # usual, which the jackknife cannot see.
+    # The jackknife also estimates the bias: on few positives average precision is too high and F1
+    # too low. The interval is longer by twice that, because some classes are covered only as they
+    # happen to have more positives than usual, which the jackknife cannot see.
     bias = (count - 1) * (without.mean() - value)
     return float(reach + 2 * max(bias, 0)), float(reach + 2 * max(-bias, 0))
 
 
 def _interval(name, value, down, up):
     """Return [low, high] around a value that the interval reaches down and up from."""
-    # Steps are taken on a scale that keeps the ends in range: logits for numbers in [0, 1], logarithms for log_loss.
+    # Steps are taken on a scale that keeps the ends in range: logits for numbers in [0, 1],
+    # logarithms for log_loss.
     if name == "log_loss":
         low, high = value * np.exp(-down / value), value * np.exp(up / value)
     else:
-        slope = max(value * (1 - value), 1e-12)  # 0 if the value is 1 because of the only row that can be judged
+        slope = max(value * (1 - value), 1e-12)  # value is 1 if only one row can be judged, and is right
         low, high = sigmoid(logit(value) - down / slope), sigmoid(logit(value) + up / slope)
     return [float(min(low, value)), float(max(high, value))]
 
@@ -900,19 +930,21 @@ def _interval(name, value, down, up):
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line: tables of runs
 
-OPTION_COLUMNS = ("preset", "backbone", "head", "size", "epochs", "batch_size", "lr", "lr_backbone", "train_layers",
-                  "unfreeze", "augment", "pos_weight", "thresholds", "seed")  # shown if the runs differ in them
+OPTION_COLUMNS = ("preset", "backbone", "head", "size", "epochs", "batch_size", "lr", "lr_backbone",
+                  "train_layers", "unfreeze", "augment", "pos_weight", "thresholds", "seed")
 SCORE_COLUMNS = ("split", "val_loss", "val_f1_weighted", *HEADLINES, *JUDGED)
 
 
 def main(argv=None):
     """Run the command line and return the text of the table that it prints."""
-    parser = ArgumentParser(prog="metrics.py", description="Print the results of runs as a table; * marks the best.")
+    parser = ArgumentParser(
+        prog="metrics.py", description="Print the results of runs as a table; * marks the best.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN_DIR", help="output folder of train.py")
-    add("--sort", default="f1_macro", metavar="NAME", help="score or option to sort by (default: %(default)s)")
+    add("--sort", default="f1_macro", metavar="NAME",
+        help="score or option to sort by (default: %(default)s)")
     add("--ascending", action="store_true", help="sort in ascending order")
-    add("--group-by", default="", metavar="A,B", help="show one row for each combination of these options")
+    add("--group-by", default="", metavar="A,B", help="show one row per combination of these options")
     add("--group-mode", choices=("best", "mean"), default="best",
         help="what a row shows: the best run of its group, or the mean scores (default: %(default)s)")
     add("--paired", action="store_true", help="compare two runs on the same images, with 95 %% intervals")
@@ -931,7 +963,7 @@ def main(argv=None):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that reports a wrong option as a ValueError."""
+    """Report wrong options as a ValueError, so that a notebook is not ended by SystemExit."""
 
     def error(self, message):
         raise ValueError(f"{message} (see --help)")
@@ -944,11 +976,12 @@ def results_table(rows, sort="f1_macro", ascending=False, group_by=(), group_mod
         rows: the dicts that read_run() returned. Options are shown if the runs differ in them.
         sort, ascending: the column to sort by, and the direction.
         group_by: names of options; one row is kept for each combination of their values.
-        group_mode: "best" keeps the first row of each group in the sort order, "mean" the mean of the scores.
-    Returns: lines of text, joined.
+        group_mode: "best" keeps the first row of each group in the sort order, "mean" the mean of
+            the scores.
+    Returns: the text.
     Raises: ValueError for a name that no run has.
     """
-    for name in [sort, *group_by]:
+    for name in [sort, *group_by]:  # a typing error would otherwise look like missing values
         if not any(name in row for row in rows):
             names = sorted({key for row in rows for key in row})
             raise ValueError(f"no run has {name!r}; there is {', '.join(names)}")
@@ -958,9 +991,12 @@ def results_table(rows, sort="f1_macro", ascending=False, group_by=(), group_mod
         groups = {}
         for row in rows:
             groups.setdefault(tuple(str(row.get(name)) for name in group_by), []).append(row)
-        rows = [_mean_row(group_by, group) if group_mode == "mean" else group[0] for group in groups.values()]
-        rows = _in_order(rows, sort, ascending)  # means have an order of their own
+        rows = [group[0] for group in groups.values()]
+        if group_mode == "mean":
+            rows = _in_order([_mean_row(group_by, group) for group in groups.values()], sort, ascending)
 
+    # Columns that say nothing are left out: options that all runs share, and means over all
+    # classes.
     differing = [name for name in OPTION_COLUMNS if len({str(row.get(name)) for row in rows}) > 1]
     differ = _differ_from_headlines(rows)
     scores = [name for name in SCORE_COLUMNS if name not in JUDGED or name in differ]
@@ -980,7 +1016,8 @@ def _in_order(rows, name, ascending):
         return number, row[name] if number else str(row[name])
 
     there = [row for row in rows if row.get(name) is not None]
-    return sorted(there, key=key, reverse=not ascending) + [row for row in rows if row.get(name) is None]
+    missing = [row for row in rows if row.get(name) is None]
+    return sorted(there, key=key, reverse=not ascending) + missing
 
 
 def _mean_row(group_by, group):
@@ -994,7 +1031,7 @@ def _mean_row(group_by, group):
 
 
 def _result_cells(name, values):
-    """Format a column of the results table: scores with three decimals and * at the best, options as given."""
+    """Format a column of the results table: scores with a * at the best, options as given."""
     if name not in SCORE_COLUMNS:
         return [f"{value:g}" if isinstance(value, float) else _cell(value) for value in values]
     numbers = _numbers(values)
@@ -1011,15 +1048,16 @@ def _numbers(values):
 def paired_table(folders):
     """Format the differences between two runs on the same images as a table.
 
-    Args: folders: the two runs.
-    Returns: lines of text, joined; "noise" marks a difference whose interval contains 0.
-    Raises: ValueError if the runs report other images or classes, or if a file is missing or damaged.
+    Args: folders: those of the two runs.
+    Returns: the text; "noise" marks a difference whose interval contains 0.
+    Raises: ValueError if the runs report other images or classes, or if a file is missing or
+        damaged.
     """
     (ids, classes, targets, scores, thresholds), other = map(read_predictions, folders)
     other_ids, other_classes, _, other_scores, other_thresholds = other
     if set(ids) != set(other_ids) or classes != other_classes:
-        raise ValueError(f"{folders[0]} and {folders[1]} report other images or classes: give both the same data and "
-                         "--seed, or evaluate both on one labelled folder")
+        raise ValueError(f"{folders[0]} and {folders[1]} report other images or classes: give both the same "
+                         "data and --seed, or evaluate both on one labelled folder")
 
     # The second run may list the images in another order.
     row_of = {name: row for row, name in enumerate(other_ids)}
@@ -1042,7 +1080,8 @@ def _aligned(table):
     """Join lines of cells into text with aligned columns."""
     table = list(table)
     widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table)
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in table)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def read_run(folder):
@@ -1050,7 +1089,8 @@ def read_run(folder):
 
     Args: folder: what train.py wrote, with metrics.json and perhaps config.json.
     Returns: a dict of options and scores, and the name of the folder as "run".
-    Raises: ValueError that names the file if metrics.json is missing or a file is not a JSON object.
+    Raises: ValueError that names the file if metrics.json is missing or a file is not a JSON
+        object.
     """
     folder = Path(folder)
     if not os.path.exists(folder / "metrics.json"):  # unlike Path.exists(), False for a name that is too long
@@ -1066,9 +1106,10 @@ def read_predictions(folder):
     """Read what a run predicted for the images that it reports.
 
     Args: folder: what train.py wrote.
-    Returns: (IDs, classes, targets (N, C), scores (N, C), thresholds); thresholds are (C,), or (N, C) of a run with
-        folds, where they differ by image.
-    Raises: ValueError that names the file or folder if a file is missing, damaged, or does not fit the others.
+    Returns: (IDs, classes, targets (N, C), scores (N, C), thresholds); thresholds are (C,), or (N,
+        C) of a run with folds, where they differ by image.
+    Raises: ValueError that names the file or folder if a file is missing, damaged, or does not fit
+        the others.
     """
     folder = Path(folder)
     split = read_run(folder).get("split")
@@ -1086,12 +1127,13 @@ def read_predictions(folder):
         raise ValueError(f"{folder}: {error} is not in all files of the run: were they changed?") from None
 
     if not all(isinstance(threshold, (int, float)) for threshold in thresholds):
-        raise ValueError(f"{folder / 'thresholds.json'} is not what a run writes: a threshold is not a number")
+        path = folder / "thresholds.json"
+        raise ValueError(f"{path} is not what a run writes: a threshold is not a number")
     if split == "folds":
         *titles, thresholds = _read_numbers(folder / "fold_thresholds.csv")
         if titles != [ids, classes]:
-            raise ValueError(f"{folder}: fold_thresholds.csv has other images or classes than probabilities.csv: "
-                             "were they changed?")
+            raise ValueError(f"{folder}: fold_thresholds.csv has other images or classes than "
+                             "probabilities.csv: were they changed?")
     try:
         _check_pair(targets, scores, "scores")
     except ValueError as error:
@@ -1105,7 +1147,8 @@ def read_json(path):
     Raises: ValueError that names the file for anything else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_parse_int, parse_constant=lambda _: None)
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, parse_int=_parse_int, parse_constant=lambda _: None)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     except RecursionError:
@@ -1116,17 +1159,17 @@ def read_json(path):
 
 
 def _parse_int(digits):
-    """Parse an integer of a JSON file; raise ValueError if it is so large that comparing it with a float would fail."""
+    """Parse an integer; raise ValueError if it is too large to be compared with floats."""
     if len(digits) > 300:  # floats end at about 1e308
         raise ValueError(f"it has a number of {len(digits)} digits")
     return int(digits)
 
 
 def _read_numbers(path):
-    """Read a CSV file with a column of IDs and columns of numbers: (IDs, other titles, float64 array), NaN for NA."""
+    """Read a CSV file of IDs and numbers, NaN for NA; return (IDs, titles of the numbers, float64 (N, C))."""
     ids, values = [], []
     try:
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:  # IDs may be any file names
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:  # IDs are file names
             reader = csv.reader(file)
             header = next(reader, [])
             for row in reader:
@@ -1169,26 +1212,27 @@ def _check_pair(targets, values, name, ndim=2):
     if name == "scores":
         _refuse(~np.isfinite(values), values, name, "finite")
     elif name == "probabilities":
-        _refuse(~((values >= 0) & (values <= 1)), values, name, "a number from 0 to 1")  # also refuses NaN
+        _refuse(~((values >= 0) & (values <= 1)), values, name, "a number from 0 to 1")  # NaN is neither
     elif values.dtype != bool:
         _refuse((values != 0) & (values != 1), values, name, "0 or 1")
     return positive, known, values
 
 
 def _check_array(values, name, ndim):
-    """Return `values` as an array, after checking that it holds numbers, is not empty and has `ndim` dimensions."""
+    """Return `values` as an array, after checking that it holds numbers and has the right shape."""
     array = np.asarray(values)
     if array.dtype.kind not in "biuf":  # boolean, integer, unsigned, float
         raise ValueError(f"{name} must hold numbers, not {array.dtype}")
     if array.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} dimension{'s' if ndim > 1 else ''}, not shape {array.shape}")
+        dimensions = "1 dimension" if ndim == 1 else f"{ndim} dimensions"
+        raise ValueError(f"{name} must have {dimensions}, not shape {array.shape}")
     if array.size == 0:
         raise ValueError(f"{name} is empty: shape {array.shape} has no rows, or has no classes")
     return array
 
 
 def _refuse(wrong, array, name, what):
-    """Raise a ValueError that names the first element of `array` where the boolean array `wrong` is True."""
+    """Raise a ValueError that names the first element of `array` where `wrong` (boolean) is True."""
     if wrong.any():
         place = np.unravel_index(np.argmax(wrong), wrong.shape)
         raise ValueError(f"{name}[{', '.join(map(str, place))}] is {array[place]}: it must be {what}")
