@@ -80,7 +80,7 @@ def report(targets, scores, thresholds, classes, intervals=False):
     """
     positive, known, scores = _check_pair(targets, scores, "scores")
     if len(classes) != positive.shape[1]:
-        raise ValueError(f"classes has {len(classes)} names, but targets has {positive.shape[1]} columns")
+        raise ValueError(f"classes has {len(classes)} names, but targets has {known.shape[1]} columns")
     if len(set(classes)) < len(classes):
         raise ValueError(f"classes has a name twice: {', '.join(map(str, classes))}")
 
@@ -198,7 +198,7 @@ def _format_values(report, names):
 
 
 def _format_judged(report):
-    """Return lines about the classes with too few known positives, and the means over the others."""
+    """Return lines about classes with too few known positives, and the means over the others."""
     lines = []
     classes = len(report["per_class"])
     unjudged = classes - report["classes_judged"]
@@ -229,7 +229,7 @@ def _explain_intervals(supported, classes):
 
 
 def _differ_from_headlines(reports):
-    """Return the names in JUDGED that differ from their headlines in at least one report (a dict)."""
+    """Return the names in JUDGED that differ from their headlines in at least one report."""
 
     def differs(report, name):
         value = report.get(name)
@@ -338,21 +338,18 @@ def _average(values, average, weights):
 # ---------------------------------------------------------------------------------------------------------------------
 # Rankings: scores against targets
 #
-# Everything follows from two sorted lists per class: the scores of its positives and those of its
-# negatives.
+# Everything follows from two sorted lists per class: the scores of its positives and its negatives.
 
 
 def average_precision(targets, scores, average="macro"):
     """Return average precision, the step-wise area under the precision-recall curve.
 
-    It is the sum over n of (R_n - R_(n-1)) P_n, with precision P_n and recall R_n at the n-th score
-    from above.
+    It is the sum over n of (R_n - R_(n-1)) P_n: precision and recall at the n-th score from above.
 
     Args:
         targets, scores: (N, C).
         average: "macro" (the mean over classes, mAP), "micro", "weighted" (by positives) or None.
-    Returns: a float in [0, 1], or (C,) if `average` is None; 0 for a class without a known
-        positive.
+    Returns: a float in [0, 1], or (C,) if `average` is None; 0 for a class without known positives.
 
     >>> average_precision([[1], [0], [1]], [[0.9], [0.8], [0.7]])
     0.8333333333333333
@@ -387,9 +384,9 @@ def _average_precision(positives, negatives):
     """Return the mean, over the positives, of the precision at their score."""
     if len(positives) == 0:
         return 0.0
-    # Recall rises by 1 / len(positives) at each positive, so the mean is the sum over (R_n -
-    # R_(n-1)) P_n. Example: positives at 0.9 and 0.7 and a negative at 0.8 have the precisions 1/1
-    # and 2/3 and the mean 0.83.
+    # Recall rises by 1 / len(positives) at each positive, so the mean equals the sum in
+    # average_precision(). Example: positives at 0.9 and 0.7 and a negative at 0.8 give the precisions
+    # 1/1 and 2/3, and 0.83.
     hits = _at_least(positives, positives)
     return float(np.mean(hits / (hits + _at_least(negatives, positives))))
 
@@ -399,8 +396,8 @@ def _roc_auc(positives, negatives):
     if len(positives) == 0 or len(negatives) == 0:
         return float("nan")
 
-    # "left" counts the lower negatives, "right" also the equal ones: halving the sum lets ties
-    # count half.
+    # "left" counts the lower negatives, "right" the equal ones too. Half their sum counts a tie as
+    # 1/2.
     left = np.searchsorted(negatives, positives, side="left")
     right = np.searchsorted(negatives, positives, side="right")
     return float((left + right).sum() / 2 / len(positives) / len(negatives))
@@ -408,8 +405,7 @@ def _roc_auc(positives, negatives):
 
 def _sorted_scores(positive, known, scores):
     """Yield (scores of the positives, scores of the negatives) of each class, both ascending."""
-    # Reading one column of a row-major array is slow, so 16 are transposed at a time: few enough to
-    # need little memory.
+    # Single columns of a row-major array are slow to read, so 16 at a time are copied, transposed.
     for start in range(0, scores.shape[1], 16):
         block = slice(start, start + 16)
         columns = [np.ascontiguousarray(array[:, block].T) for array in (positive, known, scores)]
@@ -439,6 +435,7 @@ def precision_recall_curve(targets, scores):
     thresholds = np.unique(scores[known])
     hits = _at_least(np.sort(scores[positive]), thresholds)
     precision = hits / _at_least(np.sort(scores[known]), thresholds)
+    # As in scikit-learn, recall is 1 where there is nothing to find.
     recall = hits / hits[0] if hits.any() else np.ones(len(hits))
     return np.append(precision, 1.0), np.append(recall, 0.0), thresholds
 
@@ -455,21 +452,20 @@ def reliability_curve(targets, probabilities, bins=15):
         labels; the first two are NaN for an empty bin.
     """
     positive, known, scores = _check_pair(targets, probabilities, "probabilities")
-    counts, predicted, there = np.zeros((3, bins))
+    counts, predicted, present = np.zeros((3, bins))
     for p, label in _known_labels(positive, known, scores):
         bin_of = np.minimum((p * bins).astype(int), bins - 1)  # the last bin includes 1
         counts += np.bincount(bin_of, minlength=bins)
         predicted += np.bincount(bin_of, p, bins)
-        there += np.bincount(bin_of, label, bins)
-    with np.errstate(invalid="ignore"):
-        return predicted / counts, there / counts, counts.astype(int)
+        present += np.bincount(bin_of, label, bins)
+    with np.errstate(invalid="ignore"):  # 0 / 0 in empty bins
+        return predicted / counts, present / counts, counts.astype(int)
 
 
 def calibration_error(targets, probabilities):
     """Return the expected calibration error (ECE; Guo et al. 2017).
 
-    It is the mean distance between the two curves of reliability_curve(), weighted by the number of
-    labels.
+    It is the mean distance between the curves of reliability_curve(), weighted by number of labels.
 
     Args: targets, probabilities (N, C).
     Returns: a float in [0, 1]; 0 if no label is known.
@@ -503,8 +499,7 @@ def _brier_and_log_loss(positive, known, scores):
     """Return {"brier": ..., "log_loss": ...}, NaN for scores that are not probabilities."""
     if not _are_probabilities(scores):
         return {"brier": float("nan"), "log_loss": float("nan")}
-    squares = 0.0
-    losses = 0.0
+    squares = losses = 0.0
     for p, label in _known_labels(positive, known, scores):
         square, loss = _squares_and_losses(p, label)
         squares += np.sum(square)
@@ -524,18 +519,17 @@ def _are_probabilities(scores):
 
 
 def _known_labels(positive, known, scores):
-    """Yield (scores in float64, whether they are positive) of the known labels, some rows at a time."""
-    for start in range(0, len(known), 4096):  # copying all scores at once would double the memory
+    """Yield (scores in float64, whether positive) of the known labels, some rows at a time."""
+    for start in range(0, len(known), 4096):  # all at once would take more memory than the scores
         rows = slice(start, start + 4096)
         yield scores[rows][known[rows]].astype(float), positive[rows][known[rows]]
 
 
 def fit_calibration(targets, probabilities):
-    """Fit what calibrate() needs: temperature scaling (Guo et al. 2017) with an offset for each class.
+    """Fit what calibrate() needs: temperature scaling (Guo et al. 2017) with an offset per class.
 
-    The result minimises the log loss, summed over the known labels, plus 2 log(scale)^2 and 2
-    offset^2 for each class. These are normal priors with standard deviation 0.5: they keep a class
-    with few labels near offset 0.
+    The result minimises the log loss, summed over the known labels, plus 2 log(scale)^2 and the sum
+    of 2 offset^2: normal priors with standard deviation 0.5. A class with few labels stays near 0.
 
     Args: targets, probabilities (N, C).
     Returns: (scale, a float; offsets, (C,)).
@@ -549,15 +543,15 @@ def fit_calibration(targets, probabilities):
 
     def objective(theta):
         logits = np.exp(theta[0]) * z + theta[1:]
-        return np.logaddexp(0, np.where(positive, -logits, logits))[known].sum() + 2 * (theta**2).sum()
+        losses = np.logaddexp(0, np.where(positive, -logits, logits))
+        return losses[known].sum() + 2 * (theta**2).sum()
 
     theta = np.zeros(z.shape[1] + 1)  # log(scale), which keeps the scale positive, then the offsets
     value = objective(theta)
     for _ in range(100):  # only a safeguard: Newton's method converges quadratically
         step = _newton_step(theta, z, positive, known)
 
-        # A long step may overshoot, so it is cut to at most 1, and halved until the objective
-        # falls.
+        # A long step may overshoot: it is cut to at most 1, then halved until the objective falls.
         step /= max(1, np.abs(step).max())
         while objective(theta - step) > value and np.abs(step).max() > 1e-9:
             step /= 2
@@ -569,39 +563,38 @@ def fit_calibration(targets, probabilities):
 
 
 def _newton_step(theta, z, positive, known):
-    """Return what to subtract from theta, (C + 1,), to reach the minimum of a quadratic objective."""
+    """Return Newton's step (C + 1,), to be subtracted from theta."""
     scaled = np.exp(theta[0]) * z
     p = sigmoid(scaled + theta[1:])
     error = np.where(known, p - positive, 0)
     weight = np.where(known, p * (1 - p), 0)
     gradient = 4 * theta + np.append((error * scaled).sum(), error.sum(axis=0))
 
-    # Offsets of different classes do not interact, so the matrix of second derivatives has only a
-    # diagonal and the row of log(scale). Eliminating the offsets leaves one equation for
-    # log(scale), without storing a matrix.
-    of_offsets = 4 + weight.sum(axis=0)
+    # Offsets of different classes do not interact: the matrix of second derivatives has a diagonal
+    # and the row of log(scale), no more. Eliminating the offsets leaves one equation for log(scale).
+    offset_curvature = 4 + weight.sum(axis=0)
     mixed = (weight * scaled).sum(axis=0)
-    curvature = 4 + (weight * scaled**2).sum() - (mixed**2 / of_offsets).sum()
+    curvature = 4 + (weight * scaled**2).sum() - (mixed**2 / offset_curvature).sum()
 
-    # Along log(scale) the objective may bend downwards, where Newton would climb. Then the one term
-    # that can be negative is left out.
+    # Where the objective bends downwards along log(scale), Newton's step would climb. There the one
+    # term that can be negative is left out.
     bend = (error * scaled).sum()
     curvature += bend if curvature + bend > 0 else 0
 
     step = np.empty_like(theta)
-    step[0] = (gradient[0] - (mixed * gradient[1:] / of_offsets).sum()) / curvature
-    step[1:] = (gradient[1:] - mixed * step[0]) / of_offsets
+    step[0] = (gradient[0] - (mixed * gradient[1:] / offset_curvature).sum()) / curvature
+    step[1:] = (gradient[1:] - mixed * step[0]) / offset_curvature
     return step
 
 
 def calibrate(probabilities, scale, offsets):
-    """Replace the logits z of probabilities (N, C) by scale * z + offsets; return float64 probabilities."""
+    """Return probabilities (N, C) with their logits z replaced by scale * z + offsets, in float64."""
     return sigmoid(scale * logit(probabilities) + offsets)
 
 
 def logit(probabilities):
     """Return log(p / (1 - p)) in float64, with p kept 1e-7 away from 0 and 1."""
-    p = np.clip(np.asarray(probabilities, float), 1e-7, 1 - 1e-7)  # about the precision of float32 near 1
+    p = np.clip(np.asarray(probabilities, float), 1e-7, 1 - 1e-7)  # float32 is this precise near 1
     return np.log(p / (1 - p))
 
 
@@ -614,8 +607,8 @@ def sigmoid(logits):
 # Thresholds: from which score on a label counts as present
 
 FALLBACK = 0.5  # the threshold of a class that val says nothing about
-GRID = np.linspace(0, 1, 41)  # the candidates of "grid", as in the script behind --preset inspection
-LOGITS = np.linspace(-6, 6, 241)  # the candidates of "soft", 0.05 apart: probabilities 0.0025 to 0.9975
+GRID = np.linspace(0, 1, 41)  # candidates of "grid", as in the script behind --preset inspection
+LOGITS = np.linspace(-6, 6, 241)  # candidates of "soft", 0.05 apart: probabilities 0.0025 to 0.9975
 SOFTNESS = 0.5  # width of the soft step in logits: ten candidates, so that no single image decides
 PRIOR = 50  # number of positives at which the labels of a class count as much as the expectation
 
@@ -625,13 +618,14 @@ def find_thresholds(targets, scores, method="soft", max_threshold=None):
 
     Args:
         targets, scores: (N, C).
-        method: "soft": stable thresholds for probabilities, see _soft_threshold().
+        method: a number for all classes, or one of these names:
+            "soft": for probabilities; the best F1 with soft counts, shrunk towards the threshold
+                that is best if the probabilities are right (see _soft_threshold()).
             "pr_curve": the score with the best F1 of the class; among equals the lowest.
             "grid": the same among 41 values from 0 to 1.
             "global": one value for all classes, the score with the best F1 weighted by positives.
-            A number: that number for all classes.
         max_threshold: a threshold above it becomes 0.5.
-    Returns: (C,) float64. With "pr_curve" and "grid" a class without a known positive gets 0.5.
+    Returns: (C,) floats. With "pr_curve" and "grid" a class without known positives gets 0.5.
     Raises: ValueError for other methods, and for "soft" if the scores are not probabilities.
 
     >>> find_thresholds([[1, 0], [0, 0], [1, 0]], [[0.9, 0.1], [0.3, 0.2], [0.6, 0.3]], "pr_curve")
@@ -641,7 +635,8 @@ def find_thresholds(targets, scores, method="soft", max_threshold=None):
     if isinstance(method, (int, float)) and not isinstance(method, bool):  # True is an int in Python
         return np.full(scores.shape[1], float(method))
     if method not in ("soft", "pr_curve", "grid", "global"):
-        raise ValueError(f"method is {method!r}: it must be soft, pr_curve, grid, global or a number")
+        allowed = "soft, pr_curve, grid, global or a number"
+        raise ValueError(f"method is {method!r}: it must be {allowed}")
 
     if method == "soft":
         _refuse((scores < 0) | (scores > 1), scores, "scores", "a probability, from 0 to 1")
@@ -664,9 +659,9 @@ def _soft_threshold(positives, negatives):
     if len(p) == 0:
         return FALLBACK
 
-    # What the labels say: the best F1 if a score z above or below the threshold t is counted as
-    # present not by 1 or 0 but by sigmoid((z - t) / 0.5). A plain F1 jumps with every image, this
-    # one is smooth.
+    # What the labels say: the threshold t with the best F1, where a score with logit z counts as
+    # present by sigmoid((z - t) / 0.5) instead of 1 or 0. Plain F1 jumps with every image, this is
+    # smooth. A t below all scores would mean no more than the lowest score.
     hits = _soft_counts(positives)
     f1 = 2 * hits / (hits + _soft_counts(negatives) + len(positives))
     best = max(LOGITS[np.argmax(f1)], logit(p[-1]))
@@ -687,16 +682,15 @@ def _soft_counts(scores):
     """Count the scores of one class that lie above each of LOGITS, softly."""
     counts = np.zeros(len(LOGITS))
     steps = np.exp(LOGITS / SOFTNESS)
-    for start in range(0, len(scores), 4096):  # a table of all scores by LOGITS would be 241 times as large
+    for start in range(0, len(scores), 4096):  # all at once would take 241 times their memory
         below = np.exp(-logit(scores[start : start + 4096]) / SOFTNESS)
-        # sigmoid((z - t) / SOFTNESS) = 1 / (1 + exp(-z / SOFTNESS) exp(t / SOFTNESS)) calls exp
-        # less often.
+        # This is sigmoid((z - t) / SOFTNESS), with one exp for each score and each candidate t.
         counts += (1 / (1 + below[:, None] * steps)).sum(axis=0)
     return counts
 
 
 def _best_threshold(positives, negatives, grid=None):
-    """Return the lowest value with the best F1 of one class, on the grid or among its positives' scores."""
+    """Return the lowest value with the best F1 of a class, on the grid or among its positives."""
     if len(positives) == 0:
         return FALLBACK
     # Other scores need not be tried: raising a threshold to the next positive only drops negatives.
@@ -710,8 +704,7 @@ def _best_global(positive, known, scores):
     if len(candidates) == 0:
         return FALLBACK
 
-    # Every class tries every candidate, so at most 1,000 are taken, evenly spaced: more would
-    # hardly change F1.
+    # Every class tries every candidate: at most 1,000 are taken, evenly spaced, to limit the time.
     chosen = np.linspace(0, len(candidates) - 1, min(1000, len(candidates))).round().astype(int)
     candidates = candidates[chosen]
     total = np.zeros(len(candidates))
@@ -756,7 +749,7 @@ def between_scores(thresholds, scores):
 MIN_POSITIVES = 4  # known positives that a class needs; chosen by tests/bench.py intervals
 
 # The 97.5 % quantile of Student's t by 1 / degrees of freedom, along which it is nearly straight:
-# linear interpolation errs by less than 3 % from two degrees of freedom on.
+# from two degrees of freedom on, linear interpolation is too wide by less than 3 %.
 STUDENT_T = np.array([
     [0, 1.960], [1 / 60, 2.000], [1 / 20, 2.086], [1 / 10, 2.228], [1 / 6, 2.447], [1 / 4, 2.776],
     [1 / 3, 3.182], [1 / 2, 4.303], [1, 12.706]])
@@ -776,8 +769,7 @@ def _add_intervals(result, positive, known, scores, present):
 def paired_differences(targets, scores, thresholds, other_scores, other_thresholds):
     """Compare two models on the same images.
 
-    Args: targets (N, C); scores and other_scores (N, C); thresholds and other_thresholds as for
-        report().
+    Args: targets, scores, other_scores (N, C); thresholds and other_thresholds as for report().
     Returns: {name: (value, other value, difference, low, high)} for the headlines except ROC AUC
         and ECE, and for the means over the supported classes (see report()). The difference is
         other value - value; low and high are its 95 % interval, or None if it has none.
@@ -788,7 +780,7 @@ def paired_differences(targets, scores, thresholds, other_scores, other_threshol
     other = _jackknife(positive, known, other_scores, other_scores >= other_thresholds)
 
     result = {}
-    for name in [name for name in one if name in other]:
+    for name in [name for name in one if name in other]:  # only probabilities have a brier score
         (value, without), (other_value, other_without) = one[name], other[name]
         difference = other_value - value
 
@@ -796,16 +788,16 @@ def paired_differences(targets, scores, thresholds, other_scores, other_threshol
         reach = _reach(difference, other_without - without)
         low = high = None
         if reach:
-            most = np.inf if name == "log_loss" else 1.0  # other numbers are in [0, 1]
-            low, high = max(difference - reach[0], -most), min(difference + reach[1], most)
+            bound = np.inf if name == "log_loss" else 1.0  # the other numbers are in [0, 1]
+            low, high = max(difference - reach[0], -bound), min(difference + reach[1], bound)
         result[name] = value, other_value, difference, low, high
     return result
 
 
 def _supported_classes(positives):
-    """Return which classes (C,) the intervals of f1_macro and map cover, from their known positives (C,)."""
-    # If the others are the majority, these would mostly be classes that have so many positives by
-    # chance, which raises their average precision. Then none is supported.
+    """Return which classes have enough known positives, (C,), for intervals of f1_macro and map."""
+    # If most classes have fewer, the rest mostly have so many by chance, which raises their average
+    # precision. Then none is supported.
     enough = positives >= MIN_POSITIVES
     return enough & (2 * enough.sum() >= np.count_nonzero(positives))
 
@@ -818,8 +810,7 @@ def _jackknife(positive, known, scores, present):
     supported = _supported_classes(positives)
     probabilities = _are_probabilities(scores)
 
-    # Class by class, as the values of all classes at once would take many times the memory of the
-    # scores.
+    # Class by class, as all at once would take many times the memory of the scores.
     f1_macro, f1_weighted, average_precision, squares, losses = np.zeros((5, len(known)))
     for c in range(len(positives)):
         arrays = (positive, known, scores, present)
@@ -860,7 +851,8 @@ def _jackknife(positive, known, scores, present):
     if supported.any():
         suffix = "" if supported.all() else "_supported"
         result[f"f1_macro{suffix}"] = float(columns["f1"][supported].mean()), f1_macro
-        result[f"map{suffix}"] = float(columns["average_precision"][supported].mean()), average_precision
+        value = float(columns["average_precision"][supported].mean())
+        result[f"map{suffix}"] = value, average_precision
     return result
 
 
@@ -870,7 +862,7 @@ def _ratio_without(numerator, denominator):
 
 
 def _average_precision_without(positive, known, scores):
-    """Return the average precision (N,) of a class with at least two positives, without each of its rows."""
+    """Return the average precision of a class with 2 positives or more, without each row (N,)."""
     positives = np.sort(scores[positive])
     hits = _at_least(positives, positives)
     ranks = _at_least(np.sort(scores[known]), positives)
@@ -878,9 +870,8 @@ def _average_precision_without(positive, known, scores):
 
     # A row that is left out changes the precision at the positives that score no more than it does.
     # A negative takes 1 from their ranks: in (positive 0.9, negative 0.8, positive 0.7) the last
-    # precision rises from 2/3 to 2/2. The changes are summed from below, so that each row looks its
-    # own up.
-    fewer = np.maximum(ranks - 1, 1)  # rank 1 belongs to a positive that has no rows to lose but itself
+    # precision rises from 2/3 to 2/2. Sums of the changes from below serve all rows at once.
+    fewer = np.maximum(ranks - 1, 1)  # a positive of rank 1 has no row above it to lose
     below = np.searchsorted(positives, scores, side="right")
     gain = np.append(0, np.cumsum(hits / fewer - precision))[below]
     total = precision.sum() + np.where(known, gain, 0)
@@ -917,12 +908,11 @@ def _reach(value, without):
 
 def _interval(name, value, down, up):
     """Return [low, high] around a value that the interval reaches down and up from."""
-    # Steps are taken on a scale that keeps the ends in range: logits for numbers in [0, 1],
-    # logarithms for log_loss.
+    # A scale keeps the ends in range: logits for numbers in [0, 1], logarithms for log_loss.
     if name == "log_loss":
         low, high = value * np.exp(-down / value), value * np.exp(up / value)
     else:
-        slope = max(value * (1 - value), 1e-12)  # value is 1 if only one row can be judged, and is right
+        slope = max(value * (1 - value), 1e-12)  # a value of 1 may rest on a single row
         low, high = sigmoid(logit(value) - down / slope), sigmoid(logit(value) + up / slope)
     return [float(min(low, value)), float(max(high, value))]
 
@@ -944,10 +934,11 @@ def main(argv=None):
     add("--sort", default="f1_macro", metavar="NAME",
         help="score or option to sort by (default: %(default)s)")
     add("--ascending", action="store_true", help="sort in ascending order")
-    add("--group-by", default="", metavar="A,B", help="show one row per combination of these options")
+    add("--group-by", default="", metavar="A,B", help="one row for each combination of these options")
     add("--group-mode", choices=("best", "mean"), default="best",
         help="what a row shows: the best run of its group, or the mean scores (default: %(default)s)")
-    add("--paired", action="store_true", help="compare two runs on the same images, with 95 %% intervals")
+    add("--paired", action="store_true",
+        help="compare two runs on the same images, with 95 %% intervals")
     options = parser.parse_args(argv)
 
     if options.paired:
@@ -963,7 +954,7 @@ def main(argv=None):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Report wrong options as a ValueError, so that a notebook is not ended by SystemExit."""
+    """Raise a ValueError for wrong options, so that they are reported like any wrong input."""
 
     def error(self, message):
         raise ValueError(f"{message} (see --help)")
@@ -976,8 +967,7 @@ def results_table(rows, sort="f1_macro", ascending=False, group_by=(), group_mod
         rows: the dicts that read_run() returned. Options are shown if the runs differ in them.
         sort, ascending: the column to sort by, and the direction.
         group_by: names of options; one row is kept for each combination of their values.
-        group_mode: "best" keeps the first row of each group in the sort order, "mean" the mean of
-            the scores.
+        group_mode: "best" keeps the first row of each group, "mean" the mean of its scores.
     Returns: the text.
     Raises: ValueError for a name that no run has.
     """
@@ -993,15 +983,15 @@ def results_table(rows, sort="f1_macro", ascending=False, group_by=(), group_mod
             groups.setdefault(tuple(str(row.get(name)) for name in group_by), []).append(row)
         rows = [group[0] for group in groups.values()]
         if group_mode == "mean":
-            rows = _in_order([_mean_row(group_by, group) for group in groups.values()], sort, ascending)
+            rows = [_mean_row(group_by, group) for group in groups.values()]
+            rows = _in_order(rows, sort, ascending)
 
-    # Columns that say nothing are left out: options that all runs share, and means over all
-    # classes.
+    # Columns that say nothing are left out: options that all runs share, repeated means.
     differing = [name for name in OPTION_COLUMNS if len({str(row.get(name)) for row in rows}) > 1]
     differ = _differ_from_headlines(rows)
     scores = [name for name in SCORE_COLUMNS if name not in JUDGED or name in differ]
     table = []
-    for name in dict.fromkeys(["run", *group_by, *differing, *scores, sort]):  # a dict drops repeated names
+    for name in dict.fromkeys(["run", *group_by, *differing, *scores, sort]):  # names once each
         values = [row.get(name) for row in rows]
         if any(value is not None for value in values):
             table.append([name, *_result_cells(name, values)])
@@ -1009,7 +999,7 @@ def results_table(rows, sort="f1_macro", ascending=False, group_by=(), group_mod
 
 
 def _in_order(rows, name, ascending):
-    """Sort rows by the value of `name`: numbers by size, words alphabetically, missing values last."""
+    """Sort rows by their value of `name`: numbers by size, words by alphabet, missing ones last."""
 
     def key(row):
         number = isinstance(row[name], (int, float))
@@ -1050,20 +1040,20 @@ def paired_table(folders):
 
     Args: folders: those of the two runs.
     Returns: the text; "noise" marks a difference whose interval contains 0.
-    Raises: ValueError if the runs report other images or classes, or if a file is missing or
-        damaged.
+    Raises: ValueError for runs on different images or classes, and for missing or damaged files.
     """
     (ids, classes, targets, scores, thresholds), other = map(read_predictions, folders)
     other_ids, other_classes, _, other_scores, other_thresholds = other
     if set(ids) != set(other_ids) or classes != other_classes:
-        raise ValueError(f"{folders[0]} and {folders[1]} report other images or classes: give both the same "
-                         "data and --seed, or evaluate both on one labelled folder")
+        raise ValueError(f"{folders[0]} and {folders[1]} report other images or classes: give both "
+                         "the same data and --seed, or evaluate both on one labelled folder")
 
     # The second run may list the images in another order.
     row_of = {name: row for row, name in enumerate(other_ids)}
     order = [row_of[name] for name in ids]
+    other_scores = other_scores[order]
     other_thresholds = np.broadcast_to(other_thresholds, scores.shape)[order]
-    differences = paired_differences(targets, scores, thresholds, other_scores[order], other_thresholds)
+    differences = paired_differences(targets, scores, thresholds, other_scores, other_thresholds)
 
     table = [["", *map(str, folders), "difference", "95 % interval"]]
     for name, (one, two, difference, low, high) in differences.items():
@@ -1073,7 +1063,7 @@ def paired_table(folders):
         table.append([name, _cell(one), _cell(two), f"{difference:+.3f}", interval])
 
     too_few = _explain_intervals(_supported_classes((targets == 1).sum(axis=0)).sum(), len(classes))
-    return "\n".join([_aligned(table), *([too_few] if too_few else [])])
+    return "\n".join(filter(None, [_aligned(table), too_few]))
 
 
 def _aligned(table):
@@ -1089,11 +1079,10 @@ def read_run(folder):
 
     Args: folder: what train.py wrote, with metrics.json and perhaps config.json.
     Returns: a dict of options and scores, and the name of the folder as "run".
-    Raises: ValueError that names the file if metrics.json is missing or a file is not a JSON
-        object.
+    Raises: ValueError that names the file if metrics.json is missing or a file is no JSON object.
     """
     folder = Path(folder)
-    if not os.path.exists(folder / "metrics.json"):  # unlike Path.exists(), False for a name that is too long
+    if not os.path.exists(folder / "metrics.json"):  # Path.exists() raises if a name is too long
         raise ValueError(f"{folder} is not the folder of a finished run: it has no metrics.json")
     row = {"run": str(folder)}
     for path in (folder / "config.json", folder / "metrics.json"):
@@ -1106,15 +1095,14 @@ def read_predictions(folder):
     """Read what a run predicted for the images that it reports.
 
     Args: folder: what train.py wrote.
-    Returns: (IDs, classes, targets (N, C), scores (N, C), thresholds); thresholds are (C,), or (N,
-        C) of a run with folds, where they differ by image.
-    Raises: ValueError that names the file or folder if a file is missing, damaged, or does not fit
-        the others.
+    Returns: (IDs, classes, targets (N, C), scores (N, C), thresholds (C,), or (N, C) with folds).
+    Raises: ValueError that names the file if one is missing, damaged, or does not fit the others.
     """
     folder = Path(folder)
     split = read_run(folder).get("split")
     ids, classes, scores = _read_numbers(folder / "probabilities.csv")
-    names, columns, targets = _read_numbers(folder / f"{'train' if split == 'folds' else split}_metadata.csv")
+    part = "train" if split == "folds" else split  # all images of the folds are in train
+    names, columns, targets = _read_numbers(folder / f"{part}_metadata.csv")
     thresholds = read_json(folder / "thresholds.json")
 
     # Rows and columns are matched by name, as people sort and edit such files.
@@ -1124,7 +1112,8 @@ def read_predictions(folder):
         targets = targets[[row_of[name] for name in ids]][:, [column_of[name] for name in classes]]
         thresholds = [thresholds[name] for name in classes]
     except KeyError as error:
-        raise ValueError(f"{folder}: {error} is not in all files of the run: were they changed?") from None
+        message = f"{folder}: {error} is not in all files of the run: were they changed?"
+        raise ValueError(message) from None
 
     if not all(isinstance(threshold, (int, float)) for threshold in thresholds):
         path = folder / "thresholds.json"
@@ -1166,17 +1155,20 @@ def _parse_int(digits):
 
 
 def _read_numbers(path):
-    """Read a CSV file of IDs and numbers, NaN for NA; return (IDs, titles of the numbers, float64 (N, C))."""
+    """Read a CSV file of IDs and numbers, NaN for NA; return (IDs, titles, float64 (N, C))."""
     ids, values = [], []
     try:
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:  # IDs are file names
+        # IDs are file names, which need not be valid UTF-8.
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             reader = csv.reader(file)
             header = next(reader, [])
             for row in reader:
                 if len(row) != len(header):
-                    raise ValueError(f"line {reader.line_num} has {len(row)} cells instead of {len(header)}")
+                    cells = f"{len(row)} cells instead of {len(header)}"
+                    raise ValueError(f"line {reader.line_num} has {cells}")
                 ids.append(row[0])
                 values.append([float("nan" if cell == "NA" else cell) for cell in row[1:]])
+
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not values:
@@ -1189,7 +1181,7 @@ def _read_numbers(path):
 
 
 def _check_predictions(targets, predictions):
-    """Return (positive, known, present), boolean (N, C); `present` is False where the label is unknown."""
+    """Return (positive, known, present), boolean (N, C); `present` is False for unknown labels."""
     positive, known, predictions = _check_pair(targets, predictions, "predictions")
     return positive, known, (predictions == 1) & known
 
@@ -1212,7 +1204,8 @@ def _check_pair(targets, values, name, ndim=2):
     if name == "scores":
         _refuse(~np.isfinite(values), values, name, "finite")
     elif name == "probabilities":
-        _refuse(~((values >= 0) & (values <= 1)), values, name, "a number from 0 to 1")  # NaN is neither
+        in_range = (values >= 0) & (values <= 1)  # False for NaN
+        _refuse(~in_range, values, name, "a number from 0 to 1")
     elif values.dtype != bool:
         _refuse((values != 0) & (values != 1), values, name, "0 or 1")
     return positive, known, values
@@ -1232,7 +1225,7 @@ def _check_array(values, name, ndim):
 
 
 def _refuse(wrong, array, name, what):
-    """Raise a ValueError that names the first element of `array` where `wrong` (boolean) is True."""
+    """Raise a ValueError that names the first element of `array` where `wrong` is True, if any."""
     if wrong.any():
         place = np.unravel_index(np.argmax(wrong), wrong.shape)
         raise ValueError(f"{name}[{', '.join(map(str, place))}] is {array[place]}: it must be {what}")
@@ -1256,7 +1249,7 @@ def _divide(numerator, denominator):
 
 
 def _share(part, whole):
-    """Return how many elements are True in `part` per True element of `whole`; 0 if there are none."""
+    """Divide the number of True elements in `part` by that in `whole`; return 0 for 0 / 0."""
     return float(_divide(np.count_nonzero(part), np.count_nonzero(whole)))
 
 
