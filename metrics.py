@@ -312,6 +312,7 @@ def _precision_recall_f1(positive, known, present, average):
     hits, predicted, actual = (_count(array, axis) for array in counted)
     values = _divide(hits, predicted), _divide(hits, actual), _divide(2 * hits, predicted + actual)
 
+    # A row without a known label has the F1 0 / 0 = 0, which must not count.
     weights = known.any(axis=1) if average == "samples" else actual
     return tuple(_average(value, average, weights) for value in values)
 
@@ -385,8 +386,8 @@ def _average_precision(positives, negatives):
     if len(positives) == 0:
         return 0.0
     # Recall rises by 1 / len(positives) at each positive, so the mean equals the sum in
-    # average_precision(). Example: positives at 0.9 and 0.7 and a negative at 0.8 give the precisions
-    # 1/1 and 2/3, and 0.83.
+    # average_precision(). Example: positives at 0.9 and 0.7 and a negative at 0.8 give the
+    # precisions 1/1 and 2/3, and 0.83.
     hits = _at_least(positives, positives)
     return float(np.mean(hits / (hits + _at_least(negatives, positives))))
 
@@ -624,7 +625,7 @@ def find_thresholds(targets, scores, method="soft", max_threshold=None):
             "pr_curve": the score with the best F1 of the class; among equals the lowest.
             "grid": the same among 41 values from 0 to 1.
             "global": one value for all classes, the score with the best F1 weighted by positives.
-        max_threshold: a threshold above it becomes 0.5.
+        max_threshold: a threshold above it becomes 0.5, unless `method` is a number.
     Returns: (C,) floats. With "pr_curve" and "grid" a class without known positives gets 0.5.
     Raises: ValueError for other methods, and for "soft" if the scores are not probabilities.
 
@@ -730,6 +731,8 @@ def between_scores(thresholds, scores):
     >>> between_scores([0.8, 0.5], [[0.2, 0.1], [0.8, 0.9], [0.4, 0.3]])
     array([0.6, 0.5])
     """
+    # A network's output changes in its last digits with the processor and the batch size, so a
+    # threshold that equals an output would let rounding decide about that image.
     thresholds = np.array(thresholds, float)
     for c, column in enumerate(np.asarray(scores, float).T):
         if (column == thresholds[c]).any():
@@ -816,6 +819,7 @@ def _jackknife(positive, known, scores, present):
         arrays = (positive, known, scores, present)
         is_positive, is_known, score, is_present = (array[:, c] for array in arrays)
         f1 = _ratio_without(2 * (is_positive & is_present), is_positive.astype(int) + is_present)
+        # A class is weighted by its positives: without a positive row it has one fewer.
         f1_weighted += f1 * (positives[c] - is_positive)
         if supported[c]:
             f1_macro += f1 / supported.sum()
@@ -879,6 +883,7 @@ def _average_precision_without(positive, known, scores):
 
     # A positive takes 1 from their hits too, and its own precision is no longer part of the mean.
     gone = np.append(0, np.cumsum((hits - 1) / fewer - precision))[below]
+    # "gone" counts the row itself among the others, so its own term is taken out again.
     own = ((hits - 1) / fewer)[below - 1]
     result[positive] = ((precision.sum() + gone - own) / (len(positives) - 1))[positive]
     return result
@@ -1012,6 +1017,7 @@ def _in_order(rows, name, ascending):
 
 def _mean_row(group_by, group):
     """Return the mean scores of a group of runs that share the options in group_by."""
+    # Other options may differ within the group, so the row does not have them.
     row = {"run": f"mean of {len(group)}"} | {name: group[0].get(name) for name in group_by}
     for name in SCORE_COLUMNS:
         values = _numbers(run.get(name) for run in group)
@@ -1084,6 +1090,7 @@ def read_run(folder):
     folder = Path(folder)
     if not os.path.exists(folder / "metrics.json"):  # Path.exists() raises if a name is too long
         raise ValueError(f"{folder} is not the folder of a finished run: it has no metrics.json")
+    # Nested dicts, such as per_class, have no place in a table.
     row = {"run": str(folder)}
     for path in (folder / "config.json", folder / "metrics.json"):
         content = read_json(path) if path.exists() else {}
@@ -1195,7 +1202,7 @@ def _check_pair(targets, values, name, ndim=2):
     targets = _check_array(targets, "targets", ndim)
     positive = targets == 1
     known = positive | (targets == 0)
-    if not known.all():
+    if not known.all():  # many data sets have no NA, and need no second pass
         _refuse(~known & ~np.isnan(targets), targets, "targets", "0, 1 or NaN")
 
     values = _check_array(values, name, ndim)
