@@ -1,4 +1,4 @@
-"""The README's cells run as they stand there, in a notebook; its options and pictures are there."""
+"""The README's cells run in a notebook word for word; its options and pictures exist; it is short."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CELLS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
-# What a test cannot have: the download of the ImageNet weights.
+# Tests cannot download the ImageNet weights, so random ones take their place.
 SETUP = """
 import os
 from pathlib import Path
@@ -38,7 +38,7 @@ OWN_CELLS = {
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
-    """A notebook that was run in a folder with the four files and data -> (folder, {cell: its outputs})."""
+    """Run a notebook in a folder with the four files and data; return the folder and {cell: its outputs}."""
     folder = tmp_path_factory.mktemp("notebook")
     for name in ("dataset.py", "inference.py", "metrics.py", "train.py"):
         shutil.copy(ROOT / name, folder)
@@ -53,7 +53,7 @@ def notebook(tmp_path_factory):
 
 
 def printed(outputs, stream="stdout"):
-    """The text that a cell printed."""
+    """Return the text that a cell printed."""
     streams = [output for output in outputs if output.output_type == "stream"]
     return "".join(output.text for output in streams if output.name == stream)
 
@@ -74,7 +74,6 @@ def test_the_cells_of_the_readme_run_word_for_word(notebook):
     assert images >= 3 + 4
 
 
-# Q17
 def test_a_notebook_shows_progress_within_an_epoch(notebook):
     text = "".join(printed(notebook[1][name]) for name in range(len(CELLS)))
     within = re.findall(r"\repoch 1/10  image (\d+)/(\d+)  loss \d", text)
@@ -84,7 +83,6 @@ def test_a_notebook_shows_progress_within_an_epoch(notebook):
     assert "f1_macro" in text
 
 
-# Q17
 @pytest.mark.parametrize("cell, message", [("no data", "nowhere is not a folder"),
                                            ("wrong option", "unrecognized arguments: --frobnicate"),
                                            ("wrong image", "nowhere.jpg does not exist")])
@@ -96,7 +94,6 @@ def test_a_wrong_input_is_one_line_in_a_notebook(notebook, cell, message):
     assert message in lines[0]
 
 
-# Q17
 def test_help_in_a_notebook_is_that_of_the_script(notebook):
     assert printed(notebook[1]["help"]).startswith("usage: train.py ")
 
@@ -120,3 +117,9 @@ def test_pictures_of_the_readme_are_there_and_small():
     names = re.findall(r"tests/pictures/\w+\.(?:png|jpg)", README)
     assert len(names) >= 3
     assert sum((ROOT / name).stat().st_size for name in names) < 300_000
+
+
+def test_the_readme_is_at_most_14_kilobytes_and_its_links_lead_somewhere():
+    assert len(README.encode()) <= 14_000
+    links = re.findall(r"\]\(([\w/.]+)", README)
+    assert links and all((ROOT / link).exists() for link in links)
