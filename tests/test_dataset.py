@@ -80,7 +80,6 @@ def test_file_names_with_blanks_and_unicode(make_data):
     check_table(table, [[1, 0], [0, 1], [NAN, 1]], ["Attr1", "Attr2"], names)
 
 
-# Q12
 @pytest.mark.parametrize("name", [
     "deep/a 1.jpg", "a 1.jpg", "deep/a 1", "a 1", "images/deep/a 1.jpg", "./deep/a 1.jpg", "deep\\a 1.jpg",
     "a 1.JPG", ".\\images\\deep\\a 1.Jpg", "deep/../deep/a 1.jpg",
@@ -92,7 +91,6 @@ def test_an_image_is_found_however_it_is_named(make_data, name):
     assert table.paths == [f"{data}/images/deep/a 1.jpg", f"{data}/images/b.JPG"]
 
 
-# Q12
 def test_paths_from_the_working_directory_and_absolute_ones_are_found(make_data, monkeypatch, tmp_path):
     data = make_data("", name="labels.txt")
     link = tmp_path / "link"
@@ -106,7 +104,6 @@ def test_paths_from_the_working_directory_and_absolute_ones_are_found(make_data,
         assert [os.path.basename(path) for path in table.paths] == ["a.jpg", "b.jpg", "c.jpg"]
 
 
-# Q12
 @pytest.mark.parametrize("name", ["a.jpg", "a"])
 def test_two_images_that_fit_are_an_error_that_names_both(make_data, name):
     data = make_data(f"{name} 1\nb.jpg 0\n", ("x/a.jpg", "y/a.jpg", "b.jpg"))
@@ -159,7 +156,6 @@ def test_a_group_column_names_the_object(make_data):
         dataset.read_labels(folder, group="pump")
 
 
-# Q13
 def test_columns_can_be_named_and_ignored(make_data):
     text = "A,first,second,B\n1,a.jpg,b.jpg,5\n0,b.jpg,c.jpg,1\n1,c.jpg,a.jpg,0\n"
     folder = make_data(text, name="labels.csv")
@@ -175,7 +171,6 @@ def test_columns_can_be_named_and_ignored(make_data):
             dataset.read_labels(folder, **how)
 
 
-# Q16
 def test_no_label_file_or_several_is_an_error_that_lists_them(make_data, tmp_path):
     folder = make_data("a.jpg 1\n", name="one.txt")
     assert len(dataset.read_labels(folder)) == 1
@@ -193,7 +188,6 @@ def test_no_label_file_or_several_is_an_error_that_lists_them(make_data, tmp_pat
         dataset.read_labels(tmp_path / "nowhere")
 
 
-# B24
 @pytest.mark.parametrize("name, separator", [("labels.txt", " "), ("labels.csv", ","), ("labels.csv", ";")])
 @pytest.mark.parametrize("first", ["image", "ID", "file name"])
 def test_a_header_of_numbers_is_a_header(make_data, name, separator, first):
@@ -206,7 +200,6 @@ def test_a_header_of_numbers_is_a_header(make_data, name, separator, first):
     assert table.missing == []
 
 
-# B24
 @pytest.mark.parametrize("first", ["a.jpg", "a", "gone.jpg"])
 def test_a_first_row_that_names_an_image_is_no_header(make_data, first):
     table = dataset.read_labels(make_data(f"{first} 0 1\nb.jpg 1 0\nc.jpg 1 1\n"))
@@ -214,7 +207,6 @@ def test_a_first_row_that_names_an_image_is_no_header(make_data, first):
     assert len(table) + len(table.missing) == 3
 
 
-# B24
 @pytest.mark.parametrize("first", ["/photos/a", "gone"])
 def test_a_first_row_that_reads_as_labels_is_not_lost_in_silence(make_data, first):
     data = make_data(f"{first} 1\nb.jpg 0\nc.jpg 1\n")
@@ -374,7 +366,6 @@ def test_lists_with_valid_names_per_group(make_data, tmp_path, single):
     assert "Circular Connection (1 times)" in warning and "Coating Failure (1 times)" in warning
 
 
-# D12
 def test_a_name_counts_for_its_own_group_whichever_column_it_stands_in(make_data, tmp_path):
     text = "ID,parts,defects\na,Bolt;Rust,defect\nb,part,Bolt;Rust\nc,defect,part\n"
     folder = make_data(text, name="image_data.csv")
@@ -384,7 +375,6 @@ def test_a_name_counts_for_its_own_group_whichever_column_it_stands_in(make_data
     assert known_rows(table) == {"a": [1, 1], "b": [1, 1], "c": [0, 0]}
 
 
-# D12
 def test_a_placeholder_of_another_column_is_no_class(make_data):
     text = "ID,components,defects\na,Bolt,Rust\nb,defect,component\nc,Defects,Components\n"
     table = dataset.read_labels(make_data(text, name="image_data.csv"))
@@ -442,7 +432,6 @@ def test_names_of_the_classes_of_cls_files(cls_data):
         dataset.read_labels(cls_data)
 
 
-# D1
 def test_an_image_of_a_cls_file_is_found_by_its_stem_with_its_own_folder_first(cls_data):
     for part in ("train", "val"):
         (cls_data / "images" / part).rename(cls_data / "images" / f"{part}-resized")
@@ -636,7 +625,7 @@ def test_an_own_split_without_train_images_is_an_error():
         dataset.split(table)
 
 
-# Q7: copies, images with the same bytes
+# Copies: images with the same bytes
 
 
 @pytest.fixture
@@ -751,7 +740,6 @@ def test_exif_orientation_is_applied():
         assert upright.getpixel((10, 5))[0] > 200 and upright.getpixel((10, 35))[0] < 50
 
 
-# Q3, Q11
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("size", [64, None])
 def test_an_image_is_the_same_from_a_path_a_file_bytes_and_pillow(tmp_path, kind, size):
@@ -772,7 +760,6 @@ def test_an_image_is_the_same_from_a_path_a_file_bytes_and_pillow(tmp_path, kind
     np.testing.assert_array_equal(np.asarray(dataset.load_image(opened, size)), expected)
 
 
-# Q11
 @pytest.mark.parametrize("image", [
     np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), b"no image",
     b"", 5, None, io.BytesIO(b"no image"),
@@ -997,7 +984,6 @@ DEEP = {  # file name -> values, dark at the left and bright at the right
 }
 
 
-# B18
 @pytest.mark.parametrize("name", DEEP)
 def test_deep_images_keep_their_contrast(tmp_path, name):
     path = tmp_path / name
@@ -1012,7 +998,6 @@ def test_deep_images_keep_their_contrast(tmp_path, name):
     np.testing.assert_array_equal(np.asarray(image)[..., 0], np.asarray(image)[..., 2])
 
 
-# B18
 def test_a_float_image_with_odd_values_is_read(tmp_path):
     values = (RAMP * 4095).astype(np.float32)
     values[0, :5] = [np.nan, np.inf, -np.inf, -5, 0]
@@ -1021,7 +1006,6 @@ def test_a_float_image_with_odd_values_is_read(tmp_path):
     assert row.max() - row.min() > 128 and (np.diff(row) >= 0).all()
 
 
-# B18
 def test_a_dataset_shows_a_deep_image_bright(tmp_path):
     Image.fromarray((RAMP * 4095).astype(np.uint16)).save(tmp_path / "deep.png")
     table = dataset.LabelTable(
@@ -1047,7 +1031,6 @@ def one_image(folder):
 PLACES = [(PIL.Image, "open"), (PIL.ImageFile.ImageFile, "load")]
 
 
-# B19
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
 @pytest.mark.parametrize("place", PLACES, ids=["open", "load"])
 def test_a_read_error_that_passes_is_tried_again(tmp_path, monkeypatch, place, number):
@@ -1070,7 +1053,6 @@ def test_a_read_error_that_passes_is_tried_again(tmp_path, monkeypatch, place, n
     assert len(calls) >= 2
 
 
-# B19
 def test_a_read_error_that_stays_is_told(tmp_path, monkeypatch):
     table, _ = one_image(tmp_path)
     images = dataset.ImageDataset(table, 20)
@@ -1088,7 +1070,6 @@ def test_a_read_error_that_stays_is_told(tmp_path, monkeypatch):
     assert "image.png" in images.errors[0]
 
 
-# B19
 @pytest.mark.parametrize("place", PLACES, ids=["open", "load"])
 def test_too_little_memory_is_no_bad_image(tmp_path, monkeypatch, place):
     table, _ = one_image(tmp_path)
@@ -1105,7 +1086,6 @@ def test_too_little_memory_is_no_bad_image(tmp_path, monkeypatch, place):
         dataset.load_image(table.paths[0])
 
 
-# B23
 @pytest.mark.parametrize("ends", [".jpg", ""])
 def test_links_that_loop_do_not_end_the_search_for_images(make_data, ends):
     data = make_data("".join(f"{name}{ends} 1\n" for name in "abc"))
@@ -1262,7 +1242,6 @@ def test_operations_are_read_and_unknown_ones_are_named():
 # Summary, warnings and sheet
 
 
-# Q1
 def test_classes_without_a_positive_or_without_a_negative_are_a_warning(make_data, capsys):
     data = make_data("image,never,always,both,unknown\na.jpg,0,1,1,NA\nb.jpg,0,1,0,NA\nc.jpg,NA,1,1,NA\n",
                      name="labels.csv")
@@ -1292,7 +1271,6 @@ def test_the_summary_names_the_groups(demo):
                      "rust": "defects", "crack": "defects", "hole": "defects"}
 
 
-# Q16
 def test_the_summary_of_500_classes_is_short(make_data, capsys):
     rng = np.random.default_rng(0)
     names = [f"{i}.jpg" for i in range(30)]
@@ -1352,7 +1330,6 @@ def test_a_label_sheet_of_classes_in_any_script(make_data, names, capsys):
     )
 
 
-# B16
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 def test_a_sheet_does_not_hold_full_size_images(tmp_path, monkeypatch, kind):
     paths = []
@@ -1418,7 +1395,6 @@ def test_demo_boxes_lie_in_the_picture_and_name_the_labels():
                 assert 0 <= left < right <= 128 and 0 <= top < bottom <= 128
 
 
-# B11
 @pytest.mark.parametrize(
     "name", ["labels.txt", "labels.csv", "image_data.csv", "note.md", "label_groups.json"]
 )
@@ -1433,7 +1409,6 @@ def test_the_demo_leaves_a_folder_of_the_user_alone(make_data, capsys, name):
     assert content_of(data) == before
 
 
-# B11
 def test_the_demo_is_written_into_an_empty_folder_and_over_a_demo(tmp_path):
     for seed in (0, 1):
         dataset.write_demo(tmp_path, seed, count=5)
@@ -1512,7 +1487,6 @@ def test_csv_json_text_and_png_are_written(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(noise()))
 
 
-# B12
 def test_writing_follows_links(tmp_path):
     (tmp_path / "there").mkdir()
     target = tmp_path / "there" / "text.txt"
@@ -1536,7 +1510,6 @@ def test_writing_follows_links(tmp_path):
     assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["new.txt", "text.txt"]
 
 
-# B12
 @pytest.mark.parametrize("linked", [False, True])
 def test_writing_goes_into_a_pipe(tmp_path, linked):
     pipe = tmp_path / "pipe"

@@ -154,7 +154,6 @@ def test_heads_save_load_and_predict_the_same(head, dropout, tmp_path, images):
                 assert getattr(one, field.name) == getattr(other, field.name), field.name
 
 
-# B20
 @pytest.mark.parametrize("capability, expected", [((6, 1), torch.float32), ((7, 0), torch.float16),
                                                   ((7, 5), torch.float16), ((8, 0), torch.bfloat16),
                                                   ((9, 0), torch.bfloat16)])
@@ -175,7 +174,6 @@ def test_the_precision_on_a_processor():
     assert reason
 
 
-# B15
 @pytest.mark.parametrize("error", [
     "RuntimeError('operator torchvision::nms does not exist')",
     "AttributeError('partially initialized module torchvision has no attribute extension')",
@@ -224,7 +222,6 @@ def photograph(tmp_path_factory):
     return path
 
 
-# Q3
 def test_a_photograph_has_the_same_probabilities_however_it_is_given(classifier, photograph):
     expected = inference.predict(classifier, photograph)
     content = photograph.read_bytes()
@@ -243,7 +240,6 @@ def test_a_photograph_has_the_same_probabilities_however_it_is_given(classifier,
     np.testing.assert_allclose(decoded, expected, rtol=0, atol=2e-3)
 
 
-# Q3
 @pytest.mark.parametrize("size", [32, 64, 224])
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_photograph_that_was_decoded_before_has_nearly_the_same_pixels(photograph, tmp_path, size, turned):
@@ -268,7 +264,6 @@ def test_predict_names_a_bad_image_and_predict_all_goes_on(classifier, images, t
     assert np.isnan(probabilities[1]).all() and not np.isnan(probabilities[0]).any()
 
 
-# Q11
 @pytest.mark.parametrize("image", [b"no image" * 1000, io.BytesIO(b"no image" * 1000), np.zeros((9, 9)),
                                    np.zeros((3, 9, 9), np.uint8), None, 5],
                          ids=lambda image: type(image).__name__)
@@ -279,7 +274,6 @@ def test_what_is_no_image_is_named_shortly(classifier, image):
     assert type(image).__name__ in str(error.value) or "not an image" in str(error.value)
 
 
-# Q9
 def test_threads_may_share_a_classifier(classifier, images):
     maps = [inference.heatmaps(classifier, path, [0, 3, 5]) for path in images]
     probabilities = inference.predict(classifier, images)
@@ -303,7 +297,6 @@ def test_threads_may_share_a_classifier(classifier, images):
 # Output
 
 
-# D4
 def test_prediction_rows_with_groups_and_without():
     classes = ["bolt", "nut", "rust"]
     groups = {"components": ["bolt", "nut"], "defects": ["rust"]}
@@ -368,7 +361,6 @@ def test_json_names_each_image_as_shortly_as_it_can(case):
     assert json.loads(text) == {name: [c] for c, name in enumerate(expected)}
 
 
-# Q15
 def test_all_probabilities_of_all_classes_can_be_had(model, classifier, images, capsys):
     text = run(capsys, *images, "--model", model, "--format", "probabilities")
     rows = list(csv.DictReader(io.StringIO(text)))
@@ -377,7 +369,6 @@ def test_all_probabilities_of_all_classes_can_be_had(model, classifier, images, 
     np.testing.assert_allclose(values, inference.predict(classifier, images), atol=1e-5)
 
 
-# Q4
 def test_ids_are_those_of_the_label_file_so_that_predictions_join(trained, model, demo, capsys):
     text = run(capsys, demo / "images", "--model", model, "--format", "csv")
     predicted = {row["ID"]: row for row in csv.DictReader(io.StringIO(text))}
@@ -389,7 +380,6 @@ def test_ids_are_those_of_the_label_file_so_that_predictions_join(trained, model
         assert predicted[row["ID"]]["defects"] == row["defects"]
 
 
-# B13, Q4
 def test_images_of_one_name_are_kept_apart(model, demo, tmp_path, capsys):
     photos = sorted((demo / "images").iterdir())
     folder = tmp_path / "photos"
@@ -411,7 +401,6 @@ def test_images_of_one_name_are_kept_apart(model, demo, tmp_path, capsys):
     assert len(list((tmp_path / "drawn").iterdir())) == 3
 
 
-# B12
 def test_out_follows_a_link(model, images, tmp_path, capsys):
     target = tmp_path / "real" / "predictions.csv"
     target.parent.mkdir()
@@ -426,7 +415,6 @@ def test_out_follows_a_link(model, images, tmp_path, capsys):
     assert [path.name for path in target.parent.iterdir()] == ["predictions.csv"]
 
 
-# B12
 @pytest.mark.parametrize("linked", [False, True])
 def test_out_is_written_into_a_pipe(model, images, tmp_path, capsys, linked):
     pipe = tmp_path / "pipe"
@@ -445,7 +433,6 @@ def test_out_is_written_into_a_pipe(model, images, tmp_path, capsys, linked):
         os.close(reader)
 
 
-# D11
 def test_the_model_is_named_beside_the_predictions(model, images, capsys):
     inference.main([*map(str, images), "--model", model, *CPU])
     captured = capsys.readouterr()
@@ -455,7 +442,6 @@ def test_the_model_is_named_beside_the_predictions(model, images, capsys):
         assert word in text, word
 
 
-# Q10
 def test_a_file_name_that_is_not_utf8(model, images, tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -474,7 +460,6 @@ def test_a_file_name_that_is_not_utf8(model, images, tmp_path, capsys):
     assert "not an image" in errors
 
 
-# Q10
 @pytest.mark.parametrize("stream", ["none", "closed", "pipe", "ascii"])
 def test_predictions_need_no_output(tmp_path, images, monkeypatch, stream):
     inference.save_model(make_classifier(classes=["Größe", "裂纹"]), tmp_path / "model.pth")
@@ -606,14 +591,12 @@ def test_a_file_that_is_read_is_not_replaced(model, images, tmp_path, capsys):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-# Q16
 def test_what_macos_writes_beside_images_is_no_image(model, images, tmp_path, capsys):
     shutil.copy(images[0], tmp_path / "b.jpg")
     (tmp_path / "._b.jpg").write_bytes(b"\0\5\x16\7")
     assert list(json.loads(run(capsys, tmp_path, "--model", model, "--format", "json"))) == ["b"]
 
 
-# B23
 def test_a_link_that_loops_is_one_bad_image(model, images, tmp_path, capsys):
     shutil.copy(images[0], tmp_path / "good.jpg")
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
@@ -641,7 +624,7 @@ def test_bad_images_are_reported_and_the_others_predicted(odd_folder, model, cap
     assert "text.jpg: not an image" in errors
 
 
-WRONG = [  # Q8
+WRONG = [
     (["--threshold", "50"], "--threshold: 50: it must be a number from 0"),
     (["--threshold", "nan"], "--threshold: nan: it must be a number from 0"),
     (["--threshold", "-0.1"], "--threshold: -0.1: it must be a number from 0"),
@@ -663,7 +646,6 @@ def test_options(model, images, capsys, arguments, message):
     assert message in errors
 
 
-# Q8
 @pytest.mark.parametrize("option", [["--save", "x"], ["--save", "x", "--heatmap"], ["--format", "csv"],
                                     ["--format", "probabilities"], ["--image", "a.jpg"]], ids=" ".join)
 def test_options_that_do_nothing_beside_evaluate_are_refused(model, demo, in_folder, capsys, option):
@@ -683,7 +665,6 @@ def test_evaluate_reports_on_a_labelled_folder(model, demo, capsys):
     assert "f1_macro" in text and "bracket" in text and text.count("[0.") >= 6
 
 
-# Q15
 def test_evaluate_as_json_with_images_elsewhere(model, demo, tmp_path, capsys):
     shutil.copy(demo / "labels.txt", tmp_path)
     call = ["--evaluate", tmp_path, "--images", demo / "images", "--model", model, "--format", "json"]
@@ -701,7 +682,6 @@ def label_counts(report):
     return {name: (row["positives"], row["negatives"], row["na"]) for name, row in rows}
 
 
-# Q14, Q15
 def test_a_class_that_a_lists_file_does_not_name_is_absent_there(make_data, tmp_path, capsys):
     data = make_data("ID,parts,defects\na,bolt,Rust\nb,bolt;nut,Rust;odd\nc,bolt,Rust\n",
                      name="image_data.csv")
@@ -731,7 +711,6 @@ def labelled(make_data, classifier):
     return make_data(f"image {classes}\na.jpg 1 0 1 0 1 0\nb.jpg 0 1 0 1 0 1\nc.jpg 1 1 1 0 0 0\n")
 
 
-# B22
 def test_evaluate_with_no_readable_image_is_an_error_of_one_line(model, labelled, capsys):
     for path in (labelled / "images").iterdir():
         path.write_text(f"no image {path}")
@@ -742,7 +721,6 @@ def test_evaluate_with_no_readable_image_is_an_error_of_one_line(model, labelled
     assert not any(line.startswith("error: ") or "Traceback" in line for line in others)
 
 
-# B22
 def test_evaluate_with_one_bad_image_reports_the_others(model, labelled, capsys):
     (labelled / "images" / "a.jpg").write_text("no image")
     report = inference.main(["--evaluate", str(labelled), "--model", model, *CPU])
@@ -750,7 +728,6 @@ def test_evaluate_with_one_bad_image_reports_the_others(model, labelled, capsys)
     assert "a.jpg" in capsys.readouterr().err
 
 
-# Q10
 def test_a_model_is_deployed_without_metrics(model, images, demo, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "metrics", None)
     assert images[0].name in run(capsys, images[0], "--model", model)
@@ -906,7 +883,6 @@ def test_pictures_are_saved_for_all_images_of_a_folder(model, images, tmp_path, 
     assert Image.open(none[0]).width == plain.width
 
 
-# Q16
 def test_pictures_of_classes_in_other_scripts(images, tmp_path, capsys):
     classes = ["Größe", "裂纹", "трещина"]
     inference.save_model(make_classifier(classes=classes), tmp_path / "model.pth")
@@ -938,7 +914,6 @@ def test_mistakes_are_shown_most_confident_first():
     assert not len(colour_columns(none, (200, 200, 0)))
 
 
-# B16
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 def test_the_sheet_of_mistakes_does_not_hold_full_size_images(tmp_path, monkeypatch, kind):
     paths = []

@@ -279,7 +279,6 @@ def test_the_report_says_how_many_classes_cannot_be_judged():
     assert max(map(len, (text + "\n" + nothing).splitlines())) <= 100
 
 
-# Q8
 def test_report_refuses_a_class_that_is_there_twice():
     targets, scores = some_scores(classes=2)
     with pytest.raises(ValueError, match="classes has a name twice: a, a"):
@@ -432,7 +431,6 @@ def test_student_t_is_that_of_scipy_and_wider_between_its_steps():
     assert (ours < exact * 1.03)[freedom > 2].all()
 
 
-# B27
 @settings(max_examples=100, deadline=None)
 @given(problems(), st.sampled_from(["pr_curve", "global", "grid"]))
 def test_thresholds_between_probabilities_decide_the_same_and_lie_on_none(problem, method):
@@ -466,7 +464,6 @@ def test_format_report_fits_100_columns():
     assert "n/a" in text and "…" in text and "[0." in text
 
 
-# Q16
 def test_of_many_classes_the_report_shows_the_worst_and_the_best():
     targets, scores = some_scores(60, 500, unknown=0)
     names = [f"class {c}" for c in range(500)]
@@ -565,7 +562,6 @@ def test_results_table_sorts_and_groups(runs):
         metrics.main([*runs, "--frobnicate"])
 
 
-# D7
 def test_results_table_sorts_by_the_loss_of_val_whose_best_is_the_lowest(runs):
     text = metrics.main([*runs, "--sort", "val_loss", "--ascending"])
     assert order(text) == ["c", "b", "a"]
@@ -573,7 +569,6 @@ def test_results_table_sorts_by_the_loss_of_val_whose_best_is_the_lowest(runs):
     assert cells(text)["f1_macro"] == ("0.700", "0.900*", "0.500")
 
 
-# D7, Q8
 def test_results_table_shows_the_options_in_which_runs_differ(make_run):
     runs = []
     for name, lr, layers in (("a", 3e-4, "all"), ("b", 1e-3, "head"), ("c", 3e-4, "head")):
@@ -600,7 +595,6 @@ def test_results_table_shows_means_of_judged_classes_where_they_differ_from_the_
     assert cells(text.replace("mean of 2", "mean"))["map_judged"] == ("0.750",)
 
 
-# D7
 def test_results_table_groups_by_several_options(make_run):
     runs = []
     for number, (lr, layers) in enumerate([(1e-3, "all"), (1e-3, "head"), (1e-4, "all"), (1e-3, "all")]):
@@ -626,7 +620,6 @@ def test_a_run_without_a_score_comes_last(make_run):
     assert cells(metrics.main(runs))["f1_macro"] == ("0.300*", "0.200", "n/a")
 
 
-# B22
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "5", b"\xff\xfe", "[" * 100_000, '{"a":' * 100_000,
                                      '{"f1_macro": 1%s}' % ("0" * 5000), '{"f1_macro": -1%s}' % ("0" * 400)])
 @pytest.mark.parametrize("name", ["metrics.json", "config.json"])

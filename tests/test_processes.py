@@ -109,7 +109,6 @@ def kept(folder, rank=0):
     return json.loads((folder / f"kept_{rank}.json").read_text())
 
 
-# M1
 @pytest.mark.parametrize("case", [case for case in CASES if "double" in case])
 def test_two_processes_have_the_losses_of_one(runs, case):
     one = losses(runs[1, case])
@@ -120,7 +119,6 @@ def test_two_processes_have_the_losses_of_one(runs, case):
             assert kept(runs[2, case])["report"][name] == pytest.approx(value, rel=1e-6, nan_ok=True), name
 
 
-# M1, B21: the loss of all processes
 def test_the_first_step_of_two_processes_has_the_loss_and_the_gradients_of_one(runs):
     one, two = runs[1, "single frozen"], runs[2, "single frozen"]
     assert losses(two)[0] == pytest.approx(losses(one)[0], rel=1e-5)
@@ -129,7 +127,6 @@ def test_the_first_step_of_two_processes_has_the_loss_and_the_gradients_of_one(r
     np.testing.assert_allclose(kept(two)["gradients"], gradients, rtol=1e-5, atol=1e-5 * gradients.max())
 
 
-# B7
 def test_all_processes_validate_with_the_same_statistics(runs):
     first, second = (kept(runs[2, "single"], rank)["validated with"] for rank in (0, 1))
     assert len(first) >= 2 and first == second

@@ -74,7 +74,6 @@ def test_the_cells_of_the_readme_run_word_for_word(notebook):
     assert images >= 3 + 4
 
 
-# Q17
 def test_a_notebook_shows_progress_within_an_epoch(notebook):
     text = "".join(printed(notebook[1][name]) for name in range(len(CELLS)))
     within = re.findall(r"\repoch 1/10  image (\d+)/(\d+)  loss \d", text)
@@ -84,7 +83,6 @@ def test_a_notebook_shows_progress_within_an_epoch(notebook):
     assert "f1_macro" in text
 
 
-# Q17
 @pytest.mark.parametrize("cell, message", [("no data", "nowhere is not a folder"),
                                            ("wrong option", "unrecognized arguments: --frobnicate"),
                                            ("wrong image", "nowhere.jpg is not there")])
@@ -96,7 +94,6 @@ def test_a_wrong_input_is_one_line_in_a_notebook(notebook, cell, message):
     assert message in lines[0]
 
 
-# Q17
 def test_help_in_a_notebook_is_that_of_the_script(notebook):
     assert printed(notebook[1]["help"]).startswith("usage: train.py ")
 

@@ -237,7 +237,6 @@ def test_the_second_signal_acts_at_once(demo, trained, tmp_path):
     assert train.main([*options, "--resume"]) == trained[1]
 
 
-# B2, B6
 def test_the_state_counts_images_and_a_step_is_one_call(options, tmp_path):
     options = [*options, "--epochs", "1", "-b", "4"]
     with calls_at({2: interrupt}), pytest.raises(KeyboardInterrupt):
@@ -278,7 +277,6 @@ def test_resume_says_what_changed_and_refuses_what_must_not(trained, demo, tmp_p
     assert not (tmp_path / "none").exists()
 
 
-# B1
 def test_resuming_with_another_rate_and_weight_decay_uses_them(options, tmp_path):
     out = tmp_path / "out"
     options = [*options, "--schedule", "constant"]
@@ -293,7 +291,6 @@ def test_resuming_with_another_rate_and_weight_decay_uses_them(options, tmp_path
         assert group["weight_decay"] == pytest.approx(0.5)
 
 
-# B1
 def test_resuming_with_another_schedule_uses_it(options):
     options = [*options, "--lr", "1e-3"]
     train.main([*options, "--epochs", "1", "--schedule", "cosine"])
@@ -303,7 +300,6 @@ def test_resuming_with_another_schedule_uses_it(options):
     assert dict(steps) == {1: pytest.approx(1e-3), 2: pytest.approx(5e-4)}
 
 
-# B2
 def test_the_rate_goes_on_with_the_images_when_the_batch_size_changes_within_an_epoch(demo, tmp_path):
     options = [*SMALL, "--data", str(demo), "--epochs", "2", "--schedule", "cosine", "--lr", "3e-4"]
     with calls_at({}) as expected:
@@ -324,7 +320,6 @@ def test_the_rate_goes_on_with_the_images_when_the_batch_size_changes_within_an_
     assert in_epoch == pytest.approx(half / 2, abs=1)
 
 
-# B6
 def test_a_smaller_batch_size_on_resume_ends_also_when_few_labels_are_known(make_data, tmp_path):
     names = [f"{i:02}.png" for i in range(40)]
     labels = ["NA NA"] * 40
@@ -343,7 +338,6 @@ def test_a_smaller_batch_size_on_resume_ends_also_when_few_labels_are_known(make
     assert (tmp_path / "out" / "metrics.json").exists()
 
 
-# B3
 def test_another_monitor_on_resume_decides_what_is_best(make_data, tmp_path):
     names = [f"{i:02}.png" for i in range(40)]
     red = [40 * i % 255 > 127 for i in range(40)]
@@ -365,7 +359,6 @@ def test_another_monitor_on_resume_decides_what_is_best(make_data, tmp_path):
     assert inference.load_model(out / "model.pth", "cpu", "fp32").epoch == 1
 
 
-# B4
 @pytest.mark.parametrize("before, after", [("bf16", "fp16"), ("fp32", "fp16"), ("fp16", "fp32")])
 def test_a_run_is_resumed_in_another_precision(options, tmp_path, before, after):
     train.main([*options, "--epochs", "1", "--precision", before])
@@ -374,7 +367,6 @@ def test_a_run_is_resumed_in_another_precision(options, tmp_path, before, after)
     assert inference.read_checkpoint(tmp_path / "out" / "last.pth")["precision"] == after
 
 
-# B4
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_auto_on_resume_takes_the_precision_of_the_run(options, tmp_path, precision):
     train.main([*options, "--epochs", "1", "--precision", precision])
@@ -382,7 +374,6 @@ def test_auto_on_resume_takes_the_precision_of_the_run(options, tmp_path, precis
     assert inference.read_checkpoint(tmp_path / "out" / "last.pth")["precision"] == precision
 
 
-# Q6
 def test_resuming_a_finished_run_with_other_thresholds_changes_all_that_depends_on_them(options, tmp_path):
     out = tmp_path / "out"
     train.main([*options, "--epochs", "1"])
@@ -396,7 +387,6 @@ def test_resuming_a_finished_run_with_other_thresholds_changes_all_that_depends_
     assert same_tensors(tensors(out / "model.pth"), before)
 
 
-# Q6
 def test_labels_that_were_corrected_since_are_not_passed_over(options, few_images, tmp_path):
     train.main([*options, "--epochs", "1"])
     text = (few_images / "labels.txt").read_text()
@@ -576,7 +566,6 @@ def test_a_run_killed_between_its_two_checkpoints_still_has_its_best_epoch(demo,
 # One folder, one run
 
 
-# B5
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_run_killed_in_its_first_epoch_is_not_resumed_as_the_run_before_it(options, tmp_path, finished):
     out = tmp_path / "out"
@@ -597,7 +586,6 @@ def test_a_run_killed_in_its_first_epoch_is_not_resumed_as_the_run_before_it(opt
     assert steps == []
 
 
-# Q5, D10
 def test_a_fresh_run_says_that_it_replaces_one_and_leaves_nothing_of_it(options, tmp_path, capsys):
     loud = [option for option in options if option != "-q"]
     out = tmp_path / "out"
@@ -614,7 +602,6 @@ def test_a_fresh_run_says_that_it_replaces_one_and_leaves_nothing_of_it(options,
     assert len(history(out)) == 1
 
 
-# Q5
 def test_a_second_run_into_the_same_folder_is_an_error_and_does_no_harm(options, tmp_path, capsys):
     ended = []
 
