@@ -22,9 +22,12 @@ import json, os, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch
 from torch import nn
+from PIL import Image
 import conftest, inference, train
 
 conftest.use_small_networks()
+for module, name in conftest.CHARTS:
+    setattr(module, name, lambda *_: Image.new("RGB", (1, 1)))
 
 def sums(tensors):
     return {{name: tensor.double().sum().item() for name, tensor in tensors}}
@@ -73,8 +76,10 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def runs(demo, tmp_path_factory):
-    """(processes, case) -> the folder of a finished run. Every second image knows one label alone, so that the ranks
-    know unequally much."""
+    """Return {(processes, case): the folder of a finished run}.
+
+    Of every second image one label alone is known, so that the ranks know unequally many.
+    """
     folder = tmp_path_factory.mktemp("processes")
     (folder / "images").symlink_to(demo / "images")
     lines = (demo / "labels.txt").read_text().splitlines()
@@ -82,6 +87,7 @@ def runs(demo, tmp_path_factory):
         name, first, *rest = lines[i].split()
         lines[i] = " ".join([name, first, *["NA"] * len(rest)])
     (folder / "labels.txt").write_text("\n".join(lines))
+
     made = {}
     for processes in (1, 2):
         cases = {}
@@ -90,6 +96,7 @@ def runs(demo, tmp_path_factory):
             cases[case] = ["--data", str(folder), "--out", str(made[processes, case]), *SMALL, *options]
         cases_file = folder / f"{processes}.json"
         cases_file.write_text(json.dumps(cases))
+
         script = folder / f"{processes}.py"
         script.write_text(SCRIPT.format(root=str(ROOT), cases=str(cases_file)))
         command = [sys.executable]

@@ -1,5 +1,6 @@
 """The README's cells run as they stand there, in a notebook; its options and pictures are there."""
 
+import inspect
 import re
 import shutil
 
@@ -11,13 +12,15 @@ import dataset
 import inference
 import metrics
 import train
-from conftest import ROOT
+from conftest import ROOT, use_small_networks
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CELLS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
-# What a test cannot have: the download of the ImageNet weights.
-SETUP = """
+# What a test cannot have: the download of the ImageNet weights, and the minutes that a real ResNet takes.
+SETUP = inspect.getsource(use_small_networks) + """
+use_small_networks()
+
 import os
 from pathlib import Path
 import torch
@@ -38,11 +41,12 @@ OWN_CELLS = {
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
-    """A notebook that was run in a folder with the four files and data -> (folder, {cell: its outputs})."""
+    """Run a notebook in a folder with the four files and data; return the folder, and the outputs of each cell."""
     folder = tmp_path_factory.mktemp("notebook")
     for name in ("dataset.py", "inference.py", "metrics.py", "train.py"):
         shutil.copy(ROOT / name, folder)
     dataset.write_demo(folder / "data", count=40)
+
     sources = [SETUP, *CELLS, *OWN_CELLS.values()]
     content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     client = nbclient.NotebookClient(content, timeout=300, kernel_name="python3", allow_errors=True,
@@ -53,7 +57,7 @@ def notebook(tmp_path_factory):
 
 
 def printed(outputs, stream="stdout"):
-    """The text that a cell printed."""
+    """Return the text that a cell printed."""
     streams = [output for output in outputs if output.output_type == "stream"]
     return "".join(output.text for output in streams if output.name == stream)
 
