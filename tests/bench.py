@@ -676,6 +676,7 @@ def bench_thresholds(*folders):
     """Test F1-macro of each method over 200 divisions of what runs held out (runs NAME0, NAME1, ... are
     averaged), then ECE, Brier score and log loss on their own test split, before and after."""
     table, honesty = {}, {}
+
     for folder in folders:
         name = Path(folder).name.rstrip("0123456789")
         targets, plain, undone, of_val = held_out(folder)

@@ -18,13 +18,16 @@ import inference  # noqa: E402
 
 
 def main(out):
-    """Draw them; out: the folder of the run."""
+    """Draw the pictures from the run in the folder `out`."""
     classifier = inference.load_model(out / "model.pth")
     table = dataset.read_labels(classifier.options["data"], out / "test_metadata.csv")
+
+    # An image with about three labels, all of them right, one of them the rare hole
     probabilities = inference.predict(classifier, table.paths)
     said, hole = probabilities >= classifier.thresholds, classifier.classes.index("hole")
     right = ((said == table.targets) | np.isnan(table.targets)).all(axis=1) & said[:, hole]
-    best = int(np.argmin(np.where(right, abs(said.sum(axis=1) - 3), 99)))  # about three labels, the rare one too
+    best = int(np.argmin(np.where(right, abs(said.sum(axis=1) - 3), 99)))
+
     with tempfile.TemporaryDirectory() as folder:
         heatmap = inference.save_pictures(classifier, [table.paths[best]], probabilities[[best]], folder, True)[0]
         pictures = {

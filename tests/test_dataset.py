@@ -417,6 +417,7 @@ def test_names_of_the_classes_of_cls_files(cls_data):
         (cls_data / "classes.json").write_text(text)
         table = dataset.read_labels(cls_data)
         assert table.classes == ["x", "y"] and "classes.json" in told(table)
+
     (cls_data / "classes.json").write_text('["x"]')
     with pytest.raises(InputError, match=r"train/1.cls:1: '1' is not a class index, 0 to 0"):
         dataset.read_labels(cls_data)
@@ -451,6 +452,7 @@ def test_odd_images_and_every_format_say_the_same(demo, odd_demo):
             if style != "table":  # which cannot say NA
                 expected = [value or 0 for value in expected]
             assert row == expected
+
     table = dataset.read_labels(odd_demo["table"])
     for number, kind in ODD_PARTS.items():
         image = np.asarray(dataset.load_image(table.paths[number]), float)
@@ -761,13 +763,16 @@ def test_an_image_is_the_same_from_a_path_a_file_bytes_and_pillow(tmp_path, kind
     photograph().save(path, quality=95)
     content = path.read_bytes()
     expected = np.asarray(dataset.load_image(path, size))
+
     opened = Image.open(path)
     decoded = Image.open(path)
     decoded.load()
     sources = [str(path), content, bytearray(content), io.BytesIO(content), opened]
     for source in sources:
         np.testing.assert_array_equal(np.asarray(dataset.load_image(source, size)), expected)
-    for source in (decoded, decoded.copy(), np.array(decoded)):  # which cannot be decoded smaller any more
+
+    # What was decoded before cannot be decoded at a smaller size any more
+    for source in (decoded, decoded.copy(), np.array(decoded)):
         values = np.asarray(dataset.load_image(source, size), float)
         assert np.abs(values - expected).mean() < (1 if kind == "JPEG" and size else 1e-9)
     assert opened.size == decoded.size == (800, 600)  # the user's image is left as it is
@@ -958,6 +963,7 @@ def test_files_that_may_not_be_read_or_vanish(tmp_path):
             dataset.load_image(path)
     finally:
         os.seteuid(user)
+
     path.unlink()
     with pytest.raises(ImageError, match=r"a\.jpg: No such file or directory"):
         dataset.load_image(path)
@@ -1108,6 +1114,7 @@ def test_load_image_survives_1500_damaged_files(tmp_path):
     path = tmp_path / "x.jpg"
     count = 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
     for case in range(1500):
         content = np.frombuffer(SEEDS[case % len(SEEDS)], np.uint8).copy()
         for place in rng.integers(0, len(content), rng.integers(1, 8)):
@@ -1116,6 +1123,7 @@ def test_load_image_survives_1500_damaged_files(tmp_path):
             content = content[: rng.integers(0, len(content))]
         if case % 5 == 0:  # in the first bytes, where sizes are
             content[rng.integers(0, 40) :][:1] ^= np.uint8(1 << rng.integers(0, 8))
+
         path.write_bytes(content.tobytes())
         start = time.perf_counter()
         try:
@@ -1126,6 +1134,8 @@ def test_load_image_survives_1500_damaged_files(tmp_path):
             count += 1
             assert (image.mode, image.size) == ("RGB", (32, 32))
         assert time.perf_counter() - start < 10
+
+    # The damage is neither always fatal nor never
     assert 150 < count < 1350
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
@@ -1137,6 +1147,7 @@ def test_dataset_and_batches(demo):
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
     assert targets.dtype == torch.float32 and name == table.ids[3]
     np.testing.assert_array_equal(targets.numpy(), table.targets[3])
+
     order = np.array_split(np.arange(len(images))[::-1], 7)
     for workers in (0, 3):
         seen = list(dataset.batches(images, order, workers))
@@ -1272,15 +1283,19 @@ def test_the_summary_of_500_classes_is_short(make_data, capsys):
     rows = [[name, *(rng.random(500) < rare).astype(int).astype(str)] for name in names]
     header = ["image", *(f"class_{c}" for c in range(500))]
     data = make_data("\n".join(",".join(cells) for cells in [header, *rows]), names, "labels.csv")
+
     table = dataset.read_labels(data)
     lines = dataset.summary(table).splitlines()
     assert len(lines) <= 50
+
+    # The rarest 15 classes and the most frequent 15 are shown
     shown = {line.split()[0] for line in lines if line.startswith("class_")}
     positives = dict(zip(table.classes, (table.targets == 1).sum(axis=0)))
     counts = sorted(positives.values())
     assert len(shown) == 30
     assert sorted(positives[name] for name in shown) == [*counts[:15], *counts[-15:]]
     assert max(map(len, lines)) < 300
+
     _, out, _ = command(capsys, data)
     assert len(out.splitlines()) < 70
     _, out, _ = command(capsys, data, "--all")
@@ -1295,11 +1310,13 @@ def test_a_label_sheet_shows_every_image_whole_with_room_for_its_labels(tmp_path
     classes = [f"a class with a long name, number {c}" for c in range(5)]
     targets = np.array([[1] * 5, [NAN] * 5, [0] * 5, [1, NAN, 0, 1, NAN]], np.float32)
     table = dataset.LabelTable(names, [str(tmp_path / name) for name in names], targets, classes)
+
     sheet = dataset.label_sheet(table)
     pixels = np.asarray(sheet)
     assert (pixels[-8:] == 255).all()  # nothing reaches the lower edge
     red = (pixels == (255, 0, 0)).all(axis=2)
     assert red.any(axis=0).sum() > 250 and red.sum() > 2 * 200 * 200  # each as large as it can be
+
     few = dataset.LabelTable(names, table.paths, targets[:, :1], ["A"])
     assert sheet.height > dataset.label_sheet(few).height
     assert dataset.label_sheet(table, count=2).width < sheet.width
@@ -1456,6 +1473,7 @@ def test_writing_follows_links(tmp_path):
     links[1].symlink_to("there/text.txt")
     links[2].symlink_to("relative")
     links[3].symlink_to("there/new.txt")
+
     for link in links:
         with dataset.atomic_write(link, "w") as file:
             file.write(link.name)
@@ -1463,10 +1481,12 @@ def test_writing_follows_links(tmp_path):
         assert link.read_text() == link.name
     assert target.read_text() == "chain"
     assert (tmp_path / "there" / "new.txt").read_text() == "dangling"
+
+    # Whole or not at all, through a link too
     with pytest.raises(KeyError), dataset.atomic_write(links[0], "w") as file:
         file.write("half")
         raise KeyError
-    assert target.read_text() == "chain"  # whole or not at all, through a link too
+    assert target.read_text() == "chain"
     assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["new.txt", "text.txt"]
 
 
@@ -1478,6 +1498,7 @@ def test_writing_goes_into_a_pipe(tmp_path, linked):
     if linked:  # as /dev/stdout is
         name = tmp_path / "link"
         name.symlink_to(pipe)
+
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:
         with dataset.atomic_write(name, "w") as file:

@@ -86,13 +86,16 @@ def objects(demo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("objects")
     shutil.copytree(demo / "images", folder / "images")
     shutil.copy(demo / "label_groups.json", folder)
+
     table = dataset.read_labels(demo)
     lines = [",".join(["image", "object", *table.classes])]
     rows = [(name, number // 2, labels) for number, (name, labels) in enumerate(zip(table.ids, table.targets))]
+
     for copied in (3, 41):
         name = f"copy_{copied}.jpg"
         shutil.copy(table.paths[copied], folder / "images" / name)
         rows.append((name, 100 + copied, table.targets[copied]))
+
     for name, number, labels in rows:
         lines.append(",".join([name, f"object_{number}", *label_cells(labels)]))
     (folder / "labels.csv").write_text("\n".join(lines))
@@ -124,6 +127,7 @@ def out_of_fold(out, data, calibrated=True):
     row_of = {name: row for row, name in enumerate(pool.ids)}
     fold = np.full(len(pool), -1)
     raw = np.full(pool.targets.shape, np.nan)
+
     for k in range(3):
         folder = out / f"fold_{k + 1}"
         classifier = load(folder / "model.pth")
@@ -133,6 +137,7 @@ def out_of_fold(out, data, calibrated=True):
         rows = [row_of[name] for name in table.ids]
         fold[rows] = k
         raw[rows] = inference.predict(classifier, table.paths, workers=0)
+
     assert not np.isnan(raw).any()
     return pool, fold, raw
 
@@ -165,12 +170,14 @@ def test_every_fold_is_an_ordinary_run_and_out_has_the_model_of_all(folded, plai
             assert {path.name for path in folder.iterdir()} - {"test_metadata.csv"} == FOLD_FILES
             assert read_json(folder / "metrics.json")["split"] == "val"
             assert len(load(folder / "model.pth").members) == 1
+
         assert len(load(out / "model.pth").members) == 3
         written = read_json(out / "metrics.json")
         assert written["split"] == report["split"] == "folds"
         assert written["f1_macro"] == report["f1_macro"]
         assert set(written["folds"]) == {*metrics.HEADLINES, *metrics.JUDGED}
         assert written["intervals"]["f1_macro"][0] <= written["f1_macro"] <= written["intervals"]["f1_macro"][1]
+
         pool = names_in(out / "train_metadata.csv")
         assert report["images"] == len(pool)
         for name in ("predictions.csv", "probabilities.csv"):
@@ -184,6 +191,7 @@ def test_the_parts_are_disjoint_cover_the_pool_and_keep_what_belongs_together(fo
     test = names_in(out / "test_metadata.csv")
     table = dataset.read_labels(objects, group="object")
     assert sorted(pool + test) == sorted(table.ids) and len(pool) + len(test) == 82
+
     fold_of = dict.fromkeys(test, "test")
     for k in (1, 2, 3):
         own = names_in(out / f"fold_{k}" / "val_metadata.csv")
@@ -193,6 +201,8 @@ def test_the_parts_are_disjoint_cover_the_pool_and_keep_what_belongs_together(fo
         assert len(pool) / 3 - 4 <= len(own) <= len(pool) / 3 + 4
         fold_of |= dict.fromkeys(own, k)
     assert fold_of.keys() == set(table.ids)
+
+    # What belongs together: photographs of one object, and files with the same bytes
     together = defaultdict(set)
     for name, thing, path in zip(table.ids, table.objects, table.paths):
         together[thing].add(fold_of[name])
@@ -232,6 +242,7 @@ def test_the_report_is_of_predictions_that_nothing_was_chosen_by(request, which,
     for k in range(3):
         scale, offsets, thresholds[fold == k] = chosen_by(pool.targets[fold != k], raw[fold != k])
         probabilities[fold == k] = metrics.calibrate(raw[fold == k], scale, offsets)
+
     expected = metrics.report(pool.targets, probabilities, thresholds, pool.classes, intervals=True)
     for name in metrics.HEADLINES:
         assert report[name] == pytest.approx(expected[name], abs=1e-6), name
@@ -241,6 +252,7 @@ def test_the_report_is_of_predictions_that_nothing_was_chosen_by(request, which,
         assert report["intervals"][name] == pytest.approx(interval, abs=1e-6)
     for name, row in expected["per_class"].items():
         assert report["per_class"][name] == pytest.approx(row, abs=1e-6, nan_ok=True)
+
     parts = []
     for k in range(3):
         own = fold == k
@@ -249,6 +261,7 @@ def test_the_report_is_of_predictions_that_nothing_was_chosen_by(request, which,
         values = [part[name] for part in parts]
         assert numbers["mean"] == pytest.approx(np.mean(values), abs=1e-6, nan_ok=True)
         assert numbers["deviation"] == pytest.approx(np.std(values, ddof=1), abs=1e-6, nan_ok=True)
+
     with open(out / "probabilities.csv", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     np.testing.assert_allclose(np.array([row[1:] for row in rows[1:]], float), probabilities, atol=1e-6)
@@ -260,6 +273,7 @@ def test_the_model_is_the_mean_of_the_networks_calibrated_by_all_predictions(fol
     scale, offsets, thresholds = chosen_by(pool.targets, raw)
     classifier = load(out / "model.pth")
     np.testing.assert_allclose(classifier.thresholds, thresholds, atol=1e-6)
+
     each = []
     for k, member in enumerate(classifier.members, 1):
         folder = out / f"fold_{k}"
@@ -271,6 +285,7 @@ def test_the_model_is_the_mean_of_the_networks_calibrated_by_all_predictions(fol
         alone.members[0].scale = 1.0
         alone.members[0].offsets = before.tolist()
         each.append(metrics.calibrate(inference.predict(alone, pool.paths[:20], workers=0), scale, offsets))
+
     predicted = inference.predict(classifier, pool.paths[:20], workers=0)
     np.testing.assert_allclose(predicted, np.mean(each, axis=0), atol=1e-5)
     assert np.abs(each[0] - each[1]).max() > 1e-3
@@ -340,11 +355,13 @@ def test_the_model_of_folds_is_one_to_predict_with(folded, demo, tmp_path, capsy
     assert code == 0 and images[1].name in out
     assert "3 x resnet18, 32 px" in errors
     assert {path.stem for path in drawn.iterdir()} == {path.stem for path in images}
+
     alone = [load(folded[0] / f"fold_{k}" / "model.pth") for k in (1, 2, 3)]
     mean = np.mean([inference.heatmaps(one, images[0], [0, 2]) for one in alone], axis=0)
     maps = inference.heatmaps(load(model), images[0], [0, 2])
     highest = mean.max(axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(maps, np.divide(mean, highest, where=highest > 0, out=np.zeros_like(mean)), atol=1e-4)
+
     code, out, _ = as_command(capsys, inference.main, "--evaluate", demo, *cpu)
     assert code == 0 and "f1_macro" in out
     code, _, _ = as_command(capsys, inference.main, "--calibrate", demo, *cpu, "--out", tmp_path / "new.pth")
@@ -440,12 +457,14 @@ def test_folds_resume_without_their_weights_once_all_have_begun(demo, trained, t
     torch.save(networks(trained[0] / "model.pth")[0], weights)
     arguments = ["--folds", 2, "--weights", weights, "--epochs", 1, "-b", 8]
     report = run(demo, tmp_path / "whole", *arguments)
+
     with calls_at({1: interrupt}), pytest.raises(KeyboardInterrupt):  # within the first fold
         run(demo, tmp_path / "out", *arguments)
     weights.rename(tmp_path / "moved.pth")
     error = refused(capsys, train.main, "--data", demo, "--out", tmp_path / "out", *RUN, *arguments, "--resume",
                     warns=True)
     assert error == f"error: {weights} is not there"
+
     (tmp_path / "moved.pth").rename(weights)
     with calls_at({5: interrupt}), pytest.raises(KeyboardInterrupt):  # within the second one
         run(demo, tmp_path / "out", *arguments, "--resume")

@@ -91,6 +91,7 @@ def fill(network):
                 tensor.uniform_(-0.2, 0.2)
             else:
                 tensor.zero_()
+
     for module in network.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.momentum = 1.0  # the statistics are those of the last batch
@@ -229,6 +230,8 @@ def test_a_photograph_has_the_same_probabilities_however_it_is_given(classifier,
         np.testing.assert_array_equal(inference.predict(classifier, file), expected)
     np.testing.assert_array_equal(inference.predict(classifier, content), expected)
     np.testing.assert_array_equal(inference.predict(classifier, Image.open(photograph)), expected)
+
+    # What was decoded before is scaled in another way
     loaded = Image.open(photograph)
     loaded.load()
     decoded = inference.predict(classifier, [loaded])
@@ -383,12 +386,14 @@ def test_images_of_one_name_are_kept_apart(model, demo, tmp_path, capsys):
         (folder / name).parent.mkdir(parents=True)
         shutil.copy(photo, folder / name)
     Image.open(photos[2]).save(folder / "x" / "1.png")
+
     found = json.loads(run(capsys, folder, "--model", model, "--format", "json"))
     assert list(found) == ["x/1.jpg", "x/1.png", "y/1"]
     thresholds = np.array(inference.load_model(model, "cpu", "fp32").thresholds)
     probabilities = inference.main([str(folder), "--model", model, *CPU])
     expected = [np.flatnonzero(row >= thresholds).tolist() for row in probabilities]
     assert list(found.values()) == expected
+
     capsys.readouterr()
     named = [folder / "x" / "1.jpg", folder / "y" / "1.jpg"]
     assert len(json.loads(run(capsys, *named, "--model", model, "--format", "json"))) == 2
@@ -430,6 +435,7 @@ def test_a_file_name_that_is_not_utf8(model, images, tmp_path, capsys):
         assert (b'r": ' if style == "json" else b"r.jpg") in (tmp_path / style).read_bytes()
     run(capsys, folder, "--model", model, "--threshold", 0, "--save", tmp_path / "drawn", "--heatmap")
     assert len(list((tmp_path / "drawn").iterdir())) == 1
+
     shutil.copy(images[0], os.fsencode(folder) + b"/bad\xfc.jpg")
     with open(os.fsencode(folder) + b"/bad\xfc.jpg", "wb") as file:
         file.write(b"no image")
@@ -450,6 +456,7 @@ def test_predictions_need_no_output(tmp_path, images, monkeypatch, stream):
     else:
         file = io.StringIO()
         file.close()
+
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", None if stream == "none" else file)
         call = [*map(str, images), "--model", str(tmp_path / "model.pth"), "--threshold", "0", *CPU]
@@ -545,10 +552,12 @@ def test_a_file_that_is_read_is_not_replaced(model, images, tmp_path, capsys):
     picture.save(other / "a.png")
     linked.mkdir()
     (linked / "b.png").symlink_to(photos / "b.png")
+
     before = files_of(tmp_path)
     not_drawn = "which was not drawn by --save"
     among = "lies in a folder of images that are read"
     replaces = "would replace a file that is read"
+
     for call, message in (([photos, "--save", photos], among), ([photos, "--save", f"{photos}/more/../"], among),
                           ([photos, "--save", photos / "more"], among), ([photos, "--save", photos / "new"], among),
                           (["--image", photos, "--save", photos], among),
@@ -729,6 +738,7 @@ def test_a_model_is_reported_and_calibrated_on_what_it_was_not_trained_on(model,
                                                                           evaluated, calibrated):
     table = dataset.read_labels(labelled)
     data = divided(labelled, parts) if parts else labelled
+
     for option, (split, rows) in (("--evaluate", evaluated), ("--calibrate", calibrated)):
         out = tmp_path / f"{option}.json" if option == "--evaluate" else tmp_path / "new.pth"
         report = inference.main([option, str(data), "--model", model, "--format", "json", "--out", str(out), *CPU])
@@ -742,6 +752,7 @@ def test_a_model_is_reported_and_calibrated_on_what_it_was_not_trained_on(model,
         counts = [np.count_nonzero(table.targets[rows] == value, axis=0).tolist() for value in (1, 0)]
         found = [[row[name] for row in report["per_class"].values()] for name in ("positives", "negatives")]
         assert found == counts
+
     text = run(capsys, "--evaluate", data, "--model", model)
     assert f"\n{'all data' if evaluated[0] == 'all' else evaluated[0] + ' split'}, {len(evaluated[1])} images\n" in text
 
@@ -770,6 +781,7 @@ def test_evaluate_and_calibrate_replace_no_file_that_they_read(model, classifier
     shutil.copy(model, tmp_path / "model.pth")
     shutil.copy(labelled / "label_groups.json", tmp_path / "groups.json")
     before = files_of(tmp_path)
+
     names = ("labels.txt", "images/../labels.txt", "label_groups.json", "images/a.jpg", "images")
     for option, out in (*itertools.product(("--evaluate", "--calibrate"), names), ("--evaluate", "model.pth"),
                         ("--evaluate", "groups.json")):
@@ -778,6 +790,7 @@ def test_evaluate_and_calibrate_replace_no_file_that_they_read(model, classifier
                         labelled / out, *groups, *CPU, warns=True)
         assert error.startswith(f"error: --out {labelled / out} ")
     assert files_of(tmp_path) == before
+
     report = labelled / "report.json"
     for _ in range(2):  # a report of before is replaced
         run(capsys, "--evaluate", labelled, "--model", model, "--format", "json", "--out", report)
@@ -798,6 +811,7 @@ def test_the_heatmap_of_a_linear_head_is_the_class_activation_map(images):
     with torch.no_grad():
         network(dataset.normalize(pixels))
     hook.remove()
+
     for label in range(3):
         cam = torch.einsum("c,chw->hw", network.fc.weight[label], kept[0][0]).relu().detach().numpy()
         heat = inference.heatmaps(classifier, images[0], [label])[0]
@@ -870,6 +884,7 @@ def test_mistakes_are_shown_most_confident_first():
     targets = np.array([[1, 0], [0, np.nan], [1, 1]], np.float32)
     table = dataset.LabelTable(["a", "b", "c"], images, targets, ["x", "y"])
     sheet = inference.mistakes_sheet(table, np.array([[0.4, 0.1], [0.95, 0.9], [0.9, 0.02]]), [0.5, 0.5])
+
     yellow, cyan, violet = (colour_columns(sheet, colour) for colour in colours)
     assert len(violet) and len(cyan) and len(yellow)
     assert violet.max() < cyan.min() and cyan.max() < yellow.min()  # 0.98, 0.95, 0.6
@@ -877,6 +892,7 @@ def test_mistakes_are_shown_most_confident_first():
     blue = colour_columns(sheet, (31, 78, 156))  # missed labels
     assert violet.max() < red.min() and red.max() < yellow.min()
     assert blue.min() < cyan.min() and blue.max() > yellow.min() - 20
+
     none = inference.mistakes_sheet(table, np.nan_to_num(targets), [0.5, 0.5])
     assert none.size[1] < sheet.size[1]
     assert not len(colour_columns(none, (200, 200, 0)))
@@ -942,6 +958,7 @@ def spread_classifier(seed, backbone="resnet18", size=32, classes=("a", "b", "c"
     """Return a classifier that nobody trained, whose probabilities differ from image to image."""
     noise = np.random.default_rng(9).integers(0, 256, (16, 8, 8, 3), np.uint8)
     pictures = [np.asarray(Image.fromarray(picture).resize((64, 64))) for picture in noise]
+
     torch.manual_seed(seed)
     network = inference.build_model(backbone, "linear", len(classes))
     for module in network.modules():
@@ -950,6 +967,7 @@ def spread_classifier(seed, backbone="resnet18", size=32, classes=("a", "b", "c"
     with torch.no_grad():
         network(dataset.normalize(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)))
     made = classifier_of(network.eval(), backbone, "linear", [0.0], list(classes), {}, list(thresholds), size)
+
     logits = metrics.logit(inference.predict(made, pictures, workers=0))
     head = network.get_submodule(inference.BACKBONES[backbone])
     factor = torch.tensor(1.5 / logits.std(axis=0), dtype=torch.float32)
@@ -998,6 +1016,7 @@ def test_models_of_other_networks_and_sizes_are_averaged(two, images, tmp_path):
     assert np.isfinite(large_part).all() and large_part.std(axis=0).max() > 0.05
     np.testing.assert_allclose(inference.predict(mixed, images, workers=0), (small_part + large_part) / 2, rtol=0,
                                atol=0.02)
+
     with torch.no_grad():  # of the large one alone there is no difference
         for member in mixed.members[:1]:
             member.network.fc.weight.zero_()
@@ -1093,6 +1112,7 @@ def test_calibrate_writes_one_model_that_is_better_calibrated_on_its_data(two, s
     report = inference.main(["--calibrate", str(surveyed), "--model", *models, "--out", str(out), *tta, *CPU])
     assert report["log_loss"] < before["log_loss"] - 0.01
     assert "written: " in capsys.readouterr().err
+
     classifier = inference.load_model(out, "cpu", "fp32")
     assert (len(classifier.members), classifier.mirrored) == (count, bool(tta))
     table = dataset.read_labels(surveyed)
@@ -1103,6 +1123,8 @@ def test_calibrate_writes_one_model_that_is_better_calibrated_on_its_data(two, s
     for again in (report, evaluated(surveyed, "--model", out)):
         for name in metrics.HEADLINES:
             assert again[name] == pytest.approx(expected[name], abs=1e-6), name
+
+    # The networks stay as they were
     for member, path in zip(classifier.members, models):
         before = inference.load_model(path, "cpu").members[0].network.state_dict()
         assert all(torch.equal(tensor, before[name]) for name, tensor in member.network.state_dict().items())
@@ -1131,6 +1153,7 @@ def test_calibrating_an_ensemble_never_makes_its_log_loss_worse(demo, tmp_path):
         models.append(str(tmp_path / f"{seed}.pth"))
         inference.save_model(made, models[-1])
         each.append(inference.predict(made, paths, workers=0))
+
     mean = np.mean(each, axis=0)
     targets = (np.random.default_rng(0).random(mean.shape) < mean).astype(np.float32)
     data = write_labels(tmp_path / "data", demo, "abc", targets)
@@ -1146,12 +1169,14 @@ def test_calibrate_ignores_what_is_not_known(two, surveyed, demo, tmp_path):
     column = table.targets.copy()
     column[:, 1] = np.nan
     lacking = write_labels(tmp_path / "lacking", demo, "abc", column, slice(60))
+
     results = []
     for number, data in enumerate((surveyed, more, lacking)):
         out = tmp_path / f"new_{number}.pth"
         inference.main(["--calibrate", str(data), "--model", two[0], "--out", str(out), *CPU])
         classifier = inference.load_model(out)
         results.append([classifier.members[0].scale, *classifier.members[0].offsets, *classifier.thresholds])
+
     np.testing.assert_allclose(results[1], results[0], atol=1e-5)
     assert results[2][2] == pytest.approx(0, abs=1e-9)  # the offset of a class of which nothing is known
     assert results[2][5] == 0.5

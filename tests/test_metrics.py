@@ -66,6 +66,7 @@ def test_prediction_metrics_agree_with_scikit_learn(problem):
     assert metrics.subset_accuracy(targets, predictions) == pytest.approx(
         sk.accuracy_score(truth, predictions), abs=1e-12
     )
+
     for average in AVERAGES:
         expected = sk.precision_recall_fscore_support(
             truth, predictions.astype(int), average=average, zero_division=0
@@ -102,6 +103,7 @@ def test_columns_with_unknown_labels_agree_with_scikit_learn_on_the_known_ones(p
     predictions = scores >= 0.5
     per_class = np.array(metrics.precision_recall_f1(targets, predictions, None)).T
     precision, auc = metrics.average_precision(targets, scores, None), metrics.roc_auc(targets, scores, None)
+
     for c, (truth, score, predicted) in enumerate(columns(targets, scores, predictions)):
         if len(truth) == 0:
             assert list(per_class[c]) == [0, 0, 0] and precision[c] == 0 and np.isnan(auc[c])
@@ -113,6 +115,7 @@ def test_columns_with_unknown_labels_agree_with_scikit_learn_on_the_known_ones(p
         curve = metrics.precision_recall_curve(targets[:, c], scores[:, c])
         for ours, theirs in zip(curve, sk.precision_recall_curve(truth, score)):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+
     support = (targets == 1).sum(axis=0)
     assert metrics.f1_score(targets, predictions, "macro") == pytest.approx(
         per_class[:, 2].mean(), abs=1e-12
@@ -133,6 +136,7 @@ def test_row_wise_and_pooled_metrics_agree_with_a_loop_over_the_known_labels(pro
         both, either = sum(t * p for t, p in pairs), sum(t + p for t, p in pairs)
         if pairs:
             rows.append((sum(t != p for t, p in pairs), len(pairs), 2 * both / either if either else 0.0))
+
     wrong, known = sum(row[0] for row in rows), sum(row[1] for row in rows)
     assert metrics.hamming_loss(targets, predictions) == pytest.approx(
         wrong / known if known else 0, abs=1e-12
@@ -141,6 +145,7 @@ def test_row_wise_and_pooled_metrics_agree_with_a_loop_over_the_known_labels(pro
     assert metrics.subset_accuracy(targets, predictions) == pytest.approx(exact, abs=1e-12)
     samples = np.mean([row[2] for row in rows]) if rows else 0
     assert metrics.f1_score(targets, predictions, "samples") == pytest.approx(samples, abs=1e-12)
+
     mask = ~np.isnan(targets)
     if mask.any():
         pooled = sk.f1_score(targets[mask], predictions[mask], zero_division=0)
@@ -230,6 +235,7 @@ def test_report_says_of_each_class_every_number_once():
     targets, scores = some_scores()
     thresholds = [0.3, 0.5, 0.7]
     per_class = metrics.report(targets, scores, thresholds, ["a", "b", "c"])["per_class"]
+
     precision, recall, f1 = metrics.precision_recall_f1(targets, scores >= thresholds, None)
     for c, name in enumerate(["a", "b", "c"]):
         row = per_class[name]
@@ -293,6 +299,7 @@ def interval_by_loops(value, without, transform):
     freedom = min(count - 1, 2 / (sum(move**4 for move in moves) / squares**2 - 1 / count))
     reach = scipy.stats.t.ppf(0.975, freedom) * math.sqrt((count - 1) / count * squares)
     bias = (count - 1) * (sum(without) / count - value)
+
     ends = []
     for move in (-reach - 2 * max(bias, 0), reach + 2 * max(-bias, 0)):
         if transform == "logit":
@@ -788,10 +795,12 @@ def test_honesty_agrees_with_scikit_learn_on_the_known_labels(problem):
         assert metrics.brier_score(targets, probabilities) == metrics.log_loss(targets, probabilities) == 0
         assert metrics.calibration_error(targets, probabilities) == 0
         return
+
     truth, p = targets[known], probabilities[known]
     assert metrics.brier_score(targets, probabilities) == pytest.approx(np.mean((truth - p) ** 2))
     kept = np.clip(p, 1e-7, 1 - 1e-7)
     assert metrics.log_loss(targets, probabilities) == pytest.approx(sk.log_loss(truth, kept, labels=[0, 1]))
+
     total = 0
     for k in range(15):
         inside = (np.minimum((p * 15).astype(int), 14)) == k
@@ -849,6 +858,7 @@ def write_run(folder, ids, probabilities, thresholds, split="test"):
         labels.append(",".join([name, *(words.get(value, "NA") for value in label_row)]))
         scores.append(",".join([name, *map(str, score_row)]))
     scores[1:] = sorted(scores[1:], key=lambda line: ids.index(line.split(",")[0]))
+
     (folder / f"{'train' if split == 'folds' else split}_metadata.csv").write_text("\n".join(labels))
     (folder / "probabilities.csv").write_text("\n".join(scores))
     (folder / "thresholds.json").write_text(json.dumps(dict(zip("abcd", thresholds))))
@@ -864,6 +874,7 @@ def test_two_runs_are_compared_on_the_same_images(tmp_path, capsys):
     a = write_run(tmp_path / "a", names, one, [0.5] * 4)
     b = write_run(tmp_path / "b", names[::-1], one, [0.5] * 4, split="folds")
     c = write_run(tmp_path / "c", names, np.where(targets == 1, 0.9, 0.1), [0.5] * 4)
+
     text = metrics.main([str(a), str(b), "--paired"])
     assert all("+0.000" in line and line.endswith("none") for line in text.splitlines()[1:-1])
     assert text.splitlines()[-1].startswith("3 of 4 classes have at least 3 known positives")
@@ -871,6 +882,7 @@ def test_two_runs_are_compared_on_the_same_images(tmp_path, capsys):
     line = next(line for line in text.splitlines() if line.startswith("f1_macro_supported"))
     assert "noise" not in line and "difference" in text.splitlines()[0]
     assert capsys.readouterr().out.endswith(text + "\n")
+
     other = write_run(tmp_path / "d", [f"other_{name}" for name in names], one, [0.5] * 4)
     with pytest.raises(ValueError, match="other images"):
         metrics.main([str(a), str(other), "--paired"])

@@ -199,12 +199,14 @@ def test_a_signal_saves_the_step_in_hand(demo, trained, tmp_path, capfd, number,
     assert len(steps) == at
     assert ended.value.code == code
     assert signal.getsignal(number) is before
+
     errors = capfd.readouterr().err
     count = saved_state(tmp_path)["images"]
     place = f"{count} images of epoch 1" if at == 2 else "epoch 1"
     assert (0 < count < 60) == (at == 2)
     assert "stopping after this step, to save" in errors
     assert f"stopped after {place}: the same command with --resume goes on from here" in errors
+
     assert train.main([*options, "--resume"]) == trained[1]
     assert same_tensors(tensors(tmp_path / "model.pth"), tensors(trained[0] / "model.pth"))
     assert history(tmp_path) == history(trained[0])
@@ -257,10 +259,12 @@ def test_resume_says_what_changed_and_refuses_what_must_not(trained, demo, tmp_p
     for change in ("epochs 2 -> 3", "batch_size 16 -> 8", "lr 0.001 -> 0.0001"):
         assert change in errors
     assert [row["epoch"] for row in history(tmp_path / "run")] == ["1", "2", "3"]
+
     before = files_of(tmp_path / "run")
     for more, message in ((["--seed", "1"], "is of other splits"),
                           (["--backbone", "resnet50"], "--backbone resnet18"),
                           (["--head", "bn"], "has --head linear")):
+
         with pytest.raises(InputError, match=message):
             train.main([*options, *more])
     with pytest.raises(InputError, match=r"last\.pth is not there: without --resume a run starts"):
@@ -296,6 +300,7 @@ def test_the_rate_goes_on_with_the_images_when_the_batch_size_changes_within_an_
     options = [*SMALL, "--data", str(demo), "--epochs", "2", "--schedule", "cosine", "--lr", "3e-4"]
     with calls_at({}) as expected:
         train.main([*options, "-b", "4", "--out", str(tmp_path / "whole")])
+
     half = len(expected) // 4  # half of the first of two epochs
     parts = ["--out", str(tmp_path / "parts")]
     with calls_at({half: interrupt}) as first, pytest.raises(KeyboardInterrupt):
@@ -303,6 +308,7 @@ def test_the_rate_goes_on_with_the_images_when_the_batch_size_changes_within_an_
     assert first == expected[:half]
     with calls_at({}) as second:
         train.main([*options, "-b", "8", *parts, "--resume"])
+
     assert second[0][1] == pytest.approx(expected[half][1], rel=0.1)
     begin_expected = next(rate for epoch, rate in expected if epoch == 1)
     begin = next(rate for epoch, rate in second if epoch == 1)
@@ -556,10 +562,12 @@ def test_a_run_killed_in_its_first_epoch_is_not_resumed_as_the_run_before_it(opt
         with calls_at({6: interrupt}), pytest.raises(KeyboardInterrupt):
             train.main([*options, "--epochs", "2"])
     assert (out / "last.pth").exists()
+
     with calls_at({2: kill}), pytest.raises(Killed):
         train.main([*options, "--epochs", "3"])
     left = {path.name for path in out.iterdir()}
     assert not left & {"metrics.json", "model.pth", "last.pth", "history.csv"}  # those of the run before
+
     with calls_at({}) as steps, pytest.raises(InputError, match=r"last\.pth is not there"):
         train.main([*options, "--epochs", "3", "--resume"])
     assert steps == []
@@ -674,6 +682,7 @@ def test_code_in_a_checkpoint_is_not_run(trained, demo, tmp_path):
         "weights.pth": lambda: train.main([*SMALL, "--data", str(demo),
                                            "--weights", str(out / "weights.pth")]),
     }
+
     for name, call in calls.items():
         for zipped in (True, False):
             content = inference.read_checkpoint(trained[0] / "last.pth") | {"extra": Payload(proof)}
@@ -682,7 +691,8 @@ def test_code_in_a_checkpoint_is_not_run(trained, demo, tmp_path):
                 call()
             assert not proof.exists()
             assert "\n" not in str(error.value)
-    torch.load(out / "model.pth", weights_only=False)  # the payload works
+
+    torch.load(out / "model.pth", weights_only=False)  # the payload itself works
     assert proof.is_dir()
 
 

@@ -136,6 +136,7 @@ def test_mixed_images_mix_their_losses_and_unknown_labels_give_no_gradient(mix, 
     targets = data.draw(arrays(np.float32, shape, elements=LABELS))
     logits = data.draw(arrays(np.float32, shape, elements=st.floats(-4, 4, width=32)))
     images, share = dataset.mix(torch.zeros(len(targets), 3, 8, 8), mix, np.random.default_rng(shape[0]))
+
     network = Outputs(logits)
     run = step_run(network, [2.0] * shape[1], loss=loss)
     shown = train.train_step(run, images, torch.tensor(targets), share)
@@ -143,6 +144,8 @@ def test_mixed_images_mix_their_losses_and_unknown_labels_give_no_gradient(mix, 
     before = np.roll(targets, 1, axis=0)
     assert np.isfinite(gradient).all()
     assert (gradient[np.isnan(targets) & np.isnan(before)] == 0).all()
+
+    # The loss and its slope, element by element
     expected, slope = 0.0, np.zeros(shape)
     for labels, part in ((targets, share), (before, 1 - share)):
         for i, j in np.argwhere(~np.isnan(labels)):
@@ -150,6 +153,7 @@ def test_mixed_images_mix_their_losses_and_unknown_labels_give_no_gradient(mix, 
             expected += part * element_loss(loss, x, y, 2.0)
             rise = element_loss(loss, x + 1e-4, y, 2.0) - element_loss(loss, x - 1e-4, y, 2.0)
             slope[i, j] += part * rise / 2e-4
+
     known = max(1, (~np.isnan(targets)).sum())
     assert shown.item() == pytest.approx(expected / known, rel=1e-3, abs=1e-5)
     np.testing.assert_allclose(gradient, slope / known, rtol=1e-2, atol=1e-3)
@@ -362,6 +366,7 @@ def test_the_best_epoch_follows_from_the_history_and_the_monitor():
         {"epoch": 3, "train_loss": 0.7},
         {"epoch": 4, "train_loss": 0.6, "val_loss": 0.45, "val_map": 0.4, "val_f1_weighted": 0.31},
     ]
+
     assert train.best_epoch([], "loss") == (0, 0)
     assert train.best_epoch(history[:3], "loss") == (1, 1)
     assert train.best_epoch(history, "loss") == (4, 0)
@@ -369,6 +374,7 @@ def test_the_best_epoch_follows_from_the_history_and_the_monitor():
     assert train.best_epoch(history, "map") == (2, 1)
     assert train.best_epoch(history, "f1") == (4, 0)
     assert train.best_epoch(history, "f1", 0.1) == (1, 2)
+
     losses = [{"epoch": i, "val_loss": loss} for i, loss in enumerate((math.nan, 3.0, math.nan), 1)]
     assert [train.best_epoch(losses[:i], "loss") for i in (1, 2, 3)] == [(1, 0), (2, 0), (2, 1)]
 
@@ -441,6 +447,7 @@ def test_late_layers_are_those_after_the_first_percents_of_the_weights(real_netw
         for head, classes in (("linear", 3), ("linear", 1000), ("mlp", 80)):
             with torch.device("meta"):
                 network = inference.build_model(backbone, head, classes)
+
             late = train.select_parameters(network, backbone, "late")
             sizes = {key: weight.numel() for key, weight in network.named_parameters()}
             assert {key for key in sizes if key.startswith(f"{name}.")} <= late
@@ -448,6 +455,7 @@ def test_late_layers_are_those_after_the_first_percents_of_the_weights(real_netw
             assert early == list(sizes)[:len(early)]  # they come first
             assert 0.01 < sum(sizes[key] for key in early) / sum(sizes.values()) < 0.07
             frozen.add(tuple(early))
+
         assert len(frozen) == 1  # whatever the head
         if backbone.startswith("resnet"):
             assert {key.split(".")[0] for key in late} == {"layer3", "layer4", "fc"}
@@ -552,8 +560,10 @@ def test_predictions_are_labels_and_pairs_of_label_and_confidence(trained):
         "ID", "parts", "defects", "parts_confidence", "defects_confidence", "avg_part_confidence",
         "avg_defect_confidence", "overall_avg_confidence",
     ]
+
     thresholds = read_json(out / "thresholds.json")
     assert [row["ID"] for row in rows] == [row["ID"] for row in read_rows(out / "test_metadata.csv")]
+
     for row in rows:
         everything = []
         for group, mean in (("parts", "avg_part_confidence"), ("defects", "avg_defect_confidence")):
@@ -793,11 +803,13 @@ def test_weights_from_a_file_are_loaded_where_they_fit(trained, tmp_path):
     assert set(skipped) == {"fc.weight", "fc.bias"}
     assert "another shape" in skipped["fc.bias"]
     assert torch.equal(network.conv1.weight, saved["conv1.weight"])
+
     wrapped = {"state_dict": {"module.conv1.weight": saved["conv1.weight"], "other": torch.ones(1)}}
     torch.save(wrapped, tmp_path / "w.pth")
     taken, skipped, _ = inference.load_weights(network, tmp_path / "w.pth", "resnet18")
     assert taken == ["conv1.weight"]
     assert skipped["other"] == "not in this network"
+
     torch.save({"x": torch.ones(1)}, tmp_path / "w.pth")
     with pytest.raises(InputError, match="no tensor that fits resnet18"):
         inference.load_weights(network, tmp_path / "w.pth", "resnet18")
@@ -917,11 +929,13 @@ def test_a_head_for_other_classes_takes_the_rows_of_the_names_both_know(head, tm
     dropout = inference.HEADS[head]
     classifier = classifier_of(source, "resnet18", head, dropout, old, {}, [0.5] * 3, 32)
     inference.save_model(classifier, tmp_path / "model.pth")
+
     network = inference.build_model("resnet18", head, 4)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     _, skipped, common = inference.load_weights(network, tmp_path / "model.pth", "resnet18", new)
     assert set(skipped) == {f"head row of {name}" for name in "deb"}
     assert common == ["c", "a"]
+
     names = {"linear": ["fc.weight", "fc.bias"], "mlp": ["fc.5.weight", "fc.5.bias"],
              "bn": ["fc.0.weight", "fc.1.weight", "fc.1.running_var"]}[head]
     for name in names:
@@ -940,6 +954,7 @@ def test_no_rows_are_said_to_be_taken_by_name_when_the_heads_differ(demo, tmp_pa
     network = inference.build_model("resnet18", saved, len(classes), [dropout])
     classifier = classifier_of(network, "resnet18", saved, [dropout], classes, {}, [0.5] * len(classes), 32)
     inference.save_model(classifier, tmp_path / "model.pth")
+
     torch.manual_seed(0)
     alone = inference.build_model("resnet18", wanted, len(classes), [dropout])
     fresh = {name: tensor.clone() for name, tensor in alone.state_dict().items()}
@@ -948,6 +963,7 @@ def test_no_rows_are_said_to_be_taken_by_name_when_the_heads_differ(demo, tmp_pa
     for name, tensor in alone.state_dict().items():
         if name in inference._class_tensors(alone, "resnet18"):
             assert torch.equal(tensor, fresh[name]) and name not in taken, name
+
     loud = [option for option in LOUD if option not in ("--weights", "none")]
     train.main(["--data", str(demo), "--out", str(tmp_path / "out"), "--weights", str(tmp_path / "model.pth"), *loud,
                 "--head", wanted, "--dropout", str(dropout), "--epochs", "1"])
@@ -978,9 +994,11 @@ def test_the_head_computes_in_fp32_behind_a_backbone_in_bf16(backbone, head):
     network = inference.build_model(backbone, head, 5)
     with torch.no_grad():
         inference.forward(network.train(), torch.randn(4, 3, 64, 64), torch.float32)  # BatchNorm's statistics
+
     layer = network.eval().get_submodule(inference.BACKBONES[backbone])
     features = []
     layer.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].detach().clone()))
+
     images = torch.randn(2, 3, 64, 64)
     for network_used in (network, inference.share_tensors(network)):
         with torch.no_grad():
@@ -989,6 +1007,7 @@ def test_the_head_computes_in_fp32_behind_a_backbone_in_bf16(backbone, head):
             assert logits.dtype == torch.float32
             assert torch.equal(logits, layer(features[-1].float()))
         assert not torch.equal(logits, logits.bfloat16().float())
+
     rough = logits
     with torch.no_grad():
         exact = inference.forward(network, images, torch.float32)
@@ -1108,6 +1127,7 @@ def test_a_file_that_the_run_reads_is_not_replaced(demo, trained, tmp_path, caps
     names = {"--labels": "train_metadata.csv", "--weights": "model.pth", "--label-groups": "label_groups.json",
              "--data": "test_metadata.csv", "--images": "predictions.png", "link": "last.pth"}
     path = out / names[option]
+
     if option == "--images":
         first = read_rows(out / "train_metadata.csv")[0]["ID"]
         (tmp_path / "labels.csv").write_text(f"image,a\npredictions.png,1\n{first},0\nloss_curve.png,0\n")
@@ -1121,6 +1141,7 @@ def test_a_file_that_the_run_reads_is_not_replaced(demo, trained, tmp_path, caps
         given = ["--weights", tmp_path / "weights.pth"]
     else:
         given = [option, path]
+
     before = files_of(out)
     error = refused(capsys, train.main, "--data", demo, "--out", out, *SMALL, "--size", "64", *given, warns=True)
     named = {"link": tmp_path / "weights.pth", "--images": out / "loss_curve.png"}.get(option, path)
@@ -1183,11 +1204,14 @@ def reference_data(demo, tmp_path_factory):
     components, defects = table.groups.values()
     for name in ("inspection", "txt"):
         (folders[name] / "images").symlink_to(demo / "images")
+
     lists = ["ID,components,defects"]
     lines = []
+
     (folders["coco"] / "labels" / "train").mkdir(parents=True)
     (folders["coco"] / "images").mkdir()
     (folders["coco"] / "images" / "train-resized").symlink_to(demo / "images")
+
     for name, row in zip(table.ids, table.targets.tolist()):
         stem = Path(name).stem
         there = [label for label, value in zip(table.classes, row) if value == 1]
@@ -1197,6 +1221,7 @@ def reference_data(demo, tmp_path_factory):
         lines.append(" ".join([name, *label_cells(row)]))
         indices = [str(c) for c, value in enumerate(row) if value == 1]
         (folders["coco"] / "labels" / "train" / f"{stem}.cls").write_text("\n".join(indices))
+
     (folders["inspection"] / "image_data.csv").write_text("\n".join(lists))
     (folders["txt"] / "labels.txt").write_text("\n".join(lines))
     return folders
@@ -1224,10 +1249,12 @@ def test_two_stage_trains_the_head_and_from_epoch_3_layer4_too(reference_data, t
                "--weights", source]
     run(*options, "--epochs", 2)
     assert "layer4 is never trained: --unfreeze-epoch 3 is beyond --epochs 2" in capsys.readouterr().err
+
     before = {name: tensor for name, tensor in tensors(source).items() if not name.startswith("fc.")}
     after = tensors(tmp_path / "last.pth")
     assert changed_layers(before, {name: after[name] for name in before}) == set()
     assert inference.load_model(tmp_path / "model.pth").members[0].dropout == [0.5, 0.3]
+
     run(*options, "--epochs", 3, "--resume")
     assert changed_layers(after, tensors(tmp_path / "last.pth")) == {"layer4", "fc"}
     history = read_rows(tmp_path / "history.csv")
@@ -1273,6 +1300,7 @@ def test_coco(reference_data, tmp_path):
     report = run(*arguments)
     assert len(report["per_class"]) == 80
     assert [bool(row["val_map"]) for row in read_rows(out / "history.csv")] == [False, True]
+
     thresholds = set(inference.read_checkpoint(out / "model.pth")["thresholds"])
     assert len(thresholds) == 1
     (predictions,) = out.glob("predictions_*.json")
@@ -1280,6 +1308,8 @@ def test_coco(reference_data, tmp_path):
     assert predictions.name == (f"predictions_resnet18_f1-{score:.4f}_epoch-{report['epoch']}_b-16_lr-0.001"
                                 f"_t-{thresholds.pop():.4f}.json")
     assert len(read_json(predictions)) == report["images"]
+
+    # The registry keeps the run with the better F1 on val, whatever that on test is
     (kept,) = registry.iterdir()
     assert "resnet18" in metrics.main([str(kept)])
     scores = read_json(kept / "metrics.json")
@@ -1310,11 +1340,13 @@ def test_a_configuration_has_readable_tokens_and_a_folder_of_its_own(demo, regis
     (first,) = registry.iterdir()
     assert first.name.startswith("resnet18-linear_b-16_lr-0.001_")
     assert {path.name for path in first.iterdir()} == {"model.pth", "config.json", "metrics.json"}
+
     options = ["--data", demo, "--registry", registry, "--epochs", 1]
     run(*options, "--out", tmp_path / "another", "--seed", 3, "-j", 1)
     assert list(registry.iterdir()) == [first]
     run(*options, "--out", tmp_path / "another", "--lr", 0.01, "-b", 8, "--train-layers", "layer4,head")
     run(*options, "--out", tmp_path / "another", "--augment", "none")
+
     names = sorted(path.name for path in registry.iterdir())
     assert len(names) == 3
     (tokens,) = [name for name in names if "lr-0.01" in name]
