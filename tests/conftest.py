@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small images gain nothing from threads
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells ignore for what they start in the background
 
 import dataset  # noqa: E402
 import inference  # noqa: E402

@@ -1,9 +1,7 @@
 """--folds: networks that are each tested on what they were not trained on, and the one model of all of them."""
 
 import csv
-import os
 import shutil
-import signal
 from collections import defaultdict
 
 import numpy as np
@@ -624,7 +622,7 @@ def test_a_fresh_run_removes_the_folds_of_the_one_before(plain, demo, tmp_path, 
         left = [name for name in files_of(out) if not name.startswith("fold_1/")]
         seen.append(sorted(set(left) - {"config.json", "classes.json", "label_groups.json", "train_metadata.csv",
                                         "test_metadata.csv"}))
-        os.kill(os.getpid(), signal.SIGINT)
+        interrupt()
 
     seen = []
     with calls_at({2: look}), pytest.raises(KeyboardInterrupt):

@@ -72,7 +72,7 @@ def calls_at(actions):
 
 
 def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
 
 
 def kill():
@@ -194,7 +194,7 @@ def test_a_run_killed_many_times_ends_as_one_that_never_was(demo, tmp_path):
 def test_a_signal_saves_the_step_in_hand(demo, trained, tmp_path, capfd, number, code, at):
     options = ["--data", str(demo), "--out", str(tmp_path), "--epochs", "2", *SMALL]
     before = signal.getsignal(number)
-    with calls_at({at: lambda: os.kill(os.getpid(), number)}) as steps, pytest.raises(SystemExit) as ended:
+    with calls_at({at: lambda: signal.raise_signal(number)}) as steps, pytest.raises(SystemExit) as ended:
         dataset.run_command(lambda: train.main(options))
     assert len(steps) == at
     assert ended.value.code == code
