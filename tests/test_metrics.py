@@ -38,7 +38,7 @@ def quiet_oracle():
 
 @st.composite
 def problems(draw, unknown=False, min_classes=1):
-    """(targets, scores) with ties, constant columns, empty classes, one row, all positive, all negative."""
+    """Draw targets and scores with ties, constant columns, empty classes, one row, all positive or all negative."""
     shape = (draw(st.integers(1, 12)), draw(st.integers(min_classes, 4)))
     values = [0.0, 1.0, np.nan] if unknown else [0.0, 1.0]
     values = draw(st.sampled_from([values, [1.0], [0.0]]))
@@ -48,7 +48,7 @@ def problems(draw, unknown=False, min_classes=1):
 
 
 def columns(targets, *others):
-    """The known part of each column."""
+    """Yield the known part of each column."""
     for c in range(targets.shape[1]):
         known = ~np.isnan(targets[:, c])
         yield targets[known, c], *(other[known, c] for other in others)
@@ -155,7 +155,7 @@ def test_row_wise_and_pooled_metrics_agree_with_a_loop_over_the_known_labels(pro
 
 
 def best_threshold(truth, score, candidates):
-    """The lowest candidate with the best F1, by trying them."""
+    """Return the lowest candidate with the best F1, by trying them all."""
     best, best_f1 = None, -1.0
     for candidate in candidates:
         predicted = score >= candidate
@@ -165,7 +165,7 @@ def best_threshold(truth, score, candidates):
     return best
 
 
-@settings(max_examples=100, deadline=None)
+@CASES
 @given(problems(unknown=True), st.sampled_from([0.4, 0.8, 1.0]))
 def test_thresholds_are_those_of_brute_force(problem, most):
     targets, scores = problem
@@ -179,7 +179,7 @@ def test_thresholds_are_those_of_brute_force(problem, most):
         np.testing.assert_array_equal(metrics.find_thresholds(targets, scores, method, most), expected)
 
 
-@settings(max_examples=100, deadline=None)
+@CASES
 @given(problems(unknown=True))
 def test_the_global_threshold_has_the_best_weighted_f1(problem):
     targets, scores = problem
@@ -292,7 +292,7 @@ def test_report_refuses_a_class_that_is_there_twice():
 
 
 def interval_by_loops(value, without, transform):
-    """The 95 % jackknife interval of a value, from its values without each row, on a transformed scale."""
+    """Return the 95 % jackknife interval of a value, from its values without each row, on a transformed scale."""
     count = len(without)
     moves = [one - sum(without) / count for one in without]
     squares = sum(move**2 for move in moves)
@@ -438,7 +438,7 @@ def test_student_t_is_that_of_scipy_and_wider_between_its_steps():
     assert (ours < exact * 1.03)[freedom > 2].all()
 
 
-@settings(max_examples=100, deadline=None)
+@CASES
 @given(problems(), st.sampled_from(["pr_curve", "global", "grid"]))
 def test_thresholds_between_probabilities_decide_the_same_and_lie_on_none(problem, method):
     targets, scores = problem
@@ -524,7 +524,7 @@ def test_docstring_examples_run():
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Write the folder of a finished run: make_run(name, options, scores) -> its path."""
+    """Write the folder of a finished run, and return its path: make_run(name, options, scores)."""
 
     def make(name, options, scores):
         folder = tmp_path / name
@@ -551,7 +551,7 @@ def order(text):
 
 
 def cells(text):
-    """The cells of a results table: {title: column}."""
+    """Return the cells of a results table as {title: column}."""
     titles, *lines = (line.split() for line in text.splitlines())
     return dict(zip(titles, zip(*lines)))
 
@@ -662,7 +662,7 @@ def test_results_table_needs_no_torch_and_fails_in_one_line(runs):
 
 
 def example(rows=60, classes=4, seed=0):
-    """Targets with NA and a class without a positive, and overconfident probabilities that know something of them."""
+    """Return targets with NA and a class without a positive, and probabilities that are overconfident but of use."""
     rng = np.random.default_rng(seed)
     targets = (rng.random((rows, classes)) < [0.5, 0.2, 0.1, 0.0][:classes]).astype(float)
     probabilities = 1 / (1 + np.exp(-(3 * targets + rng.normal(0, 2, targets.shape))))
@@ -671,7 +671,7 @@ def example(rows=60, classes=4, seed=0):
 
 
 def soft_threshold_by_loops(targets, probabilities):
-    """The definition in find_thresholds() for one class, written out."""
+    """Return the soft threshold of one class by the definition in find_thresholds(), written out."""
     known = [(t, math.log(p / (1 - p))) for t, p in zip(targets, probabilities) if t == t]
     positives = sum(t for t, _ in known)
     best = (-1, None)
@@ -744,7 +744,7 @@ def test_a_calibration_has_the_lowest_penalised_log_loss():
 
 @st.composite
 def calibrations(draw):
-    """Targets with NA and logits that may be extreme, tied, tiny, or all wrong: few of them, so that one minimum is."""
+    """Draw a few targets with NA, and logits that may be extreme, tied, tiny or all wrong."""
     shape = (draw(st.integers(1, 12)), draw(st.integers(1, 4)))
     known = st.sampled_from(draw(st.sampled_from([[0.0, 1.0, np.nan], [0.0, 1.0], [1.0], [0.0]])))
     targets = draw(arrays(np.float64, shape, elements=known))
@@ -753,7 +753,7 @@ def calibrations(draw):
     return targets, draw(arrays(np.float64, shape, elements=draw(st.sampled_from(logits))))
 
 
-@settings(max_examples=100, deadline=None)
+@CASES
 @given(calibrations())
 @always_with((np.array([[0.0, 1.0], [0.0, 1.0]]), np.array([[12.0, -11.0], [9.0, -14.0]])))
 def test_a_calibration_is_at_the_minimum_that_scipy_finds(problem):
@@ -787,7 +787,7 @@ def test_a_calibration_ignores_unknown_labels_and_survives_certain_ones():
 
 @CASES
 @given(problems(unknown=True))
-def test_honesty_agrees_with_scikit_learn_on_the_known_labels(problem):
+def test_brier_score_and_log_loss_agree_with_scikit_learn_on_the_known_labels(problem):
     targets, scores = problem
     probabilities = np.clip(scores, 0, 1)
     known = ~np.isnan(targets)
@@ -818,7 +818,7 @@ def test_a_reliability_curve_counts_every_known_label_once():
     assert (share * counts)[there].sum() == pytest.approx(np.nansum(targets))
 
 
-def test_scores_that_are_no_probabilities_have_no_honesty():
+def test_scores_that_are_no_probabilities_have_no_brier_score():
     report = metrics.report([[1], [0]], [[2.0], [-1.0]], 0.5, ["a"], intervals=True)
     assert math.isnan(report["ece"]) and math.isnan(report["brier"]) and math.isnan(report["log_loss"])
     assert "brier" not in report["intervals"]

@@ -478,7 +478,7 @@ def test_fewer_epochs_than_are_trained_end_the_run_as_it_is(options, tmp_path, c
 
 
 def saved_run(options, out, losses, monitor):
-    """A finished run of three epochs whose losses on val were these, with an epoch kept by the monitor."""
+    """Train for three epochs with these losses on val; the monitor decides which epoch is kept."""
 
     def evaluate(run, split, **more):
         table, probabilities, report = evaluate_split(run, split, **more)
@@ -697,7 +697,7 @@ def test_code_in_a_checkpoint_is_not_run(trained, demo, tmp_path):
 
 
 def damaged(change):
-    """A model.pth of the trained run, changed."""
+    """Return a function that writes a changed model.pth of the trained run."""
 
     def write(trained, path):
         content = inference.read_checkpoint(trained[0] / "model.pth")

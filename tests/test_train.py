@@ -80,7 +80,7 @@ LABELS = st.sampled_from([0.0, 1.0, np.nan])
 
 
 def element_loss(name, x, y, weight):
-    """The loss of one logit x with the known label y, from the formula, by math alone."""
+    """Return the loss of one logit x with the known label y, by the formula."""
     p = 1 / (1 + math.exp(-x))
     if name == "bce":
         return -(weight * y * math.log(p) + (1 - y) * math.log1p(-p))
@@ -120,7 +120,7 @@ class Outputs(torch.nn.Module):
 
 
 def step_run(network, pos_weight, loss="bce", sam=0.0, trained=0):
-    """A run for train_step(): of 4 epochs, of which some are trained, with a learning rate of 1."""
+    """Return what train_step() needs of a run: 4 epochs, of which some are trained, and a learning rate of 1."""
     return SimpleNamespace(
         options=SimpleNamespace(loss=loss, sam=sam, epochs=4), state=SimpleNamespace(epoch=trained), model=network,
         classifier=SimpleNamespace(precision=torch.float32), pos_weight=torch.tensor(pos_weight),
@@ -816,7 +816,7 @@ def test_weights_from_a_file_are_loaded_where_they_fit(trained, tmp_path):
 
 
 def behind(prefix, state):
-    """A state_dict whose names have a prefix."""
+    """Return a state_dict with a prefix before all names."""
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
@@ -1198,7 +1198,7 @@ def test_explicit_options_win_over_those_of_a_preset_and_of_the_demo():
 
 @pytest.fixture(scope="module")
 def reference_data(demo, tmp_path_factory):
-    """The demo data in the form of each reference: {preset: folder}."""
+    """Return {name: folder} of the demo data in the forms that the presets were made for."""
     table = dataset.read_labels(demo)
     folders = {name: tmp_path_factory.mktemp(name) for name in ("inspection", "txt", "coco")}
     components, defects = table.groups.values()
@@ -1327,7 +1327,7 @@ def test_coco(reference_data, tmp_path):
 
 @pytest.fixture(scope="module")
 def registered(demo, tmp_path_factory):
-    """A registry that holds one run."""
+    """Return a registry that holds one run."""
     out = tmp_path_factory.mktemp("run")
     registry = tmp_path_factory.mktemp("registry")
     run("--data", demo, "--out", out, "--epochs", 1, "--registry", registry)
