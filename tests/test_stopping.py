@@ -196,17 +196,16 @@ def test_a_signal_saves_the_step_in_hand(demo, trained, tmp_path, capfd, number,
     before = signal.getsignal(number)
     with calls_at({at: lambda: signal.raise_signal(number)}) as steps, pytest.raises(SystemExit) as ended:
         dataset.run_command(lambda: train.main(options))
+
     assert len(steps) == at
     assert ended.value.code == code
     assert signal.getsignal(number) is before
-
     errors = capfd.readouterr().err
     count = saved_state(tmp_path)["images"]
     place = f"{count} images of epoch 1" if at == 2 else "epoch 1"
     assert (0 < count < 60) == (at == 2)
     assert "stopping after this step, to save" in errors
     assert f"stopped after {place}: the same command with --resume goes on from here" in errors
-
     assert train.main([*options, "--resume"]) == trained[1]
     assert same_tensors(tensors(tmp_path / "model.pth"), tensors(trained[0] / "model.pth"))
     assert history(tmp_path) == history(trained[0])
