@@ -16,6 +16,11 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small images gain nothing from threads
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells ignore for what they start in the background
 
+import numpy as np  # noqa: E402
+import PIL.ImageFile  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
 import dataset  # noqa: E402
 import inference  # noqa: E402
 import train  # noqa: E402
@@ -101,7 +106,10 @@ def classifier_of(network, backbone, head, dropout, classes, groups, thresholds,
 
 
 def use_small_networks(setattr=setattr):
-    """Replace torchvision's ResNets by networks with the same names of layers and a thousandth of the work."""
+    """Replace torchvision's ResNets by networks with the same names of layers and a thousandth of the work.
+
+    The imports are here because other processes and a notebook run this function too.
+    """
     from torch import nn
     from torchvision.models import resnet
 
@@ -151,7 +159,6 @@ def real_networks(monkeypatch, small_networks):
 @pytest.fixture
 def imagenet_weights(tmp_path, monkeypatch):
     """Return the state_dict of a ResNet18, put where torchvision keeps what it has downloaded."""
-    import torch
     from torchvision import models
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -182,8 +189,6 @@ def known_rows(table):
 
 def draw_images(folder, names):
     """Write a small image under each name below `folder`, no two alike, in the format of its suffix."""
-    from PIL import Image
-
     for number, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,8 +198,6 @@ def draw_images(folder, names):
 @pytest.fixture
 def make_data(tmp_path):
     """Write a data folder and return its path: make_data(text, images=("a.jpg", ...), name="labels.txt")."""
-    from PIL import Image
-
     def make(text, images=("a.jpg", "b.jpg", "c.jpg"), name="labels.txt"):
         (tmp_path / "images").mkdir(exist_ok=True)
         for i, image in enumerate(images):
@@ -228,13 +231,9 @@ def few_images(make_rows):
 def large_images(tmp_path, monkeypatch):
     """Draw a sheet of four large images: large_images("jpg", draw).
 
-    `draw` turns a LabelTable into a sheet. Returns the sheet, the sizes that images were decoded in, and how many
-    large ones were in memory at once.
+    `draw` turns a LabelTable into a sheet. Return the sizes that images were decoded in, and how many large ones were
+    in memory at once.
     """
-    import numpy as np
-    import PIL.ImageFile
-    from PIL import Image
-
     load = PIL.ImageFile.ImageFile.load
     decoded, alive = [], []
 
@@ -253,7 +252,7 @@ def large_images(tmp_path, monkeypatch):
             patch.setattr(PIL.ImageFile.ImageFile, "load", watched)
             sheet = draw(table)
 
-        # All four are on the sheet: each has a red of its own.
+        # All four are on the sheet: each has a red of its own
         pixels = {sheet.getpixel((x, y)) for x in range(0, sheet.width, 20) for y in range(0, sheet.height, 20)}
         assert len([pixel for pixel in pixels if abs(pixel[1] - 90) < 4 and abs(pixel[2] - 120) < 4]) == 4
         return decoded, max(alive)
@@ -264,9 +263,6 @@ def large_images(tmp_path, monkeypatch):
 @pytest.fixture
 def odd_folder(tmp_path):
     """Return a data folder with good images, bad ones and vanished.jpg, and the names of the bad ones."""
-    import numpy as np
-    from PIL import Image
-
     folder = tmp_path / "odd"
     (folder / "images").mkdir(parents=True)
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
@@ -336,8 +332,6 @@ def odd_demo(demo, tmp_path_factory):
 
 def write_odd_images(table, folders):
     """Write the images of a table into each folder, some of them as ODD_PARTS says; return their names."""
-    from PIL import Image
-
     names = []
     for number, path in enumerate(table.paths):
         image = Image.open(path)
@@ -371,8 +365,6 @@ CHARTS = ((train, "loss_curves"), (inference, "pr_curves"), (inference, "mistake
 @pytest.fixture
 def blank_pictures(monkeypatch):
     """Let runs draw no charts, which take half of the time of a small run."""
-    from PIL import Image
-
     for module, name in CHARTS:
         monkeypatch.setattr(module, name, lambda *_: Image.new("RGB", (1, 1)))
 
