@@ -198,6 +198,7 @@ def draw_images(folder, names):
 @pytest.fixture
 def make_data(tmp_path):
     """Write a data folder and return its path: make_data(text, images=("a.jpg", ...), name="labels.txt")."""
+
     def make(text, images=("a.jpg", "b.jpg", "c.jpg"), name="labels.txt"):
         (tmp_path / "images").mkdir(exist_ok=True)
         for i, image in enumerate(images):
