@@ -1,16 +1,16 @@
-"""Measurements beside a stated reference, in one run, alternating: ratios hold on a noisy machine, seconds do not.
+"""Measure the program beside a reference, in turn and in one run: ratios hold on a noisy machine, seconds do not.
 
     python tests/bench.py metrics            # metrics.py beside scikit-learn, on the size of COCO's validation set
     python tests/bench.py intervals [REPLICATIONS [CLASSES [MIN_POSITIVES]]]   # how often they cover the truth
     python tests/bench.py baseline           # a linear classifier on the pixels of the demo data
     python tests/bench.py train DATA         # images/s beside a plain loop, and beside the compute ceiling
     python tests/bench.py learn [DATA [WEIGHTS [SEEDS]]]   # time to the plain loop's best val mAP
-    python tests/bench.py recipe PHOTOS SMALL WEIGHTS [VARIANT...]  # recipes at equal minutes, hours of them
+    python tests/bench.py recipe PHOTOS SMALL WEIGHTS [VARIANT...]  # recipes at equal minutes; takes hours
     python tests/bench.py infer MODEL DIR    # inference.py beside the bare imports, and beside a plain loop
     python tests/bench.py labels             # read_labels beside pandas (pip install pandas)
     python tests/bench.py cache              # peak memory with and without a cache of 2 GiB
-    python tests/bench.py thresholds RUN...  # methods of thresholds, and calibration, on what runs of train.py held out
-    python tests/bench.py pointing MODEL     # how often the heatmaps of the demo's defects are highest on the defect
+    python tests/bench.py thresholds RUN...  # threshold methods and calibration, on the val and test splits of runs
+    python tests/bench.py pointing MODEL     # how often the heatmap of a demo defect is highest on the defect
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ import metrics  # noqa: E402
 
 
 def alternate(ours, theirs, runs=5):
-    """Run the two in turn, after one call of ours -> (median seconds of ours, of theirs, median of theirs / ours)."""
-    ours()
+    """Run two functions in turn; return the median seconds of ours and of theirs, and the median of theirs / ours."""
+    ours()  # imports and caches are warm from here on
     pairs = []
     for _ in range(runs):
         pair = []
@@ -51,7 +51,7 @@ def alternate(ours, theirs, runs=5):
 
 
 def peak_memory(function):
-    """The most bytes allocated at once while the function ran."""
+    """Return the most bytes that were allocated at once while the function ran."""
     tracemalloc.start()
     function()
     peak = tracemalloc.get_traced_memory()[1]
@@ -60,7 +60,7 @@ def peak_memory(function):
 
 
 def problem(rows, classes, unknown, seed=0):
-    """Targets with rare and frequent classes, and scores that know something of them."""
+    """Return targets with rare and frequent classes, and scores that are better than chance."""
     rng = np.random.default_rng(seed)
     targets = (rng.random((rows, classes), dtype=np.float32) < rng.uniform(0.002, 0.1, classes)).astype(np.float32)
     scores = (0.6 * rng.random((rows, classes), dtype=np.float32) + 0.4 * targets * rng.random(classes, np.float32))
@@ -70,13 +70,13 @@ def problem(rows, classes, unknown, seed=0):
 
 
 def by_column(function, targets, values):
-    """scikit-learn on the known labels of each column."""
+    """Call a function of scikit-learn on the known labels of each column."""
     known = ~np.isnan(targets)
     return [function(targets[known[:, c], c], values[known[:, c], c]) for c in range(targets.shape[1])]
 
 
 def references(targets, scores, predictions):
-    """What scikit-learn offers: on the whole arrays without NaN, else column by column."""
+    """Return the same four measurements with scikit-learn: on whole arrays, or column by column where there are NaN."""
     import sklearn.metrics as sk
 
     def best(truth, score):
@@ -107,7 +107,7 @@ def references(targets, scores, predictions):
 
 
 def bench_metrics():
-    """metrics.py beside scikit-learn, then a large case alone."""
+    """Time metrics.py beside scikit-learn on the size of COCO's validation set, and then alone on a larger one."""
     warnings.simplefilter("ignore")
     for unknown in (0, 0.1):
         targets, scores = problem(40_504, 80, unknown)
@@ -130,7 +130,8 @@ def bench_metrics():
             seconds, reference, ratio = alternate(mine, other, runs=1 if name.startswith("grid") else 5)
             extra = peak_memory(mine) / scores.nbytes
             print(f"{name:28} {seconds:8.3f} {reference:10.3f} {ratio:6.1f}x  {extra:.2f} x the scores", flush=True)
-    targets, scores = problem(500_000, 200, 0.1)
+
+    targets, scores = problem(500_000, 200, 0.1)  # scikit-learn takes minutes here
     print("\n500,000 x 200, 10% NA        seconds  extra memory")
     for name, function in (
         ("report", lambda: metrics.report(targets, scores, 0.5, [str(c) for c in range(200)])),
@@ -232,8 +233,10 @@ def bench_intervals(replications=500, classes=20, least=metrics.MIN_POSITIVES):
 
 
 def bench_baseline(data="data/demo"):
-    """A linear classifier on the pixels of the demo data, on the splits and thresholds of train.py: what a demo that
-    is too easy would give away."""
+    """Fit a linear classifier to the pixels of the demo data, with the splits and thresholds of train.py.
+
+    Were the demo too easy, this classifier would be good at it.
+    """
     import torch
     from sklearn.linear_model import LogisticRegression
 
@@ -260,7 +263,10 @@ def bench_baseline(data="data/demo"):
 
 
 def plain_loop(table, size=224, batch_size=16):
-    """What people write: Pillow, torchvision's transforms, a DataLoader, fp32 -> a function that trains one epoch."""
+    """Return a function that trains one epoch as people write it, and its transforms for single images.
+
+    That is Pillow, torchvision's transforms, a DataLoader and fp32.
+    """
     import torch
     import torchvision
     from PIL import Image
@@ -296,7 +302,7 @@ def plain_loop(table, size=224, batch_size=16):
 
 
 def describe_machine():
-    """What the figures were measured on."""
+    """Print what the figures are measured on."""
     import torch
 
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -308,7 +314,7 @@ def describe_machine():
 
 
 def ceiling(run, precision, layout):
-    """The same network, loss and optimiser on tensors already in memory -> a function for `steps` steps."""
+    """Return a function for a number of training steps: same network, loss and optimiser, on tensors in memory."""
     import copy
 
     import torch
@@ -320,6 +326,7 @@ def ceiling(run, precision, layout):
     options = run.options
     images = torch.randn(options.batch_size, 3, options.size, options.size).contiguous(memory_format=layout)
     targets = torch.randint(0, 2, (options.batch_size, len(run.classifier.classes))).float()
+
     def steps(count):
         for _ in range(count):
             with torch.autocast("cpu", precision, enabled=precision != torch.float32):
@@ -333,8 +340,10 @@ def ceiling(run, precision, layout):
 
 
 def ceilings(run):
-    """{name: (function for a number of steps, seconds of a step)} of {fp32, bf16} x {contiguous, channels_last}; a
-    precision that is many times slower is measured by one step."""
+    """Return {name: (function for a number of steps, seconds of a step)} of {fp32, bf16} x {contiguous, channels_last}.
+
+    The best of four steps counts. What is three times slower than the best so far is measured by one step.
+    """
     import torch
 
     found = {}
@@ -350,7 +359,7 @@ def ceilings(run):
 
 
 def start_run(*options):
-    """A Run that is ready to train, and a function that trains one epoch of it."""
+    """Return a Run that is ready to train, and a function that trains one epoch of it."""
     import train
 
     class Silent:
@@ -369,14 +378,17 @@ def start_run(*options):
 
 
 def seconds(function):
-    """How long a call takes."""
+    """Return how long a call takes."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def bench_train(data, *options):
-    """Images per second of an epoch: ours, a plain loop's, and the ceiling's. More options are train.py's."""
+    """Print the images per second of an epoch of ours, of a plain loop and of the ceiling, which reads no images.
+
+    Further options are those of train.py.
+    """
     import train
 
     describe_machine()
@@ -390,18 +402,21 @@ def bench_train(data, *options):
     chosen = f"{str(run.classifier.precision)[6:]} channels_last"
     print("a step on tensors in memory, images/s: "
           + ", ".join(f"{name} {batch / tops[name][1]:.1f}" for name in fastest))
+
     cold = count / seconds(ours)
     layers = start_run(*options, "--train-layers", "layer4,head")[1]
     layers()  # its cache is warm too
     work = {"ours": (ours, count), "plain loop": (plain, count), "layer4 and head only": (layers, count)}
     for name in dict.fromkeys([*fastest[:2], chosen]):  # what can be the ceiling, and what was chosen
         work[name] = (lambda steps=tops[name][0]: steps(6), 6 * batch)
+
     rates = {name: [] for name in work}
     for _ in range(3):
         for name, (function, images) in work.items():
             rates[name].append(images / seconds(function))
     median = {name: statistics.median(values) for name, values in rates.items()}
     top = max(fastest[:2], key=median.get)
+
     print(f"{count} images, {run.options.size} px, batch {batch}, {train.precision_name(run.classifier.precision)}")
     print(f"{'images/s':32} {'median':>7}  ours / it")
     for name, value in median.items():
@@ -412,7 +427,7 @@ def bench_train(data, *options):
 
 
 def scores_until(goal, run, epoch, network, precision, epochs):
-    """Train a network epoch by epoch until its mAP on val is at the goal -> [(mAP, seconds of training), ...]."""
+    """Train a network until its mAP on val reaches the goal; return (mAP, seconds of training) after each epoch."""
     import torch
 
     import inference
@@ -428,8 +443,10 @@ def scores_until(goal, run, epoch, network, precision, epochs):
 
 
 def bench_learn(data="data/demo", weights="none", seeds="3"):
-    """Training time (validation not counted) of the default recipe until it is at the best val mAP that the plain loop
-    has in 10 epochs, beside what the plain loop took, both from scratch or from the same weights."""
+    """Print how long the default recipe trains until it reaches the best val mAP that a plain loop has in 10 epochs.
+
+    Validation is not counted. Both start from scratch, or from the same weights.
+    """
     import torch
 
     import inference
@@ -450,7 +467,7 @@ def bench_learn(data="data/demo", weights="none", seeds="3"):
               f"ours: there after {there:.0f} s and {len(rows)} epochs, ratio {there / when:.2f}", flush=True)
 
 
-# What `recipe` compares at equal minutes: what each changes of the default, or "NAME=OPTIONS" on the command line.
+# What `recipe` compares: the options in which each differs from the default. More: "NAME=OPTIONS" on the command line.
 VARIANTS = {
     "former default": "--lr 3e-4 --augment light --train-layers all --monitor map --patience 10 --sam 0",
     "default": "",
@@ -473,8 +490,10 @@ VARIANTS = {
 
 
 def recipe_tasks(photographs, small, weights):
-    """Where variants are compared -> {name: options of train.py}, which win over those of a variant: the folds keep
-    their last epoch, and the demo its augmentation."""
+    """Return {name: options of train.py} of the tasks on which variants are compared.
+
+    They win over the options of a variant: folds keep their last epoch, and the demo its augmentation.
+    """
     tasks = {}
     for start, size in ((weights, "128"), ("none", "96")):
         origin = "from scratch" if start == "none" else "pretrained"
@@ -489,9 +508,11 @@ def recipe_tasks(photographs, small, weights):
 
 
 def bench_recipe(photographs, small, weights, *variants, seeds=3):
-    """Variants of the recipe at equal minutes, those of the first's --epochs: test mAP and F1-macro, mean and standard
-    deviation over seeds, on 10, 20 and 40 % of a folder of photographs (the rest is the test), on a small folder in
-    five folds, and on the demo, each with weights and from scratch."""
+    """Print test mAP and F1-macro of variants of the recipe, mean and standard deviation over seeds.
+
+    All get as many minutes as the first one takes for its --epochs. The tasks are 10, 20 and 40 % of a folder of
+    photographs (the rest is mostly test), a small folder in five folds, and the demo, each with weights and without.
+    """
     import train
 
     describe_machine()
@@ -507,15 +528,18 @@ def bench_recipe(photographs, small, weights, *variants, seeds=3):
             if parsed in seen:
                 continue
             seen.append(parsed)
+
+            # Epochs for the same minutes. --sam makes those of the second half longer.
             run, epoch = start_run(*command, "--unfreeze-epoch", "1")  # what most epochs cost
             epoch()  # fills the cache
-            halves = []  # --sam makes the second one longer
+            halves = []
             for done in (0, 0, parsed.epochs - 1, parsed.epochs - 1):
                 run.state.epoch = done
                 halves.append(seconds(epoch))
             own = (min(halves[:2]) + min(halves[2:])) / 2
             budget = budget or parsed.epochs * own
             epochs = str(max(1, round(budget / own)))
+
             rows = []
             for seed in range(seeds):
                 out = tempfile.mkdtemp()
@@ -533,7 +557,7 @@ def bench_recipe(photographs, small, weights, *variants, seeds=3):
 
 
 def bench_infer(model, folder):
-    """Whole processes: one image beside the bare imports; a folder beside a plain loop over its images."""
+    """Time inference.py on one image beside the bare imports, and predict() on a folder beside a plain loop."""
     describe_machine()
     image = str(next(path for path in sorted(Path(folder).iterdir()) if path.suffix == ".jpg"))
     call = [sys.executable, str(ROOT / "inference.py"), "--model", model]
@@ -541,6 +565,7 @@ def bench_infer(model, folder):
     bare = lambda: run(sys.executable, "-c", "import torch, torchvision")  # noqa: E731
     mine, other, ratio = alternate(lambda: run(*call, image), bare)
     print(f"one image, whole process: {mine:.2f} s; import torch, torchvision: {other:.2f} s; ratio {1 / ratio:.2f}")
+
     import torch
     from PIL import Image
 
@@ -563,8 +588,10 @@ def bench_infer(model, folder):
 
 
 def bench_labels(rows=200_000, classes=80):
-    """read_labels() of a large labels.txt beside pandas.read_csv and a scan of the folder, with plain names, and with
-    absolute paths of another machine."""
+    """Time read_labels() of a large labels.txt beside pandas.read_csv() and a scan of the folder.
+
+    The file has plain names, and then absolute paths of another machine.
+    """
     import pandas
 
     import dataset
@@ -590,7 +617,7 @@ def bench_labels(rows=200_000, classes=80):
 
 
 def bench_cache(gigabytes=None):
-    """Peak memory of reading 100,000 images of 256 px at 224, each setting in a process of its own."""
+    """Print the peak memory of reading 100,000 images of 256 px at 224, each setting in a process of its own."""
     if gigabytes is None:
         peaks = {}
         for setting in ("0", "2"):
@@ -599,6 +626,7 @@ def bench_cache(gigabytes=None):
             print(f"--cache {setting}: peak memory {peaks[setting] / 2**20:.2f} GiB", flush=True)
         print(f"difference {(peaks['2'] - peaks['0']) / 2**20:.2f} GiB")
         return
+
     from PIL import Image
 
     import dataset
@@ -618,8 +646,10 @@ def bench_cache(gigabytes=None):
 
 
 def bench_pointing(model, data="data/demo", seed=0):
-    """How often the heatmap of a defect that is rightly found is highest inside the box that the demo drew it in,
-    beside the share of the image that the boxes cover: what chance would give."""
+    """Print how often the heatmap of a defect that was rightly found is highest inside the box of the defect.
+
+    Chance would give the share of the image that the boxes cover, which is beside it.
+    """
     import dataset
     import inference
 
@@ -638,6 +668,7 @@ def bench_pointing(model, data="data/demo", seed=0):
                 found.append(name)
                 hits.append(left <= x <= right and top <= y <= bottom)
                 chance.append((right - left) * (bottom - top) / dataset.DEMO_SIZE**2)
+
     for name in dict.fromkeys(["all defects", *found]):
         rows = [i for i, other in enumerate(found) if name in (other, "all defects")]
         print(f"{name:12} {len(rows):4} found, {np.mean([hits[i] for i in rows]):.1%} pointed at, "
@@ -645,8 +676,8 @@ def bench_pointing(model, data="data/demo", seed=0):
 
 
 def held_out(folder):
-    """What a run held out -> (targets, probabilities without any calibration, the same without pos_weight's share,
-    which rows are of val)."""
+    """Return what a run did not train on: targets, plain probabilities, those without the bias of pos_weight, and which
+    rows are of val."""
     import torch
 
     import dataset
@@ -659,11 +690,13 @@ def held_out(folder):
     for part in dataset.PARTS:
         how = {"labels": f"{folder}/{part}_metadata.csv", "images": options["images"]}
         tables[part] = dataset.read_labels(options["data"], **how)
+
     weight = train.compute_pos_weight(tables["train"].targets, options["pos_weight"], options["pos_weight_clip"])
     logits = []
     for part in ("val", "test"):
         images = dataset.ImageDataset(tables[part], classifier.size)
         logits.append(inference.compute_logits(classifier, images, torch.float32)[0].double().numpy())
+
     targets = np.concatenate([tables["val"].targets, tables["test"].targets])
     logits = np.concatenate(logits)
     of_val = np.arange(len(targets)) < len(tables["val"])
@@ -671,14 +704,17 @@ def held_out(folder):
 
 
 def calibrated(targets, probabilities, val):
-    """Probabilities that are calibrated on some rows."""
+    """Return the probabilities, calibrated on the rows `val`."""
     return metrics.calibrate(probabilities, *metrics.fit_calibration(targets[val], probabilities[val]))
 
 
 def bench_thresholds(*folders):
-    """Test F1-macro of each method over 200 divisions of what runs held out (runs NAME0, NAME1, ... are
-    averaged), then ECE, Brier score and log loss on their own test split, before and after."""
-    table, honesty = {}, {}
+    """Print test F1-macro of each threshold method, and what calibration does to ECE, Brier score and log loss.
+
+    F1 is the mean over 200 random divisions of the held-out images. The runs NAME0, NAME1 and so on are averaged.
+    """
+    table, calibration = {}, {}
+
     for folder in folders:
         name = Path(folder).name.rstrip("0123456789")
         targets, plain, undone, of_val = held_out(folder)
@@ -696,18 +732,16 @@ def bench_thresholds(*folders):
                     table.setdefault(f"{name} {share:.0%} val", {}).setdefault(method, []).append(f1)
         for kind, p in (("before", plain), ("after", calibrated(targets, undone, of_val))):
             report = metrics.report(targets[~of_val], p[~of_val], 0.5, list(map(str, range(targets.shape[1]))))
-            honesty.setdefault((name, kind), []).append([report[key] for key in ("ece", "brier", "log_loss")])
+            calibration.setdefault((name, kind), []).append([report[key] for key in ("ece", "brier", "log_loss")])
     print(f"{'test F1-macro':20} {'0.5':>8} {'pr_curve':>8} {'grid':>8} {'soft':>8}")
     for name, row in table.items():
         print(f"{name:20} " + " ".join(f"{np.mean(values):8.3f}" for values in row.values()))
     print(f"\n{'on test':20} {'ece':>8} {'brier':>8} {'log loss':>8}")
-    for (name, kind), values in honesty.items():
+    for (name, kind), values in calibration.items():
         print(f"{name + ', ' + kind:20} " + " ".join(f"{value:8.3f}" for value in np.mean(values, axis=0)))
 
 
-BENCHES = {"metrics": bench_metrics, "intervals": bench_intervals, "baseline": bench_baseline, "train": bench_train,
-           "learn": bench_learn, "recipe": bench_recipe, "infer": bench_infer, "labels": bench_labels,
-           "cache": bench_cache, "thresholds": bench_thresholds, "pointing": bench_pointing}
+BENCHES = {name.removeprefix("bench_"): value for name, value in list(globals().items()) if name.startswith("bench_")}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHES:

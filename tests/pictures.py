@@ -21,6 +21,7 @@ def main(out):
     """Draw the pictures of the run in the folder `out`."""
     classifier = inference.load_model(out / "model.pth")
     table = dataset.read_labels(classifier.options["data"], out / "test_metadata.csv")
+
     probabilities = inference.predict(classifier, table.paths)
 
     # The heatmap shows an image whose labels are all right: about three of them, the rare one included.

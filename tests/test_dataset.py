@@ -1,7 +1,6 @@
 """Label files, splits, images, augmentation, the demo data, and how files are written."""
 
 import errno
-import gc
 import io
 import json
 import math
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 
 import dataset
-from conftest import ODD_PARTS, as_command, draw_images, encoded, known_rows
+from conftest import ODD_PARTS, as_command, draw_images, encoded, files_of, known_rows, refused
 from dataset import ImageError, InputError
 
 NAN = math.nan
@@ -30,13 +29,12 @@ TARGETS = [[1, NAN, 0], [0, 1, NAN], [NAN, NAN, 1]]
 
 
 def command(capsys, *arguments):
-    """Run dataset.py as a command -> (exit code, stdout, stderr)."""
+    """Run dataset.py as a command, and return its exit code, stdout and stderr."""
     return as_command(capsys, dataset.main, *arguments)
 
 
-def check_table(
-    table, targets=TARGETS, classes=("Attr1", "Attr2", "Attr3"), ids=("a.jpg", "b.jpg", "c.jpg")
-):
+def check_table(table, targets=TARGETS, classes=("Attr1", "Attr2", "Attr3"), ids=("a.jpg", "b.jpg", "c.jpg")):
+    """Check all of a LabelTable."""
     np.testing.assert_array_equal(table.targets, np.array(targets, np.float32))
     assert table.targets.dtype == np.float32
     assert table.classes == list(classes)
@@ -44,7 +42,7 @@ def check_table(
 
 
 def told(table):
-    """Everything that a table says about how it was read, as one text."""
+    """Return everything that a table says about how it was read, as one text."""
     return "\n".join(table.notes + table.warnings)
 
 
@@ -80,7 +78,6 @@ def test_file_names_with_blanks_and_unicode(make_data):
     check_table(table, [[1, 0], [0, 1], [NAN, 1]], ["Attr1", "Attr2"], names)
 
 
-# Q12
 @pytest.mark.parametrize("name", [
     "deep/a 1.jpg", "a 1.jpg", "deep/a 1", "a 1", "images/deep/a 1.jpg", "./deep/a 1.jpg", "deep\\a 1.jpg",
     "a 1.JPG", ".\\images\\deep\\a 1.Jpg", "deep/../deep/a 1.jpg",
@@ -92,7 +89,6 @@ def test_an_image_is_found_however_it_is_named(make_data, name):
     assert table.paths == [f"{data}/images/deep/a 1.jpg", f"{data}/images/b.JPG"]
 
 
-# Q12
 def test_paths_from_the_working_directory_and_absolute_ones_are_found(make_data, monkeypatch, tmp_path):
     data = make_data("", name="labels.txt")
     link = tmp_path / "link"
@@ -106,7 +102,6 @@ def test_paths_from_the_working_directory_and_absolute_ones_are_found(make_data,
         assert [os.path.basename(path) for path in table.paths] == ["a.jpg", "b.jpg", "c.jpg"]
 
 
-# Q12
 @pytest.mark.parametrize("name", ["a.jpg", "a"])
 def test_two_images_that_fit_are_an_error_that_names_both(make_data, name):
     data = make_data(f"{name} 1\nb.jpg 0\n", ("x/a.jpg", "y/a.jpg", "b.jpg"))
@@ -122,7 +117,7 @@ def test_missing_images_are_dropped_and_named(make_data):
     assert "4 rows, 3 images, 1 missing" in text and "missing: d.jpg" in text
 
 
-def test_rows_that_agree_are_united_and_rows_that_contradict_are_an_error(make_data):
+def test_rows_that_agree_are_merged_and_rows_that_contradict_are_an_error(make_data):
     table = dataset.read_labels(make_data(TABLE + "images/a.jpg NA 1 0\n"))
     check_table(table, [[1, 1, 0], *TARGETS[1:]])
     assert any("1 rows" in line and "merged" in line for line in table.warnings)
@@ -159,7 +154,6 @@ def test_a_group_column_names_the_object(make_data):
         dataset.read_labels(folder, group="pump")
 
 
-# Q13
 def test_columns_can_be_named_and_ignored(make_data):
     text = "A,first,second,B\n1,a.jpg,b.jpg,5\n0,b.jpg,c.jpg,1\n1,c.jpg,a.jpg,0\n"
     folder = make_data(text, name="labels.csv")
@@ -177,7 +171,6 @@ def test_columns_can_be_named_and_ignored(make_data):
             dataset.read_labels(folder, **how)
 
 
-# Q16
 def test_no_label_file_or_several_is_an_error_that_lists_them(make_data, tmp_path):
     folder = make_data("a.jpg 1\n", name="one.txt")
     assert len(dataset.read_labels(folder)) == 1
@@ -195,7 +188,6 @@ def test_no_label_file_or_several_is_an_error_that_lists_them(make_data, tmp_pat
         dataset.read_labels(tmp_path / "nowhere")
 
 
-# B24
 @pytest.mark.parametrize("name, separator", [("labels.txt", " "), ("labels.csv", ","), ("labels.csv", ";")])
 @pytest.mark.parametrize("first", ["image", "ID", "file name"])
 def test_a_header_of_numbers_is_a_header(make_data, name, separator, first):
@@ -208,7 +200,6 @@ def test_a_header_of_numbers_is_a_header(make_data, name, separator, first):
     assert table.missing == []
 
 
-# B24
 @pytest.mark.parametrize("first", ["a.jpg", "a", "gone.jpg"])
 def test_a_first_row_that_names_an_image_is_no_header(make_data, first):
     table = dataset.read_labels(make_data(f"{first} 0 1\nb.jpg 1 0\nc.jpg 1 1\n"))
@@ -216,7 +207,6 @@ def test_a_first_row_that_names_an_image_is_no_header(make_data, first):
     assert len(table) + len(table.missing) == 3
 
 
-# B24
 @pytest.mark.parametrize("first", ["/photos/a", "gone"])
 def test_a_first_row_that_reads_as_labels_is_not_lost_in_silence(make_data, first):
     data = make_data(f"{first} 1\nb.jpg 0\nc.jpg 1\n")
@@ -228,7 +218,7 @@ def test_a_first_row_that_reads_as_labels_is_not_lost_in_silence(make_data, firs
         assert len(table) + len(table.missing) == 3 or " header" in told(table)
 
 
-# file, content -> (classes, targets), or what the error says; the images a.jpg, b.jpg and c.jpg are there
+# case: file, content, and (classes, targets) or what the error says; the images a.jpg, b.jpg and c.jpg are there
 LABELS = {
     "empty": ("labels.txt", "", "labels.txt is empty: it needs a line per image"),
     "blank lines": ("labels.txt", "\n  \n", "labels.txt is empty"),
@@ -285,11 +275,11 @@ def test_labels(make_data, capsys, case):
     data = make_data("", name="note.md")
     (data / name).parent.mkdir(exist_ok=True)
     (data / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    code, out, errors = command(capsys, data)
     if isinstance(expected, str):
-        assert (code, out, errors.count("\n")) == (2, "", 1)
-        assert errors.startswith("error: ") and expected in errors
+        assert expected in refused(capsys, dataset.main, data)
         return
+
+    code, out, errors = command(capsys, data)
     assert (code, errors) == (0, "")
     table = dataset.read_labels(data)
     assert table.classes == expected[0] and all(name in out for name in table.classes)
@@ -301,8 +291,7 @@ def test_a_line_of_a_gigabyte_is_refused_in_little_memory(make_data, capsys):
     with open(data / "labels.txt", "r+b") as file:
         file.truncate(2**30)  # zeros, which take no room on the disk
     start = time.perf_counter()
-    code, _, errors = command(capsys, data)
-    assert code == 2 and "labels.txt has a line of over 1048576 bytes" in errors
+    assert "labels.txt has a line of over 1048576 bytes" in refused(capsys, dataset.main, data)
     assert time.perf_counter() - start < 5
 
 
@@ -350,7 +339,7 @@ d,Channel Bracket,,p3
 """
 
 
-def test_lists_unite_the_rows_of_an_id_and_drop_placeholders(make_data):
+def test_lists_merge_the_rows_of_an_id_and_drop_placeholders(make_data):
     folder = make_data(LISTS, ("a.png", "b.jpg", "c.webp"), "image_data.csv")
     table = dataset.read_labels(folder, group="pipe")
     assert table.ids == ["a", "b", "c"] and table.missing == ["d"] and table.objects == ["p1", "p2", "p3"]
@@ -376,7 +365,6 @@ def test_lists_with_valid_names_per_group(make_data, tmp_path, single):
     assert "Circular Connection (1 times)" in warning and "Coating Failure (1 times)" in warning
 
 
-# D12
 def test_a_name_counts_for_its_own_group_whichever_column_it_stands_in(make_data, tmp_path):
     text = "ID,parts,defects\na,Bolt;Rust,defect\nb,part,Bolt;Rust\nc,defect,part\n"
     folder = make_data(text, name="image_data.csv")
@@ -386,7 +374,6 @@ def test_a_name_counts_for_its_own_group_whichever_column_it_stands_in(make_data
     assert known_rows(table) == {"a": [1, 1], "b": [1, 1], "c": [0, 0]}
 
 
-# D12
 def test_a_placeholder_of_another_column_is_no_class(make_data):
     text = "ID,components,defects\na,Bolt,Rust\nb,defect,component\nc,Defects,Components\n"
     table = dataset.read_labels(make_data(text, name="image_data.csv"))
@@ -407,7 +394,7 @@ def test_bad_lists(make_data, tmp_path):
 
 @pytest.fixture
 def cls_data(make_data):
-    """Images in three folders, with .cls files of two classes beside them, of which one has no image."""
+    """Return a folder of images in two folders, and .cls files of two classes beside them, one without an image."""
     folder = make_data("bolt\nnut\n", ("train/1.jpg", "train/2.png", "val/1.jpg"), "classes.txt")
     for name, text in (("train/1", "1\n0\n\n1\n"), ("train/2", ""), ("val/1", "0"), ("val/3", "1")):
         file = folder / "labels" / f"{name}.cls"
@@ -432,6 +419,7 @@ def test_names_of_the_classes_of_cls_files(cls_data):
         (cls_data / "classes.json").write_text(text)
         table = dataset.read_labels(cls_data)
         assert table.classes == ["x", "y"] and "classes.json" in told(table)
+
     (cls_data / "classes.json").write_text('["x"]')
     with pytest.raises(InputError, match=r"train/1.cls:1: '1' is not a class index, 0 to 0"):
         dataset.read_labels(cls_data)
@@ -444,7 +432,6 @@ def test_names_of_the_classes_of_cls_files(cls_data):
         dataset.read_labels(cls_data)
 
 
-# D1
 def test_an_image_of_a_cls_file_is_found_by_its_stem_with_its_own_folder_first(cls_data):
     for part in ("train", "val"):
         (cls_data / "images" / part).rename(cls_data / "images" / f"{part}-resized")
@@ -467,6 +454,7 @@ def test_odd_images_and_every_format_say_the_same(demo, odd_demo):
             if style != "table":  # which cannot say NA
                 expected = [value or 0 for value in expected]
             assert row == expected
+
     table = dataset.read_labels(odd_demo["table"])
     for number, kind in ODD_PARTS.items():
         image = np.asarray(dataset.load_image(table.paths[number]), float)
@@ -570,7 +558,7 @@ def test_folders_say_the_split(make_data, folders):
 
 
 def divided_data(make_data, **parts):
-    """Data with a label file for each part, which names the images of a text like "abc"."""
+    """Write data with a label file for each part, which names the images of a text like "abc"."""
     data = make_data("", [f"{name}.jpg" for name in "abcdefghi"], "note.md")
     for part, names in parts.items():
         lines = [f"{name}.jpg,{int(name in 'aceg')}\n" for name in names]
@@ -638,12 +626,12 @@ def test_an_own_split_without_train_images_is_an_error():
         dataset.split(table)
 
 
-# Q7: copies, images with the same bytes
+# Copies: images with the same bytes
 
 
 @pytest.fixture
 def copied_data(make_data):
-    """Twenty images, of which 1, 3, 5 ... are copies of those before them; returns its folder."""
+    """Return a folder of twenty images, of which 1, 3, 5 ... are copies of those before them."""
     names = [f"{i:02}.jpg" for i in range(20)]
     lines = [f"{name} {int(i in (0, 1, 8, 9, 15))} NA\n" for i, name in enumerate(names)]
     data = make_data("".join(lines), names)
@@ -716,30 +704,47 @@ def noise(mode="RGB", size=(40, 30)):
 
 
 def photograph(size=(800, 600)):
-    """Smooth noise, as a photograph has it."""
+    """Return smooth noise, as a photograph has it."""
     return noise().resize(size, Image.Resampling.BICUBIC)
 
 
-@pytest.mark.parametrize("mode, colour", [
-    ("RGBA", (200, 100, 50, 255)), ("L", 120), ("P", 3), ("1", 1), ("LA", (120, 255)), ("I;16", 30000),
-    ("RGB", (9, 8, 7)),
-])
-def test_png_of_every_mode_becomes_rgb(mode, colour):
-    image = dataset.load_image(saved(Image.new(mode, (20, 10), colour), "PNG"), 8)
-    assert image.mode == "RGB" and image.size == (8, 8)
+def animation():
+    """Return a GIF whose first frame is red."""
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "green", "blue")]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
 
-def first_pixel(image):
-    return dataset.load_image(image).getpixel((0, 0))
+def plain(mode, colour):
+    """Return an image of one colour, as a PNG file."""
+    return encoded(Image.new(mode, (20, 10), colour), "PNG")
 
 
-def test_values_of_odd_modes_are_right():
-    assert first_pixel(saved(Image.new("I;16", (4, 4), 128 * 256), "PNG")) == (128, 128, 128)
-    assert first_pixel(saved(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), "PNG")) == (255, 255, 255)
-    assert first_pixel(saved(Image.new("CMYK", (4, 4), (0, 0, 0, 0)), "JPEG")) == (255, 255, 255)
-    assert first_pixel(Image.new("RGB", (4, 4), (1, 2, 3))) == (1, 2, 3)
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    assert first_pixel(saved(frames[0], "GIF", save_all=True, append_images=frames[1:])) == (255, 0, 0)
+MODES = {  # what an image is: its file, and the pixels that it has as RGB
+    "RGB": (plain("RGB", (9, 8, 7)), (9, 8, 7)),
+    "grey": (plain("L", 120), (120,) * 3),
+    "one bit": (plain("1", 1), (255,) * 3),
+    "grey, opaque": (plain("LA", (120, 255)), (120,) * 3),
+    "grey, transparent": (plain("LA", (120, 0)), (255,) * 3),  # over white
+    "opaque": (plain("RGBA", (200, 100, 50, 255)), (200, 100, 50)),
+    "transparent": (plain("RGBA", (0, 0, 0, 0)), (255,) * 3),
+    "half transparent": (plain("RGBA", (0, 0, 0, 51)), (204,) * 3),  # 51 of 255 are black, the rest is white
+    "15 of 16 bits": (plain("I;16", 30_000), (234,) * 3),  # the upper 8 bits of those that are used: 30,000 / 128
+    "16 bits": (plain("I;16", 40_000), (156,) * 3),
+    "palette": (encoded(Image.new("RGB", (20, 10), (10, 200, 30)).quantize(4), "PNG"), (10, 200, 30)),
+    "CMYK": (encoded(Image.new("CMYK", (20, 10), (0, 0, 0, 0)), "JPEG"), (255,) * 3),
+    "JPEG called PNG": (encoded(Image.new("RGB", (20, 10), (90, 90, 90)), "JPEG"), (90,) * 3),
+    "animation": (animation(), (255, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_image_of_any_mode_becomes_rgb_with_the_right_pixels(tmp_path, mode):
+    content, pixel = MODES[mode]
+    (tmp_path / "a.png").write_bytes(content)
+    for image in (content, tmp_path / "a.png"):
+        whole, small = dataset.load_image(image), dataset.load_image(image, 8)
+        assert (whole.mode, small.mode, small.size) == ("RGB", "RGB", (8, 8))
+        assert whole.getpixel((5, 5)) == small.getpixel((4, 4)) == pixel
 
 
 def test_exif_orientation_is_applied():
@@ -753,7 +758,6 @@ def test_exif_orientation_is_applied():
         assert upright.getpixel((10, 5))[0] > 200 and upright.getpixel((10, 35))[0] < 50
 
 
-# Q3, Q11
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("size", [64, None])
 def test_an_image_is_the_same_from_a_path_a_file_bytes_and_pillow(tmp_path, kind, size):
@@ -761,37 +765,35 @@ def test_an_image_is_the_same_from_a_path_a_file_bytes_and_pillow(tmp_path, kind
     photograph().save(path, quality=95)
     content = path.read_bytes()
     expected = np.asarray(dataset.load_image(path, size))
+
     opened = Image.open(path)
     decoded = Image.open(path)
     decoded.load()
     sources = [str(path), content, bytearray(content), io.BytesIO(content), opened]
     for source in sources:
         np.testing.assert_array_equal(np.asarray(dataset.load_image(source, size)), expected)
-    for source in (decoded, decoded.copy(), np.array(decoded)):  # which cannot be decoded smaller any more
+
+    # What was decoded before cannot be decoded at a smaller size any more
+    for source in (decoded, decoded.copy(), np.array(decoded)):
         values = np.asarray(dataset.load_image(source, size), float)
         assert np.abs(values - expected).mean() < (1 if kind == "JPEG" and size else 1e-9)
     assert opened.size == decoded.size == (800, 600)  # the user's image is left as it is
     np.testing.assert_array_equal(np.asarray(dataset.load_image(opened, size)), expected)
 
 
-# Q11
 @pytest.mark.parametrize("image", [
-    np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), b"no image",
-    b"", 5, None, io.BytesIO(b"no image"),
+    np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((3, 9, 9), np.uint8),
+    np.zeros((4, 4, 3), np.float32), b"no image" * 1000, b"", 5, None, io.BytesIO(b"no image" * 1000),
 ])
 def test_what_is_no_image_is_named_in_a_few_words(image):
     with pytest.raises(ImageError) as error:
         dataset.load_image(image)
     assert len(str(error.value)) < 150 and "\n" not in str(error.value)
-
-
-def animation():
-    frames = [Image.new("P", (20, 20), colour) for colour in (1, 2, 3)]
-    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert type(image).__name__ in str(error.value) or "not an image" in str(error.value)
 
 
 def bomb():
-    """A PNG that says it has 40,000 x 40,000 pixels."""
+    """Return a PNG that says it has 40,000 x 40,000 pixels."""
     content = bytearray(encoded(noise("L"), "PNG"))
     content[16:24] = (40_000).to_bytes(4, "big") * 2
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
@@ -837,7 +839,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpa
 
 @pytest.fixture
 def programs(monkeypatch):
-    """The list of the programs that Pillow wanted to start; none of them is."""
+    """Return the list of the programs that Pillow wants to start, and start none of them."""
     started = []
 
     def refuse(command, *_, **__):
@@ -919,14 +921,10 @@ def test_a_pillow_without_some_format_reads_the_others(monkeypatch):
         dataset.readable_formats.cache_clear()
 
 
-def write_dicom(path):
-    path.write_bytes(bytes(128) + b"DICM" + bytes(100))
-
-
 def test_a_data_folder_without_a_readable_image_is_an_error_that_names_one(make_data, capsys):
     data = make_data("scan.dcm 1\nother.dcm 0\n", images=())
     for name in ("scan.dcm", "other.dcm"):
-        write_dicom(data / "images" / name)
+        (data / "images" / name).write_bytes(bytes(128) + b"DICM" + bytes(100))
     for more in ((), ("--check",), ("--sheet", data / "sheet.png")):
         code, _, errors = command(capsys, data, *more)
         assert (code, errors.count("\n")) == (2, 1)
@@ -943,14 +941,6 @@ def test_check_of_images_that_are_all_damaged_is_an_error(make_data, capsys):
     code, out, errors = command(capsys, data, "--check")
     assert code == 2 and "0 of 2 images decode" in out
     assert errors.startswith("error: none of 2 images decodes, such as ") and "a.jpg: image file is truncated" in errors
-
-
-def test_odd_images_have_the_right_colours(tmp_path):
-    for name, colour in (("16bit.png", (156,) * 3), ("animated.gif", None), ("wrong_suffix.png", None)):
-        (tmp_path / name).write_bytes(IMAGES[name][0])
-        pixel = dataset.load_image(tmp_path / name).getpixel((5, 5))
-        expected = colour or Image.open(tmp_path / name).convert("RGB").getpixel((5, 5))
-        assert pixel == expected
 
 
 def test_check_lists_bad_images(tmp_path, capsys):
@@ -976,6 +966,7 @@ def test_files_that_may_not_be_read_or_vanish(tmp_path):
             dataset.load_image(path)
     finally:
         os.seteuid(user)
+
     path.unlink()
     with pytest.raises(ImageError, match=r"a\.jpg: No such file or directory"):
         dataset.load_image(path)
@@ -999,7 +990,6 @@ DEEP = {  # file name -> values, dark at the left and bright at the right
 }
 
 
-# B18
 @pytest.mark.parametrize("name", DEEP)
 def test_deep_images_keep_their_contrast(tmp_path, name):
     path = tmp_path / name
@@ -1014,7 +1004,6 @@ def test_deep_images_keep_their_contrast(tmp_path, name):
     np.testing.assert_array_equal(np.asarray(image)[..., 0], np.asarray(image)[..., 2])
 
 
-# B18
 def test_a_float_image_with_odd_values_is_read(tmp_path):
     values = (RAMP * 4095).astype(np.float32)
     values[0, :5] = [np.nan, np.inf, -np.inf, -5, 0]
@@ -1023,12 +1012,9 @@ def test_a_float_image_with_odd_values_is_read(tmp_path):
     assert row.max() - row.min() > 128 and (np.diff(row) >= 0).all()
 
 
-# B18
 def test_a_dataset_shows_a_deep_image_bright(tmp_path):
     Image.fromarray((RAMP * 4095).astype(np.uint16)).save(tmp_path / "deep.png")
-    table = dataset.LabelTable(
-        ["deep.png"], [str(tmp_path / "deep.png")], np.ones((1, 1), np.float32), ["A"]
-    )
+    table = dataset.LabelTable(["deep.png"], [str(tmp_path / "deep.png")], np.ones((1, 1), np.float32), ["A"])
     images = dataset.ImageDataset(table, 32)
     pixels = images[0][0]
     assert images.errors == {}
@@ -1037,19 +1023,16 @@ def test_a_dataset_shows_a_deep_image_bright(tmp_path):
 
 
 def one_image(folder):
-    """A LabelTable of one image, and its pixels."""
+    """Return a LabelTable of one image, and the pixels of that."""
     image = noise(size=(20, 20))
     image.save(folder / "image.png")
-    table = dataset.LabelTable(
-        ["image.png"], [str(folder / "image.png")], np.ones((1, 1), np.float32), ["A"]
-    )
+    table = dataset.LabelTable(["image.png"], [str(folder / "image.png")], np.ones((1, 1), np.float32), ["A"])
     return table, np.asarray(image)
 
 
 PLACES = [(PIL.Image, "open"), (PIL.ImageFile.ImageFile, "load")]
 
 
-# B19
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
 @pytest.mark.parametrize("place", PLACES, ids=["open", "load"])
 def test_a_read_error_that_passes_is_tried_again(tmp_path, monkeypatch, place, number):
@@ -1072,7 +1055,6 @@ def test_a_read_error_that_passes_is_tried_again(tmp_path, monkeypatch, place, n
     assert len(calls) >= 2
 
 
-# B19
 def test_a_read_error_that_stays_is_told(tmp_path, monkeypatch):
     table, _ = one_image(tmp_path)
     images = dataset.ImageDataset(table, 20)
@@ -1090,7 +1072,6 @@ def test_a_read_error_that_stays_is_told(tmp_path, monkeypatch):
     assert "image.png" in images.errors[0]
 
 
-# B19
 @pytest.mark.parametrize("place", PLACES, ids=["open", "load"])
 def test_too_little_memory_is_no_bad_image(tmp_path, monkeypatch, place):
     table, _ = one_image(tmp_path)
@@ -1107,7 +1088,6 @@ def test_too_little_memory_is_no_bad_image(tmp_path, monkeypatch, place):
         dataset.load_image(table.paths[0])
 
 
-# B23
 @pytest.mark.parametrize("ends", [".jpg", ""])
 def test_links_that_loop_do_not_end_the_search_for_images(make_data, ends):
     data = make_data("".join(f"{name}{ends} 1\n" for name in "abc"))
@@ -1131,11 +1111,13 @@ KINDS = (("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("GIF", {})
 SEEDS = [encoded(noise(size=(64, 48)), kind, **options) for kind, options in KINDS]
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow has much to say about damaged files
 def test_load_image_survives_1500_damaged_files(tmp_path):
     rng = np.random.default_rng(0)
     path = tmp_path / "x.jpg"
     count = 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
     for case in range(1500):
         content = np.frombuffer(SEEDS[case % len(SEEDS)], np.uint8).copy()
         for place in rng.integers(0, len(content), rng.integers(1, 8)):
@@ -1144,6 +1126,7 @@ def test_load_image_survives_1500_damaged_files(tmp_path):
             content = content[: rng.integers(0, len(content))]
         if case % 5 == 0:  # in the first bytes, where sizes are
             content[rng.integers(0, 40) :][:1] ^= np.uint8(1 << rng.integers(0, 8))
+
         path.write_bytes(content.tobytes())
         start = time.perf_counter()
         try:
@@ -1154,6 +1137,8 @@ def test_load_image_survives_1500_damaged_files(tmp_path):
             count += 1
             assert (image.mode, image.size) == ("RGB", (32, 32))
         assert time.perf_counter() - start < 10
+
+    # The damage is neither always fatal nor never
     assert 150 < count < 1350
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
@@ -1165,6 +1150,7 @@ def test_dataset_and_batches(demo):
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
     assert targets.dtype == torch.float32 and name == table.ids[3]
     np.testing.assert_array_equal(targets.numpy(), table.targets[3])
+
     order = np.array_split(np.arange(len(images))[::-1], 7)
     for workers in (0, 3):
         seen = list(dataset.batches(images, order, workers))
@@ -1264,7 +1250,6 @@ def test_operations_are_read_and_unknown_ones_are_named():
 # Summary, warnings and sheet
 
 
-# Q1
 def test_classes_without_a_positive_or_without_a_negative_are_a_warning(make_data, capsys):
     data = make_data("image,never,always,both,unknown\na.jpg,0,1,1,NA\nb.jpg,0,1,0,NA\nc.jpg,NA,1,1,NA\n",
                      name="labels.csv")
@@ -1294,7 +1279,6 @@ def test_the_summary_names_the_groups(demo):
                      "rust": "defects", "crack": "defects", "hole": "defects"}
 
 
-# Q16
 def test_the_summary_of_500_classes_is_short(make_data, capsys):
     rng = np.random.default_rng(0)
     names = [f"{i}.jpg" for i in range(30)]
@@ -1302,15 +1286,19 @@ def test_the_summary_of_500_classes_is_short(make_data, capsys):
     rows = [[name, *(rng.random(500) < rare).astype(int).astype(str)] for name in names]
     header = ["image", *(f"class_{c}" for c in range(500))]
     data = make_data("\n".join(",".join(cells) for cells in [header, *rows]), names, "labels.csv")
+
     table = dataset.read_labels(data)
     lines = dataset.summary(table).splitlines()
     assert len(lines) <= 50
+
+    # The rarest 15 classes and the most frequent 15 are shown
     shown = {line.split()[0] for line in lines if line.startswith("class_")}
     positives = dict(zip(table.classes, (table.targets == 1).sum(axis=0)))
     counts = sorted(positives.values())
     assert len(shown) == 30
     assert sorted(positives[name] for name in shown) == [*counts[:15], *counts[-15:]]
     assert max(map(len, lines)) < 300
+
     _, out, _ = command(capsys, data)
     assert len(out.splitlines()) < 70
     _, out, _ = command(capsys, data, "--all")
@@ -1325,11 +1313,13 @@ def test_a_label_sheet_shows_every_image_whole_with_room_for_its_labels(tmp_path
     classes = [f"a class with a long name, number {c}" for c in range(5)]
     targets = np.array([[1] * 5, [NAN] * 5, [0] * 5, [1, NAN, 0, 1, NAN]], np.float32)
     table = dataset.LabelTable(names, [str(tmp_path / name) for name in names], targets, classes)
+
     sheet = dataset.label_sheet(table)
     pixels = np.asarray(sheet)
     assert (pixels[-8:] == 255).all()  # nothing reaches the lower edge
     red = (pixels == (255, 0, 0)).all(axis=2)
     assert red.any(axis=0).sum() > 250 and red.sum() > 2 * 200 * 200  # each as large as it can be
+
     few = dataset.LabelTable(names, table.paths, targets[:, :1], ["A"])
     assert sheet.height > dataset.label_sheet(few).height
     assert dataset.label_sheet(table, count=2).width < sheet.width
@@ -1354,52 +1344,26 @@ def test_a_label_sheet_of_classes_in_any_script(make_data, names, capsys):
     )
 
 
-# B16
 @pytest.mark.parametrize("kind", ["jpg", "png"])
-def test_a_sheet_does_not_hold_full_size_images(tmp_path, monkeypatch, kind):
-    paths = []
-    for i in range(4):
-        paths.append(str(tmp_path / f"{i}.{kind}"))
-        Image.new("RGB", (2400, 1600), (40 * i, 90, 120)).save(paths[-1], compress_level=1)
-    table = dataset.LabelTable([f"{i}.{kind}" for i in range(4)], paths, np.ones((4, 1), np.float32), ["A"])
-    load = PIL.ImageFile.ImageFile.load
-    large = []
-    decoded = []
-
-    def counted(image):
-        if image.size not in decoded[-1:]:
-            decoded.append(image.size)
-            alive = [other for other in gc.get_objects() if issubclass(type(other), Image.Image)]
-            large.append(sum(max(other.size) > 1200 for other in alive))
-        return load(image)
-
-    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", counted)
-    sheet = dataset.label_sheet(table)
-    assert large
-    assert max(large) <= 3
-    if kind == "jpg":
-        assert max(max(size) for size in decoded) <= 1200
-    colours = {sheet.getpixel((x, y)) for x in range(0, sheet.width, 20) for y in range(0, sheet.height, 20)}
-    assert len([colour for colour in colours if abs(colour[1] - 90) < 4 and abs(colour[2] - 120) < 4]) == 4
+def test_a_sheet_does_not_hold_full_size_images(large_images, kind):
+    decoded, alive = large_images(kind, dataset.label_sheet)
+    assert alive <= 3
+    if kind == "jpg":  # which is decoded smaller
+        assert max(map(max, decoded)) <= 1200
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Demo data, and files that are written whole or not at all
 
 
-def content_of(folder):
-    """Every file below a folder with its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_the_demo_is_the_same_for_a_seed(demo, tmp_path):
     dataset.write_demo(tmp_path / "again", seed=0, count=20)
-    again = content_of(tmp_path / "again")
-    whole = content_of(demo)
+    again = files_of(tmp_path / "again")
+    whole = files_of(demo)
     for name, content in again.items():
         assert content == whole[name][: len(content)]
     dataset.write_demo(tmp_path / "other", seed=1, count=20)
-    other = content_of(tmp_path / "other")
+    other = files_of(tmp_path / "other")
     assert len(other) == 22 and sum(other[name] == again[name] for name in other) == 1  # the groups
 
 
@@ -1420,22 +1384,17 @@ def test_demo_boxes_lie_in_the_picture_and_name_the_labels():
                 assert 0 <= left < right <= 128 and 0 <= top < bottom <= 128
 
 
-# B11
-@pytest.mark.parametrize(
-    "name", ["labels.txt", "labels.csv", "image_data.csv", "note.md", "label_groups.json"]
-)
+@pytest.mark.parametrize("name", ["labels.txt", "labels.csv", "image_data.csv", "note.md", "label_groups.json"])
 def test_the_demo_leaves_a_folder_of_the_user_alone(make_data, capsys, name):
     text = '{"kinds": ["cat"]}' if name.endswith("json") else "image,cat\na.jpg,1\nb.jpg,0\n"
     data = make_data(text, name=name)
-    before = content_of(data)
-    code, _, errors = command(capsys, "--demo", data)
-    assert code == 2 and errors.count("\n") == 1 and str(data) in errors
+    before = files_of(data)
+    assert str(data) in refused(capsys, dataset.main, "--demo", data)
     with pytest.raises(InputError):
         dataset.write_demo(data, count=5)
-    assert content_of(data) == before
+    assert files_of(data) == before
 
 
-# B11
 def test_the_demo_is_written_into_an_empty_folder_and_over_a_demo(tmp_path):
     for seed in (0, 1):
         dataset.write_demo(tmp_path, seed, count=5)
@@ -1456,30 +1415,26 @@ def test_columns_to_ignore_and_the_folder_may_be_given_in_any_order_that_is_clea
         assert dataset.main(call).classes == ["c"]
     capsys.readouterr()
     for call in (["--ignore", "a", "b", "."], ["--ignore", "a", "images"]):
-        code, out, errors = command(capsys, *call)
-        assert (code, out, errors.count("\n")) == (2, "", 1)
-        assert f"is {call[-1]} a column, or the folder of the data? Write the folder first" in errors
+        error = refused(capsys, dataset.main, *call)
+        assert f"is {call[-1]} a column, or the folder of the data? Write the folder first" in error
     (in_folder / "b").mkdir()
     assert dataset.main([".", "--ignore", "a", "b"]).classes == ["c"]
 
 
 def test_a_sheet_replaces_no_file_that_is_read(make_data, capsys):
     data = make_data("a.png 1\nb.png 0\n", images=("a.png", "b.png"))
-    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    before = files_of(data)
     for sheet, message in ((data / "images" / "a.png", "would replace a file that is read"),
                            (data / "labels.txt", "name a file that ends in .png")):
-        code, out, errors = command(capsys, data, "--sheet", sheet)
-        assert (code, out, errors.count("\n")) == (2, "", 1)
-        assert message in errors and str(sheet) in errors
-    assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == before
+        error = refused(capsys, dataset.main, data, "--sheet", sheet)
+        assert message in error and str(sheet) in error
+    assert files_of(data) == before
 
 
 def test_wrong_options_are_one_line(tmp_path, capsys):
     wrong = ["--frobnicate"], ["--seed", "-1"], ["--seed", "x"], ["--label-threshold", "nan"], ["/nowhere"]
     for arguments in wrong:
-        code, out, errors = command(capsys, *arguments)
-        assert (code, out, errors.count("\n")) == (2, "", 1) and errors.startswith("error: ")
-        assert arguments[0] in errors
+        assert arguments[0] in refused(capsys, dataset.main, *arguments)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -1493,10 +1448,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         raise KeyError
     assert path.read_text() == "old"
     assert [entry.name for entry in path.parent.iterdir()] == ["text.txt"]
-    with (
-        pytest.raises(OSError, match=r"text\.txt/below cannot be written"),
-        dataset.atomic_write(path / "below"),
-    ):
+    below = path / "below"
+    with pytest.raises(OSError, match=r"text\.txt/below cannot be written"), dataset.atomic_write(below):
         pass
 
 
@@ -1514,7 +1467,6 @@ def test_csv_json_text_and_png_are_written(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(noise()))
 
 
-# B12
 def test_writing_follows_links(tmp_path):
     (tmp_path / "there").mkdir()
     target = tmp_path / "there" / "text.txt"
@@ -1524,6 +1476,7 @@ def test_writing_follows_links(tmp_path):
     links[1].symlink_to("there/text.txt")
     links[2].symlink_to("relative")
     links[3].symlink_to("there/new.txt")
+
     for link in links:
         with dataset.atomic_write(link, "w") as file:
             file.write(link.name)
@@ -1531,14 +1484,15 @@ def test_writing_follows_links(tmp_path):
         assert link.read_text() == link.name
     assert target.read_text() == "chain"
     assert (tmp_path / "there" / "new.txt").read_text() == "dangling"
+
+    # Whole or not at all, through a link too
     with pytest.raises(KeyError), dataset.atomic_write(links[0], "w") as file:
         file.write("half")
         raise KeyError
-    assert target.read_text() == "chain"  # whole or not at all, through a link too
+    assert target.read_text() == "chain"
     assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["new.txt", "text.txt"]
 
 
-# B12
 @pytest.mark.parametrize("linked", [False, True])
 def test_writing_goes_into_a_pipe(tmp_path, linked):
     pipe = tmp_path / "pipe"
@@ -1547,6 +1501,7 @@ def test_writing_goes_into_a_pipe(tmp_path, linked):
     if linked:  # as /dev/stdout is
         name = tmp_path / "link"
         name.symlink_to(pipe)
+
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:
         with dataset.atomic_write(name, "w") as file:

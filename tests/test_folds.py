@@ -1,25 +1,31 @@
 """--folds: networks that are each tested on what they were not trained on, and the one model of all of them."""
 
 import csv
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_stopping import KILLER, calls_at, interrupt
+from test_stopping import calls_at, interrupt, kill_often
 
 import dataset
 import inference
 import metrics
 import train
-from conftest import CHARTS, ROOT, SMALL, as_command, classifier_of
+from conftest import (
+    CHARTS,
+    SMALL,
+    as_command,
+    classifier_of,
+    files_of,
+    label_cells,
+    read_json,
+    read_rows,
+    refused,
+    same_tensors,
+)
 from dataset import InputError
 
 RUN = ["--epochs", "2", "--lr", "3e-3", *SMALL]
@@ -31,7 +37,7 @@ OUT_FILES = FOLD_FILES - {"last.pth", "val_metadata.csv", "loss_curve.png", "his
 
 @pytest.fixture(scope="module", autouse=True)
 def blank_charts(trained):
-    """Charts take half of the time of a small run. `trained`, which other tests share, has its own."""
+    """Let runs draw no charts. `trained` comes first, as other tests look at the charts of its run."""
     with pytest.MonkeyPatch.context() as patch:
         for module, name in CHARTS:
             patch.setattr(module, name, lambda *_: Image.new("RGB", (1, 1)))
@@ -39,90 +45,87 @@ def blank_charts(trained):
 
 
 def run(data, out, *more):
-    """Train on the data into `out` -> report."""
+    """Train on the data into `out`, and return the report."""
     return train.main(["--data", str(data), "--out", str(out), *RUN, *map(str, more)])
 
 
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def names_in(path):
-    """The IDs in a CSV file of a run, in order."""
-    with open(path, encoding="utf-8") as file:
-        return [row["ID"] for row in csv.DictReader(file)]
+    """Return the IDs in a CSV file of a run, in order."""
+    return [row["ID"] for row in read_rows(path)]
 
 
 def networks(path):
-    """The networks of a model.pth -> list of state_dict."""
+    """Return the state_dicts of the networks in a model.pth."""
     return [member["network"] for member in inference.read_checkpoint(path)["members"]]
 
 
 def same_networks(a, b):
-    if len(a) != len(b):
-        return False
-    return all(one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-               for one, other in zip(a, b))
+    """Return whether two lists of state_dicts are equal."""
+    return len(a) == len(b) and all(map(same_tensors, a, b))
 
 
-def tensors_of(network):
-    """A copy of a network's tensors."""
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+def same_models(a, b):
+    """Return whether two files model.pth predict the same."""
+    (one, one_members), (other, other_members) = (
+        (content, [(member["scale"], member["offsets"]) for member in content["members"]])
+        for content in map(inference.read_checkpoint, (a, b)))
+    return same_networks(networks(a), networks(b)) and (one_members, one["thresholds"]) == (
+        other_members, other["thresholds"])
 
 
 def load(path):
+    """Return the Classifier of a model.pth."""
     return inference.load_model(path, "cpu", "fp32")
-
-
-def contents(out):
-    """{path below the folder: bytes} of all files of a run."""
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def objects(demo, tmp_path_factory):
-    """The demo data as photographs of 40 objects, two of each, two images under another name and object too."""
+    """Return the demo data as photographs of 40 objects, two of each; two images are there as another object too."""
     folder = tmp_path_factory.mktemp("objects")
     shutil.copytree(demo / "images", folder / "images")
     shutil.copy(demo / "label_groups.json", folder)
+
     table = dataset.read_labels(demo)
     lines = [",".join(["image", "object", *table.classes])]
     rows = [(name, number // 2, labels) for number, (name, labels) in enumerate(zip(table.ids, table.targets))]
+
     for copied in (3, 41):
         name = f"copy_{copied}.jpg"
         shutil.copy(table.paths[copied], folder / "images" / name)
         rows.append((name, 100 + copied, table.targets[copied]))
+
     for name, number, labels in rows:
-        cells = ["NA" if label != label else str(int(label)) for label in labels]
-        lines.append(",".join([name, f"object_{number}", *cells]))
+        lines.append(",".join([name, f"object_{number}", *label_cells(labels)]))
     (folder / "labels.csv").write_text("\n".join(lines))
     return folder
 
 
 @pytest.fixture(scope="module")
 def folded(objects, tmp_path_factory):
-    """A run of three folds on the objects, a fifth of which is the test split -> (its folder, its report)."""
+    """Return folder and report of a run of three folds on the objects, a fifth of which is the test split."""
     out = tmp_path_factory.mktemp("folded")
     return out, run(objects, out, "--folds", 3, "--group", "object", "--split", 0.6, 0.2, 0.2)
 
 
 @pytest.fixture(scope="module")
 def plain(demo, tmp_path_factory):
-    """A run of three folds on all of the demo data -> (its folder, its report)."""
+    """Return folder and report of a run of three folds on all of the demo data."""
     out = tmp_path_factory.mktemp("plain")
     return out, run(demo, out, "--folds", 3)
 
 
 def labels_of(path, data):
+    """Read a label file of a run as a LabelTable."""
     return dataset.read_labels(data, labels=str(path), images=str(data / "images"))
 
 
 def out_of_fold(out, data, calibrated=True):
-    """-> (table of the pool, the fold of each row, its raw probabilities), computed anew from the folds' files."""
+    """Return the table of the pool, the fold of each row and its raw probabilities, computed anew from the files."""
     pool = labels_of(out / "train_metadata.csv", data)
     row_of = {name: row for row, name in enumerate(pool.ids)}
     fold = np.full(len(pool), -1)
     raw = np.full(pool.targets.shape, np.nan)
+
     for k in range(3):
         folder = out / f"fold_{k + 1}"
         classifier = load(folder / "model.pth")
@@ -132,19 +135,20 @@ def out_of_fold(out, data, calibrated=True):
         rows = [row_of[name] for name in table.ids]
         fold[rows] = k
         raw[rows] = inference.predict(classifier, table.paths, workers=0)
+
     assert not np.isnan(raw).any()
     return pool, fold, raw
 
 
 def offsets_of(folder, data):
-    """-log(pos_weight) of a run, by the definition of sqrt and its clip."""
+    """Return -log(pos_weight) of a run, by the definition of sqrt and its clip."""
     targets = labels_of(folder / "train_metadata.csv", data).targets
     positives, negatives = (targets == 1).sum(axis=0), (targets == 0).sum(axis=0)
     return (-np.log(np.clip(np.sqrt(negatives / positives), 1, 20))).tolist()
 
 
 def chosen_by(targets, raw):
-    """-> (scale, offsets, soft thresholds) of out-of-fold probabilities."""
+    """Return the scale, offsets and soft thresholds that out-of-fold probabilities lead to."""
     scale, offsets = metrics.fit_calibration(targets, raw)
     probabilities = metrics.calibrate(raw, scale, offsets)
     soft = metrics.find_thresholds(targets, probabilities, "soft")
@@ -164,12 +168,14 @@ def test_every_fold_is_an_ordinary_run_and_out_has_the_model_of_all(folded, plai
             assert {path.name for path in folder.iterdir()} - {"test_metadata.csv"} == FOLD_FILES
             assert read_json(folder / "metrics.json")["split"] == "val"
             assert len(load(folder / "model.pth").members) == 1
+
         assert len(load(out / "model.pth").members) == 3
         written = read_json(out / "metrics.json")
         assert written["split"] == report["split"] == "folds"
         assert written["f1_macro"] == report["f1_macro"]
         assert set(written["folds"]) == {*metrics.HEADLINES, *metrics.JUDGED}
         assert written["intervals"]["f1_macro"][0] <= written["f1_macro"] <= written["intervals"]["f1_macro"][1]
+
         pool = names_in(out / "train_metadata.csv")
         assert report["images"] == len(pool)
         for name in ("predictions.csv", "probabilities.csv"):
@@ -183,6 +189,7 @@ def test_the_parts_are_disjoint_cover_the_pool_and_keep_what_belongs_together(fo
     test = names_in(out / "test_metadata.csv")
     table = dataset.read_labels(objects, group="object")
     assert sorted(pool + test) == sorted(table.ids) and len(pool) + len(test) == 82
+
     fold_of = dict.fromkeys(test, "test")
     for k in (1, 2, 3):
         own = names_in(out / f"fold_{k}" / "val_metadata.csv")
@@ -192,6 +199,8 @@ def test_the_parts_are_disjoint_cover_the_pool_and_keep_what_belongs_together(fo
         assert len(pool) / 3 - 4 <= len(own) <= len(pool) / 3 + 4
         fold_of |= dict.fromkeys(own, k)
     assert fold_of.keys() == set(table.ids)
+
+    # What belongs together: photographs of one object, and files with the same bytes
     together = defaultdict(set)
     for name, thing, path in zip(table.ids, table.objects, table.paths):
         together[thing].add(fold_of[name])
@@ -231,6 +240,7 @@ def test_the_report_is_of_predictions_that_nothing_was_chosen_by(request, which,
     for k in range(3):
         scale, offsets, thresholds[fold == k] = chosen_by(pool.targets[fold != k], raw[fold != k])
         probabilities[fold == k] = metrics.calibrate(raw[fold == k], scale, offsets)
+
     expected = metrics.report(pool.targets, probabilities, thresholds, pool.classes, intervals=True)
     for name in metrics.HEADLINES:
         assert report[name] == pytest.approx(expected[name], abs=1e-6), name
@@ -240,6 +250,7 @@ def test_the_report_is_of_predictions_that_nothing_was_chosen_by(request, which,
         assert report["intervals"][name] == pytest.approx(interval, abs=1e-6)
     for name, row in expected["per_class"].items():
         assert report["per_class"][name] == pytest.approx(row, abs=1e-6, nan_ok=True)
+
     parts = []
     for k in range(3):
         own = fold == k
@@ -248,6 +259,7 @@ def test_the_report_is_of_predictions_that_nothing_was_chosen_by(request, which,
         values = [part[name] for part in parts]
         assert numbers["mean"] == pytest.approx(np.mean(values), abs=1e-6, nan_ok=True)
         assert numbers["deviation"] == pytest.approx(np.std(values, ddof=1), abs=1e-6, nan_ok=True)
+
     with open(out / "probabilities.csv", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     np.testing.assert_allclose(np.array([row[1:] for row in rows[1:]], float), probabilities, atol=1e-6)
@@ -259,6 +271,7 @@ def test_the_model_is_the_mean_of_the_networks_calibrated_by_all_predictions(fol
     scale, offsets, thresholds = chosen_by(pool.targets, raw)
     classifier = load(out / "model.pth")
     np.testing.assert_allclose(classifier.thresholds, thresholds, atol=1e-6)
+
     each = []
     for k, member in enumerate(classifier.members, 1):
         folder = out / f"fold_{k}"
@@ -270,6 +283,7 @@ def test_the_model_is_the_mean_of_the_networks_calibrated_by_all_predictions(fol
         alone.members[0].scale = 1.0
         alone.members[0].offsets = before.tolist()
         each.append(metrics.calibrate(inference.predict(alone, pool.paths[:20], workers=0), scale, offsets))
+
     predicted = inference.predict(classifier, pool.paths[:20], workers=0)
     np.testing.assert_allclose(predicted, np.mean(each, axis=0), atol=1e-5)
     assert np.abs(each[0] - each[1]).max() > 1e-3
@@ -315,8 +329,7 @@ def test_data_that_is_divided_keeps_its_test_split(demo, tmp_path, parts):
     for part, rows in parts.items():
         lines = [",".join(["image", *table.classes])]
         for row in rows:
-            cells = ["NA" if label != label else str(int(label)) for label in table.targets[row]]
-            lines.append(",".join([table.ids[row], *cells]))
+            lines.append(",".join([table.ids[row], *label_cells(table.targets[row])]))
         (data / f"{part}.csv").write_text("\n".join(lines))
     report = run(data, tmp_path / "out", "--folds", 2, "--epochs", 1)
     assert sorted(names_in(tmp_path / "out" / "test_metadata.csv")) == sorted(table.ids[60:])
@@ -340,11 +353,13 @@ def test_the_model_of_folds_is_one_to_predict_with(folded, demo, tmp_path, capsy
     assert code == 0 and images[1].name in out
     assert "3 x resnet18, 32 px" in errors
     assert {path.stem for path in drawn.iterdir()} == {path.stem for path in images}
+
     alone = [load(folded[0] / f"fold_{k}" / "model.pth") for k in (1, 2, 3)]
     mean = np.mean([inference.heatmaps(one, images[0], [0, 2]) for one in alone], axis=0)
     maps = inference.heatmaps(load(model), images[0], [0, 2])
     highest = mean.max(axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(maps, np.divide(mean, highest, where=highest > 0, out=np.zeros_like(mean)), atol=1e-4)
+
     code, out, _ = as_command(capsys, inference.main, "--evaluate", demo, *cpu)
     assert code == 0 and "f1_macro" in out
     code, _, _ = as_command(capsys, inference.main, "--calibrate", demo, *cpu, "--out", tmp_path / "new.pth")
@@ -367,29 +382,22 @@ def test_weights_of_a_model_of_folds_are_those_of_its_first_network(folded, demo
 
 @pytest.mark.parametrize("folds", ["1", "-3", "x", "2.5"])
 def test_folds_that_are_none(demo, tmp_path, capsys, folds):
-    code, out, errors = as_command(capsys, train.main, "--data", demo, "--out", tmp_path / "out", *RUN,
-                                   "--folds", folds)
-    assert (code, out, errors.count("\n")) == (2, "", 1)
-    assert errors.startswith("error: ") and "--folds" in errors
+    assert "--folds" in refused(capsys, train.main, "--data", demo, "--out", tmp_path / "out", *RUN, "--folds", folds)
     assert not (tmp_path / "out").exists()
 
 
-def test_more_folds_than_images_are_an_error_of_one_line(make_data, tmp_path, capsys):
-    names = [f"{i}.jpg" for i in range(6)]
-    data = make_data("".join(f"{name} {i % 2}\n" for i, name in enumerate(names)), names)
-    code, _, errors = as_command(capsys, train.main, "--data", data, "--out", tmp_path / "out", *RUN, "--folds", 7)
-    assert (code, errors.count("\n")) == (2, 1)
-    assert "6 images are too few for 7" in errors and "--folds" in errors
+def test_more_folds_than_images_are_an_error_of_one_line(make_rows, tmp_path, capsys):
+    data = make_rows([i % 2 for i in range(6)], "image red")
+    error = refused(capsys, train.main, "--data", data, "--out", tmp_path / "out", *RUN, "--folds", 7)
+    assert "6 images are too few for 7" in error and "--folds" in error
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_folds_that_train_on_a_single_image_are_an_error_of_one_line(make_data, tmp_path, capsys, count):
-    names = [f"{i}.jpg" for i in range(count)]
-    data = make_data("".join(f"{name} {i % 2}\n" for i, name in enumerate(names)), names)
-    code, _, errors = as_command(capsys, train.main, "--data", data, "--out", tmp_path / "out", *RUN, "--folds", 2)
-    assert (code, errors.splitlines()[-1][:7]) == (2, "error: ")
-    assert "BatchNorm" in errors
+def test_folds_that_train_on_a_single_image_are_an_error_of_one_line(make_rows, tmp_path, capsys, count):
+    data = make_rows([i % 2 for i in range(count)], "image red")
+    arguments = ["--data", data, "--out", tmp_path / "out", *RUN, "--folds", 2]
+    assert "BatchNorm" in refused(capsys, train.main, *arguments, warns=True)
 
 
 @pytest.mark.parametrize("resumed", [False, True])
@@ -400,13 +408,12 @@ def test_weights_of_the_run_that_is_replaced_are_refused(plain, demo, tmp_path, 
     (tmp_path / "link").symlink_to(out / "fold_1" / "model.pth")
     if resumed:
         shutil.rmtree(out / "fold_3")
-    before = contents(out)
+    before = files_of(out)
     weights = tmp_path / name if name == "link" else out / name
     arguments = ["--data", demo, "--out", out, *RUN, "--folds", 3, "--weights", weights, *["--resume"][:resumed]]
-    code, _, errors = as_command(capsys, train.main, *arguments)
-    assert code == 2
-    assert errors.splitlines()[-1].startswith("error: --weights") and "name another --out" in errors
-    assert contents(out) == before
+    error = refused(capsys, train.main, *arguments, warns=True)
+    assert error.startswith("error: --weights") and "name another --out" in error
+    assert files_of(out) == before
 
 
 @pytest.mark.parametrize("name", ["model.pth", "fold_1/model.pth", "fold_2/last.pth"])
@@ -419,11 +426,10 @@ def test_folds_refuse_weights_that_were_trained_on_the_images_they_test_on(plain
         path.rename(path.with_name(f"new_{path.name}"))
         text = text.replace(path.name, f"new_{path.name}")
     (renamed / "labels.txt").write_text(text)
-    code, _, errors = as_command(capsys, train.main, "--data", renamed, "--out", tmp_path / "out", *RUN, *more,
-                                 "--weights", plain[0] / name)
+    error = refused(capsys, train.main, "--data", renamed, "--out", tmp_path / "out", *RUN, *more, "--weights",
+                    plain[0] / name)
     count = 80 if name == "model.pth" else 53
-    assert (code, errors.count("\n")) == (2, 1)
-    assert f"was trained on {count} of the images that --folds tests on" in errors
+    assert f"was trained on {count} of the images that --folds tests on" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -434,7 +440,7 @@ def test_every_fold_begins_with_the_weights_as_they_were_and_head_rows_by_name(d
     saved = classifier_of(network, "resnet18", "linear", [0.0], classes[::-1], {}, [0.5] * len(classes), 32)
     weights = tmp_path / "weights.pth"
     inference.save_model(saved, weights)
-    expected = tensors_of(network)
+    expected = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     still = ["--lr", 0, "--wd", 0, "--train-layers", "head", "--epochs", 1]
     with calls_at({1: lambda: torch.save({}, weights)}):  # by then all of them were read
         run(demo, tmp_path / "out", "--folds", 2, "--weights", weights, *still)
@@ -449,13 +455,14 @@ def test_folds_resume_without_their_weights_once_all_have_begun(demo, trained, t
     torch.save(networks(trained[0] / "model.pth")[0], weights)
     arguments = ["--folds", 2, "--weights", weights, "--epochs", 1, "-b", 8]
     report = run(demo, tmp_path / "whole", *arguments)
+
     with calls_at({1: interrupt}), pytest.raises(KeyboardInterrupt):  # within the first fold
         run(demo, tmp_path / "out", *arguments)
     weights.rename(tmp_path / "moved.pth")
-    code, _, errors = as_command(capsys, train.main, "--data", demo, "--out", tmp_path / "out", *RUN, *arguments,
-                                 "--resume")
-    assert code == 2
-    assert errors.endswith(f"\nerror: {weights} does not exist\n")
+    error = refused(capsys, train.main, "--data", demo, "--out", tmp_path / "out", *RUN, *arguments, "--resume",
+                    warns=True)
+    assert error == f"error: {weights} does not exist"
+
     (tmp_path / "moved.pth").rename(weights)
     with calls_at({5: interrupt}), pytest.raises(KeyboardInterrupt):  # within the second one
         run(demo, tmp_path / "out", *arguments, "--resume")
@@ -475,13 +482,9 @@ def test_the_model_of_folds_knows_every_image_that_a_network_was_trained_on(plai
 
 
 def epochs(out):
-    """Of each fold (epochs trained, epoch kept)."""
-    result = []
-    for k in (1, 2):
-        folder = out / f"fold_{k}"
-        with open(folder / "history.csv") as file:
-            result.append((len(list(csv.DictReader(file))), load(folder / "model.pth").epoch))
-    return result
+    """Return for each of the first two folds how many epochs were trained, and which one was kept."""
+    folders = (out / "fold_1", out / "fold_2")
+    return [(len(read_rows(folder / "history.csv")), load(folder / "model.pth").epoch) for folder in folders]
 
 
 @pytest.mark.parametrize("preset", [[], ["--preset", "inspection", "--wd", "0"]], ids=["default", "preset"])
@@ -498,21 +501,17 @@ def test_a_monitor_and_patience_that_are_given_hold_under_folds_too(demo, tmp_pa
     assert "warning: --monitor map chooses the epoch on the images that are reported" in capsys.readouterr().err
 
 
-def test_a_fold_without_the_labels_that_the_monitor_needs_is_an_error_before_training(make_data, tmp_path, capsys):
-    names = [f"{i}.png" for i in range(12)]
-    data = make_data("".join(f"{name} {int(i == 0)}\n" for i, name in enumerate(names)), names)
+def test_a_fold_without_the_labels_that_the_monitor_needs_is_an_error_before_training(make_rows, tmp_path, capsys):
+    data = make_rows([int(i == 0) for i in range(12)], "image red")
     arguments = ["--data", data, "--out", tmp_path / "out", *RUN, "--folds", 3, "--monitor", "map", "--size", 64]
-    code, _, errors = as_command(capsys, train.main, *arguments)
-    assert code == 2
-    assert errors.splitlines()[-1].startswith("error: --monitor map needs a class with known positives and known neg")
+    error = refused(capsys, train.main, *arguments, warns=True)
+    assert error.startswith("error: --monitor map needs a class with known positives and known neg")
     assert not (tmp_path / "out").exists()
 
 
 def test_splits_that_folds_do_not_have_are_not_exported(demo, tmp_path, capsys):
     arguments = ["--data", demo, "--out", tmp_path / "out", *RUN, "--folds", 2, "--export-splits", tmp_path / "export"]
-    code, _, errors = as_command(capsys, train.main, *arguments)
-    assert (code, errors.count("\n")) == (2, 1)
-    assert "leave out one of the two" in errors
+    assert "leave out one of the two" in refused(capsys, train.main, *arguments)
     assert not (tmp_path / "export").exists()
 
 
@@ -538,33 +537,21 @@ def test_a_bad_image_is_left_out_of_the_report(demo, tmp_path, capsys):
 # Stopped, killed, resumed, replaced
 
 
-def test_a_run_of_folds_that_is_killed_many_times_ends_as_one_that_never_was(make_data, tmp_path):
-    names = [f"{i:02}.png" for i in range(24)]
-    data = make_data("".join(f"{name} {i % 2} {int(i % 5 == 0)}\n" for i, name in enumerate(names)), names)
-    script = KILLER.replace('"parts/last.pth"', '"parts/fold_1/last.pth"')
-    script = script.replace('os.listdir("parts")', '[name for _, _, names in os.walk("parts") for name in names]')
-    blank = "conftest.use_small_networks()\nimport inference, train\nfrom PIL import Image\n"
-    for module, name in CHARTS:
-        blank += f"{module.__name__}.{name} = lambda *_: Image.new('RGB', (1, 1))\n"
-    script = script.replace("conftest.use_small_networks()\n", blank)
-    arguments = ["--data", str(data), "--folds", "3", *RUN]
-    script = script.replace("sleep(0.01)", "sleep(0.004)")
-    script = script.format(tests=str(ROOT / "tests"), arguments=arguments, seed=0, kills=10)
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    print(done.stdout)
-    whole, parts = (contents(tmp_path / name) for name in ("whole", "parts"))
-    assert whole.keys() == parts.keys()
-    for name, content in whole.items():
+def check_same_runs(a, b):
+    """Check that two folders hold the same run. config.json and so on say when, where and whether it was resumed."""
+    one, other = files_of(a), files_of(b)
+    assert one.keys() == other.keys()
+    for name in one:
         if name.endswith("model.pth"):
-            one, other = (inference.read_checkpoint(tmp_path / folder / name) for folder in ("whole", "parts"))
-            assert same_networks(networks(tmp_path / "whole" / name), networks(tmp_path / "parts" / name))
-            assert [[member["scale"], member["offsets"]] for member in one["members"]] == [
-                [member["scale"], member["offsets"]] for member in other["members"]]
-            assert one["thresholds"] == other["thresholds"]
-        elif not name.endswith(("last.pth", "config.json", "history.csv")):  # which say when, where and whether resumed
-            assert parts[name] == content, name
+            assert same_models(a / name, b / name)
+        elif not name.endswith(("last.pth", "config.json", "history.csv")):
+            assert one[name] == other[name], name
+
+
+def test_a_run_of_folds_that_is_killed_many_times_ends_as_one_that_never_was(make_rows, tmp_path):
+    data = make_rows([f"{i % 2} {int(i % 5 == 0)}" for i in range(24)])
+    arguments = ["--data", str(data), "--folds", "3", *RUN]
+    check_same_runs(*kill_often(tmp_path, arguments, 10, delay=0.004, first="fold_1/last.pth"))
 
 
 def test_a_stopped_run_goes_on_at_the_fold_that_was_stopped(plain, demo, tmp_path):
@@ -574,10 +561,7 @@ def test_a_stopped_run_goes_on_at_the_fold_that_was_stopped(plain, demo, tmp_pat
     before = (tmp_path / "fold_1" / "last.pth").stat().st_mtime_ns
     with calls_at({}) as second:
         report = run(demo, tmp_path, "--folds", 3, "--resume")
-    steps = 0
-    for k in (1, 2, 3):
-        with open(plain[0] / f"fold_{k}" / "history.csv") as file:
-            steps += sum(int(row["steps"]) for row in csv.DictReader(file))
+    steps = sum(int(row["steps"]) for k in (1, 2, 3) for row in read_rows(plain[0] / f"fold_{k}" / "history.csv"))
     assert (len(first), len(second)) == (10, steps - 10)
     assert (tmp_path / "fold_1" / "last.pth").stat().st_mtime_ns == before
     assert report == plain[1]
@@ -587,33 +571,28 @@ def test_a_stopped_run_goes_on_at_the_fold_that_was_stopped(plain, demo, tmp_pat
 def test_resuming_a_finished_run_of_folds_changes_nothing(plain, demo, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(plain[0], out)
-    before = contents(out)
-    report = run(demo, out, "--folds", 3, "--resume")
-    assert report == plain[1]
-    after = contents(out)
-    assert after.keys() == before.keys()
-    for name, content in after.items():
-        if name.endswith("model.pth"):
-            one, other = (inference.read_checkpoint(folder / name) for folder in (plain[0], out))
-            assert same_networks(networks(plain[0] / name), networks(out / name))
-            assert one["thresholds"] == other["thresholds"]
-        elif not name.endswith("config.json"):  # it has "resume" and "out"
-            assert content == before[name], name
+    before = files_of(out)
+    assert run(demo, out, "--folds", 3, "--resume") == plain[1]
+    check_same_runs(plain[0], out)
+    after = files_of(out)
+    for name in before:
+        if name.endswith(("last.pth", "history.csv")):  # nothing was trained
+            assert after[name] == before[name], name
 
 
 def test_resuming_with_other_folds_or_labels_is_an_error_and_does_no_harm(plain, demo, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(plain[0], out)
-    before = contents(out)
+    before = files_of(out)
     for more in (["--folds", 2], ["--folds", 4], ["--folds", 3, "--seed", 1]):
         with pytest.raises(InputError, match=r"last\.pth is of other splits"):
             run(demo, out, "--resume", *more)
-        assert contents(out) == before
+        assert files_of(out) == before
     with pytest.raises(InputError, match=r"last\.pth is not there"):
         run(demo, tmp_path / "none", "--resume", "--folds", 3)
     with pytest.raises(InputError, match=r"last\.pth is not there"):
         run(demo, out, "--resume")
-    assert contents(out) == before
+    assert files_of(out) == before
 
 
 def test_resuming_with_more_epochs_trains_each_fold_on(plain, demo, tmp_path):
@@ -640,10 +619,10 @@ def test_a_fresh_run_removes_the_folds_of_the_one_before(plain, demo, tmp_path, 
     (out / "notes.txt").write_text("mine")
 
     def look():
-        left = [name for name in contents(out) if not name.startswith("fold_1/")]
+        left = [name for name in files_of(out) if not name.startswith("fold_1/")]
         seen.append(sorted(set(left) - {"config.json", "classes.json", "label_groups.json", "train_metadata.csv",
                                         "test_metadata.csv"}))
-        os.kill(os.getpid(), signal.SIGINT)
+        interrupt()
 
     seen = []
     with calls_at({2: look}), pytest.raises(KeyboardInterrupt):
@@ -657,7 +636,7 @@ def test_an_ordinary_run_removes_the_folds_of_the_one_before(plain, demo, tmp_pa
     out = tmp_path / "out"
     shutil.copytree(plain[0], out)
     run(demo, out, "--epochs", 1)
-    assert not any(name.startswith("fold_") for name in contents(out))
+    assert not any(name.startswith("fold_") for name in files_of(out))
     assert not list(out.glob("fold_*"))
 
 
@@ -666,15 +645,13 @@ def test_the_folder_of_folds_holds_one_run_at_a_time(demo, tmp_path, capsys):
 
     def start_another():
         for more in ([], ["--resume"], ["--folds", 2], ["--folds", 2, "--resume"]):
-            before = contents(tmp_path)
-            ended.append(as_command(capsys, train.main, "--data", demo, "--out", tmp_path, *RUN, *more))
-            assert contents(tmp_path) == before
+            before = files_of(tmp_path)
+            ended.append(refused(capsys, train.main, "--data", demo, "--out", tmp_path, *RUN, *more, warns=True))
+            assert files_of(tmp_path) == before
 
     with calls_at({4: start_another}):
         run(demo, tmp_path, "--folds", 2, "--epochs", 1)
     assert len(ended) == 4
-    for code, _, errors in ended:
-        assert (code, errors.splitlines()[-1][:7]) == (2, "error: ")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -682,7 +659,7 @@ def test_the_folder_of_folds_holds_one_run_at_a_time(demo, tmp_path, capsys):
 
 
 def val_split(out, data):
-    """-> (model, targets, plain sigmoids of the logits) of a run's val split."""
+    """Return the model of a run, its val split, and the logits of that, (N, C)."""
     classifier = load(out / "model.pth")
     table = labels_of(out / "val_metadata.csv", data)
     images = dataset.ImageDataset(table, 32)
@@ -707,14 +684,14 @@ def test_calibration_takes_pos_weight_back_and_lowers_the_log_loss_on_val(demo, 
     classifier, table, logits = val_split(tmp_path, demo)
     offsets = np.array(offsets_of(tmp_path, demo))
     assert np.abs(offsets).max() > 0.2
-    honest = metrics.sigmoid(logits + offsets)
-    scale, more = metrics.fit_calibration(table.targets, honest)
+    plain = metrics.sigmoid(logits + offsets)
+    scale, more = metrics.fit_calibration(table.targets, plain)
     member = classifier.members[0]
     assert member.scale == pytest.approx(scale, abs=1e-5)
     np.testing.assert_allclose(member.offsets, scale * offsets + more, atol=1e-4)
     probabilities = inference.predict(classifier, table.paths, workers=0)
     log_loss = metrics.log_loss(table.targets, probabilities)
-    assert log_loss <= metrics.log_loss(table.targets, honest) + 1e-6
+    assert log_loss <= metrics.log_loss(table.targets, plain) + 1e-6
     assert log_loss <= metrics.log_loss(table.targets, metrics.sigmoid(logits))
 
 

@@ -38,7 +38,7 @@ def quiet_oracle():
 
 @st.composite
 def problems(draw, unknown=False, min_classes=1):
-    """(targets, scores) with ties, constant columns, empty classes, one row, all positive, all negative."""
+    """Draw targets and scores with ties, constant columns, empty classes, one row, all positive or all negative."""
     shape = (draw(st.integers(1, 12)), draw(st.integers(min_classes, 4)))
     values = [0.0, 1.0, np.nan] if unknown else [0.0, 1.0]
     values = draw(st.sampled_from([values, [1.0], [0.0]]))
@@ -48,7 +48,7 @@ def problems(draw, unknown=False, min_classes=1):
 
 
 def columns(targets, *others):
-    """The known part of each column."""
+    """Yield the known part of each column."""
     for c in range(targets.shape[1]):
         known = ~np.isnan(targets[:, c])
         yield targets[known, c], *(other[known, c] for other in others)
@@ -66,6 +66,7 @@ def test_prediction_metrics_agree_with_scikit_learn(problem):
     assert metrics.subset_accuracy(targets, predictions) == pytest.approx(
         sk.accuracy_score(truth, predictions), abs=1e-12
     )
+
     for average in AVERAGES:
         expected = sk.precision_recall_fscore_support(
             truth, predictions.astype(int), average=average, zero_division=0
@@ -102,6 +103,7 @@ def test_columns_with_unknown_labels_agree_with_scikit_learn_on_the_known_ones(p
     predictions = scores >= 0.5
     per_class = np.array(metrics.precision_recall_f1(targets, predictions, None)).T
     precision, auc = metrics.average_precision(targets, scores, None), metrics.roc_auc(targets, scores, None)
+
     for c, (truth, score, predicted) in enumerate(columns(targets, scores, predictions)):
         if len(truth) == 0:
             assert list(per_class[c]) == [0, 0, 0] and precision[c] == 0 and np.isnan(auc[c])
@@ -113,6 +115,7 @@ def test_columns_with_unknown_labels_agree_with_scikit_learn_on_the_known_ones(p
         curve = metrics.precision_recall_curve(targets[:, c], scores[:, c])
         for ours, theirs in zip(curve, sk.precision_recall_curve(truth, score)):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+
     support = (targets == 1).sum(axis=0)
     assert metrics.f1_score(targets, predictions, "macro") == pytest.approx(
         per_class[:, 2].mean(), abs=1e-12
@@ -133,6 +136,7 @@ def test_row_wise_and_pooled_metrics_agree_with_a_loop_over_the_known_labels(pro
         both, either = sum(t * p for t, p in pairs), sum(t + p for t, p in pairs)
         if pairs:
             rows.append((sum(t != p for t, p in pairs), len(pairs), 2 * both / either if either else 0.0))
+
     wrong, known = sum(row[0] for row in rows), sum(row[1] for row in rows)
     assert metrics.hamming_loss(targets, predictions) == pytest.approx(
         wrong / known if known else 0, abs=1e-12
@@ -141,6 +145,7 @@ def test_row_wise_and_pooled_metrics_agree_with_a_loop_over_the_known_labels(pro
     assert metrics.subset_accuracy(targets, predictions) == pytest.approx(exact, abs=1e-12)
     samples = np.mean([row[2] for row in rows]) if rows else 0
     assert metrics.f1_score(targets, predictions, "samples") == pytest.approx(samples, abs=1e-12)
+
     mask = ~np.isnan(targets)
     if mask.any():
         pooled = sk.f1_score(targets[mask], predictions[mask], zero_division=0)
@@ -150,7 +155,7 @@ def test_row_wise_and_pooled_metrics_agree_with_a_loop_over_the_known_labels(pro
 
 
 def best_threshold(truth, score, candidates):
-    """The lowest candidate with the best F1, by trying them."""
+    """Return the lowest candidate with the best F1, by trying them all."""
     best, best_f1 = None, -1.0
     for candidate in candidates:
         predicted = score >= candidate
@@ -160,7 +165,7 @@ def best_threshold(truth, score, candidates):
     return best
 
 
-@settings(max_examples=100, deadline=None)
+@CASES
 @given(problems(unknown=True), st.sampled_from([0.4, 0.8, 1.0]))
 def test_thresholds_are_those_of_brute_force(problem, most):
     targets, scores = problem
@@ -174,7 +179,7 @@ def test_thresholds_are_those_of_brute_force(problem, most):
         np.testing.assert_array_equal(metrics.find_thresholds(targets, scores, method, most), expected)
 
 
-@settings(max_examples=100, deadline=None)
+@CASES
 @given(problems(unknown=True))
 def test_the_global_threshold_has_the_best_weighted_f1(problem):
     targets, scores = problem
@@ -230,6 +235,7 @@ def test_report_says_of_each_class_every_number_once():
     targets, scores = some_scores()
     thresholds = [0.3, 0.5, 0.7]
     per_class = metrics.report(targets, scores, thresholds, ["a", "b", "c"])["per_class"]
+
     precision, recall, f1 = metrics.precision_recall_f1(targets, scores >= thresholds, None)
     for c, name in enumerate(["a", "b", "c"]):
         row = per_class[name]
@@ -279,7 +285,6 @@ def test_the_report_says_how_many_classes_cannot_be_judged():
     assert max(map(len, (text + "\n" + nothing).splitlines())) <= 100
 
 
-# Q8
 def test_report_refuses_a_class_that_is_there_twice():
     targets, scores = some_scores(classes=2)
     with pytest.raises(ValueError, match="classes has a name twice: a, a"):
@@ -287,13 +292,14 @@ def test_report_refuses_a_class_that_is_there_twice():
 
 
 def interval_by_loops(value, without, transform):
-    """The 95 % jackknife interval of a value, from its values without each row, on a transformed scale."""
+    """Return the 95 % jackknife interval of a value, from its values without each row, on a transformed scale."""
     count = len(without)
     moves = [one - sum(without) / count for one in without]
     squares = sum(move**2 for move in moves)
     freedom = min(count - 1, 2 / (sum(move**4 for move in moves) / squares**2 - 1 / count))
     reach = scipy.stats.t.ppf(0.975, freedom) * math.sqrt((count - 1) / count * squares)
     bias = (count - 1) * (sum(without) / count - value)
+
     ends = []
     for move in (-reach - 2 * max(bias, 0), reach + 2 * max(-bias, 0)):
         if transform == "logit":
@@ -435,8 +441,7 @@ def test_student_t_is_that_of_scipy_and_wider_between_its_steps():
     assert (ours < exact * 1.03)[freedom > 2].all()
 
 
-# B27
-@settings(max_examples=100, deadline=None)
+@CASES
 @given(problems(), st.sampled_from(["pr_curve", "global", "grid"]))
 def test_thresholds_between_probabilities_decide_the_same_and_lie_on_none(problem, method):
     targets, scores = problem
@@ -469,7 +474,6 @@ def test_format_report_fits_100_columns():
     assert "n/a" in text and "…" in text and "[0." in text
 
 
-# Q16
 def test_of_many_classes_the_report_shows_the_worst_and_the_best():
     targets, scores = some_scores(60, 500, unknown=0)
     names = [f"class {c}" for c in range(500)]
@@ -523,7 +527,7 @@ def test_docstring_examples_run():
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Write the folder of a finished run: make_run(name, options, scores) -> its path."""
+    """Write the folder of a finished run, and return its path: make_run(name, options, scores)."""
 
     def make(name, options, scores):
         folder = tmp_path / name
@@ -550,7 +554,7 @@ def order(text):
 
 
 def cells(text):
-    """The cells of a results table: {title: column}."""
+    """Return the cells of a results table as {title: column}."""
     titles, *lines = (line.split() for line in text.splitlines())
     return dict(zip(titles, zip(*lines)))
 
@@ -568,7 +572,6 @@ def test_results_table_sorts_and_groups(runs):
         metrics.main([*runs, "--frobnicate"])
 
 
-# D7
 def test_results_table_sorts_by_the_loss_of_val_whose_best_is_the_lowest(runs):
     text = metrics.main([*runs, "--sort", "val_loss", "--ascending"])
     assert order(text) == ["c", "b", "a"]
@@ -576,7 +579,6 @@ def test_results_table_sorts_by_the_loss_of_val_whose_best_is_the_lowest(runs):
     assert cells(text)["f1_macro"] == ("0.700", "0.900*", "0.500")
 
 
-# D7, Q8
 def test_results_table_shows_the_options_in_which_runs_differ(make_run):
     runs = []
     for name, lr, layers in (("a", 3e-4, "all"), ("b", 1e-3, "head"), ("c", 3e-4, "head")):
@@ -603,7 +605,6 @@ def test_results_table_shows_means_of_judged_classes_where_they_differ_from_the_
     assert cells(text.replace("mean of 2", "mean"))["map_judged"] == ("0.750",)
 
 
-# D7
 def test_results_table_groups_by_several_options(make_run):
     runs = []
     for number, (lr, layers) in enumerate([(1e-3, "all"), (1e-3, "head"), (1e-4, "all"), (1e-3, "all")]):
@@ -629,7 +630,6 @@ def test_a_run_without_a_score_comes_last(make_run):
     assert cells(metrics.main(runs))["f1_macro"] == ("0.300*", "0.200", "n/a")
 
 
-# B22
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "5", b"\xff\xfe", "[" * 100_000, '{"a":' * 100_000,
                                      '{"f1_macro": 1%s}' % ("0" * 5000), '{"f1_macro": -1%s}' % ("0" * 400)])
 @pytest.mark.parametrize("name", ["metrics.json", "config.json"])
@@ -665,7 +665,7 @@ def test_results_table_needs_no_torch_and_fails_in_one_line(runs):
 
 
 def example(rows=60, classes=4, seed=0):
-    """Targets with NA and a class without a positive, and overconfident probabilities that know something of them."""
+    """Return targets with NA and a class without a positive, and probabilities that are overconfident but of use."""
     rng = np.random.default_rng(seed)
     targets = (rng.random((rows, classes)) < [0.5, 0.2, 0.1, 0.0][:classes]).astype(float)
     probabilities = 1 / (1 + np.exp(-(3 * targets + rng.normal(0, 2, targets.shape))))
@@ -674,7 +674,7 @@ def example(rows=60, classes=4, seed=0):
 
 
 def soft_threshold_by_loops(targets, probabilities):
-    """The definition in find_thresholds() for one class, written out."""
+    """Return the soft threshold of one class by the definition in find_thresholds(), written out."""
     known = [(t, math.log(p / (1 - p))) for t, p in zip(targets, probabilities) if t == t]
     positives = sum(t for t, _ in known)
     best = (-1, None)
@@ -747,7 +747,7 @@ def test_a_calibration_has_the_lowest_penalised_log_loss():
 
 @st.composite
 def calibrations(draw):
-    """Targets with NA and logits that may be extreme, tied, tiny, or all wrong: few of them, so that one minimum is."""
+    """Draw a few targets with NA, and logits that may be extreme, tied, tiny or all wrong."""
     shape = (draw(st.integers(1, 12)), draw(st.integers(1, 4)))
     known = st.sampled_from(draw(st.sampled_from([[0.0, 1.0, np.nan], [0.0, 1.0], [1.0], [0.0]])))
     targets = draw(arrays(np.float64, shape, elements=known))
@@ -756,7 +756,7 @@ def calibrations(draw):
     return targets, draw(arrays(np.float64, shape, elements=draw(st.sampled_from(logits))))
 
 
-@settings(max_examples=100, deadline=None)
+@CASES
 @given(calibrations())
 @always_with((np.array([[0.0, 1.0], [0.0, 1.0]]), np.array([[12.0, -11.0], [9.0, -14.0]])))
 def test_a_calibration_is_at_the_minimum_that_scipy_finds(problem):
@@ -790,7 +790,7 @@ def test_a_calibration_ignores_unknown_labels_and_survives_certain_ones():
 
 @CASES
 @given(problems(unknown=True))
-def test_honesty_agrees_with_scikit_learn_on_the_known_labels(problem):
+def test_brier_score_and_log_loss_agree_with_scikit_learn_on_the_known_labels(problem):
     targets, scores = problem
     probabilities = np.clip(scores, 0, 1)
     known = ~np.isnan(targets)
@@ -798,10 +798,12 @@ def test_honesty_agrees_with_scikit_learn_on_the_known_labels(problem):
         assert metrics.brier_score(targets, probabilities) == metrics.log_loss(targets, probabilities) == 0
         assert metrics.calibration_error(targets, probabilities) == 0
         return
+
     truth, p = targets[known], probabilities[known]
     assert metrics.brier_score(targets, probabilities) == pytest.approx(np.mean((truth - p) ** 2))
     kept = np.clip(p, 1e-7, 1 - 1e-7)
     assert metrics.log_loss(targets, probabilities) == pytest.approx(sk.log_loss(truth, kept, labels=[0, 1]))
+
     total = 0
     for k in range(15):
         inside = (np.minimum((p * 15).astype(int), 14)) == k
@@ -819,7 +821,7 @@ def test_a_reliability_curve_counts_every_known_label_once():
     assert (share * counts)[there].sum() == pytest.approx(np.nansum(targets))
 
 
-def test_scores_that_are_no_probabilities_have_no_honesty():
+def test_scores_that_are_no_probabilities_have_no_brier_score():
     report = metrics.report([[1], [0]], [[2.0], [-1.0]], 0.5, ["a"], intervals=True)
     assert math.isnan(report["ece"]) and math.isnan(report["brier"]) and math.isnan(report["log_loss"])
     assert "brier" not in report["intervals"]
@@ -859,6 +861,7 @@ def write_run(folder, ids, probabilities, thresholds, split="test"):
         labels.append(",".join([name, *(words.get(value, "NA") for value in label_row)]))
         scores.append(",".join([name, *map(str, score_row)]))
     scores[1:] = sorted(scores[1:], key=lambda line: ids.index(line.split(",")[0]))
+
     (folder / f"{'train' if split == 'folds' else split}_metadata.csv").write_text("\n".join(labels))
     (folder / "probabilities.csv").write_text("\n".join(scores))
     (folder / "thresholds.json").write_text(json.dumps(dict(zip("abcd", thresholds))))
@@ -874,6 +877,7 @@ def test_two_runs_are_compared_on_the_same_images(tmp_path, capsys):
     a = write_run(tmp_path / "a", names, one, [0.5] * 4)
     b = write_run(tmp_path / "b", names[::-1], one, [0.5] * 4, split="folds")
     c = write_run(tmp_path / "c", names, np.where(targets == 1, 0.9, 0.1), [0.5] * 4)
+
     text = metrics.main([str(a), str(b), "--paired"])
     assert all("+0.000" in line and line.endswith("none") for line in text.splitlines()[1:-1])
     assert text.splitlines()[-1].endswith("cover the 3 classes with at least 4 known positives")
@@ -881,6 +885,7 @@ def test_two_runs_are_compared_on_the_same_images(tmp_path, capsys):
     line = next(line for line in text.splitlines() if line.startswith("f1_macro_supported"))
     assert "noise" not in line and "difference" in text.splitlines()[0]
     assert capsys.readouterr().out.endswith(text + "\n")
+
     other = write_run(tmp_path / "d", [f"other_{name}" for name in names], one, [0.5] * 4)
     with pytest.raises(ValueError, match="other images"):
         metrics.main([str(a), str(other), "--paired"])

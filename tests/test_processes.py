@@ -22,9 +22,12 @@ import json, os, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch
 from torch import nn
+from PIL import Image
 import conftest, inference, train
 
 conftest.use_small_networks()
+for module, name in conftest.CHARTS:
+    setattr(module, name, lambda *_: Image.new("RGB", (1, 1)))
 
 def sums(tensors):
     return {{name: tensor.double().sum().item() for name, tensor in tensors}}
@@ -62,10 +65,10 @@ for name, arguments in json.load(open({cases!r})).items():
 """
 
 CASES = {
-    "double frozen": ["--augment", "flip", "--epochs", "3"],
-    "double frozen, head only": ["--train-layers", "head", "--augment", "none", "--epochs", "3"],
+    "double frozen": ["--augment", "flip", "--epochs", "2"],
+    "double frozen, head only": ["--train-layers", "head", "--augment", "none", "--epochs", "2"],
     "double frozen, unfreezes": ["--train-layers", "head", "--unfreeze", "layer4", "--unfreeze-epoch", "2", "--sampler",
-                                 "balanced", "--augment", "flip", "--epochs", "3", "--sam", "0.2"],
+                                 "balanced", "--augment", "flip", "--epochs", "2", "--sam", "0.2"],
     "single frozen": ["--augment", "flip", "--epochs", "1"],
     "single": ["--augment", "flip", "--epochs", "2", "--lr", "3e-3"],
 }
@@ -73,8 +76,10 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def runs(demo, tmp_path_factory):
-    """(processes, case) -> the folder of a finished run. Every second image knows one label alone, so that the ranks
-    know unequally much."""
+    """Return {(processes, case): the folder of a finished run}.
+
+    Of every second image one label alone is known, so that the ranks know unequally many.
+    """
     folder = tmp_path_factory.mktemp("processes")
     (folder / "images").symlink_to(demo / "images")
     lines = (demo / "labels.txt").read_text().splitlines()
@@ -82,6 +87,7 @@ def runs(demo, tmp_path_factory):
         name, first, *rest = lines[i].split()
         lines[i] = " ".join([name, first, *["NA"] * len(rest)])
     (folder / "labels.txt").write_text("\n".join(lines))
+
     made = {}
     for processes in (1, 2):
         cases = {}
@@ -90,6 +96,7 @@ def runs(demo, tmp_path_factory):
             cases[case] = ["--data", str(folder), "--out", str(made[processes, case]), *SMALL, *options]
         cases_file = folder / f"{processes}.json"
         cases_file.write_text(json.dumps(cases))
+
         script = folder / f"{processes}.py"
         script.write_text(SCRIPT.format(root=str(ROOT), cases=str(cases_file)))
         command = [sys.executable]
@@ -109,18 +116,16 @@ def kept(folder, rank=0):
     return json.loads((folder / f"kept_{rank}.json").read_text())
 
 
-# M1
 @pytest.mark.parametrize("case", [case for case in CASES if "double" in case])
 def test_two_processes_have_the_losses_of_one(runs, case):
     one = losses(runs[1, case])
-    assert len(one) == 12
+    assert len(one) == 8
     np.testing.assert_allclose(losses(runs[2, case]), one, rtol=1e-9)
     for name, value in kept(runs[1, case])["report"].items():
         if isinstance(value, float):
             assert kept(runs[2, case])["report"][name] == pytest.approx(value, rel=1e-6, nan_ok=True), name
 
 
-# M1, B21: the loss of all processes
 def test_the_first_step_of_two_processes_has_the_loss_and_the_gradients_of_one(runs):
     one, two = runs[1, "single frozen"], runs[2, "single frozen"]
     assert losses(two)[0] == pytest.approx(losses(one)[0], rel=1e-5)
@@ -129,7 +134,6 @@ def test_the_first_step_of_two_processes_has_the_loss_and_the_gradients_of_one(r
     np.testing.assert_allclose(kept(two)["gradients"], gradients, rtol=1e-5, atol=1e-5 * gradients.max())
 
 
-# B7
 def test_all_processes_validate_with_the_same_statistics(runs):
     first, second = (kept(runs[2, "single"], rank)["validated with"] for rank in (0, 1))
     assert len(first) >= 2 and first == second

@@ -1,5 +1,6 @@
 """The README's cells run in a notebook word for word; its options and pictures exist; it is short."""
 
+import inspect
 import re
 import shutil
 
@@ -11,13 +12,15 @@ import dataset
 import inference
 import metrics
 import train
-from conftest import ROOT
+from conftest import ROOT, use_small_networks
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CELLS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
-# Tests cannot download the ImageNet weights, so random ones take their place.
-SETUP = """
+# Tests cannot download the ImageNet weights, so random ones take their place; nor do they have minutes.
+SETUP = inspect.getsource(use_small_networks) + """
+use_small_networks()
+
 import os
 from pathlib import Path
 import torch
@@ -43,6 +46,7 @@ def notebook(tmp_path_factory):
     for name in ("dataset.py", "inference.py", "metrics.py", "train.py"):
         shutil.copy(ROOT / name, folder)
     dataset.write_demo(folder / "data", count=40)
+
     sources = [SETUP, *CELLS, *OWN_CELLS.values()]
     content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     client = nbclient.NotebookClient(content, timeout=300, kernel_name="python3", allow_errors=True,
