@@ -417,7 +417,6 @@ def test_the_lists_of_a_layout_say_what_counts_as_nothing(tmp_path):
     assert any("nan" in line and "component" in line for line in table.notes + table.warnings)
 
 
-# Q1
 @pytest.mark.parametrize("rows", ["1,-1\n1,1\n1,-1\n", "-1,-1\n1,1\n-1,1\n", "1,-1\n0,1\n0,0\n"])
 def test_minus_one_is_an_error_or_told(tmp_path, rows):
     draw_images(tmp_path / "images", ["0.jpg", "1.jpg", "2.jpg"])
@@ -436,7 +435,6 @@ def test_minus_one_is_an_error_or_told(tmp_path, rows):
         assert values == [expected if cell == "-1" else int(cell) for cell in cells]
 
 
-# Q1
 def test_the_option_for_minus_one_counts_for_minus_one_with_decimals_too(tmp_path):
     draw_images(tmp_path / "images", ["0.jpg", "1.jpg"])
     (tmp_path / "labels.csv").write_text("image,A,B\n0.jpg,-1.0,1.0\n1.jpg,1.0,-1.0\n")
@@ -444,7 +442,6 @@ def test_the_option_for_minus_one_counts_for_minus_one_with_decimals_too(tmp_pat
     assert known_rows(table) == {"0.jpg": [0, 1], "1.jpg": [1, 0]}
 
 
-# Q13
 def test_soft_labels_become_labels_with_a_threshold(tmp_path):
     draw_images(tmp_path / "images", ["0.jpg", "1.jpg", "2.jpg"])
     (tmp_path / "labels.csv").write_text("image,A,B\n0.jpg,0.9,1e-05\n1.jpg,0.5,1.0\n2.jpg,0.49,\n")
@@ -454,7 +451,6 @@ def test_soft_labels_become_labels_with_a_threshold(tmp_path):
     assert known_rows(table) == {"0.jpg": [1, 0], "1.jpg": [1, 1], "2.jpg": [0, NA]}
 
 
-# Q13
 def test_a_column_of_text_makes_no_lists_of_a_table_of_soft_labels(tmp_path):
     draw_images(tmp_path / "images", ["0.jpg", "1.jpg", "2.jpg"])
     (tmp_path / "labels.csv").write_text("image,A,seen by\n0.jpg,0.9,Anna\n1.jpg,0.5,Ben\n2.jpg,0.2,Anna\n")
@@ -483,7 +479,6 @@ def test_a_column_of_text_beside_columns_of_labels_is_left_out(tmp_path, title):
     assert any("left out" in line and title in line for line in table.warnings)
 
 
-# Q2
 @pytest.mark.parametrize("title", ["photo", "bild", "Frame"])
 def test_lists_with_an_image_column_of_any_title(tmp_path, title):
     draw_images(tmp_path / "images", ["0.jpg", "1.jpg", "2.jpg"])
@@ -498,7 +493,6 @@ def test_lists_with_an_image_column_of_any_title(tmp_path, title):
         assert known_rows(table) == expected
 
 
-# Q2
 def test_columns_that_are_no_labels_stay_out_of_lists(tmp_path):
     names = [f"{i:02}.jpg" for i in range(24)]
     draw_images(tmp_path / "images", names)
@@ -519,7 +513,6 @@ def test_columns_that_are_no_labels_stay_out_of_lists(tmp_path):
     assert all(title in warning for title in ("fold", "date", "inspector", "caption", "taken"))
 
 
-# Q2
 def test_a_table_whose_first_rows_are_unknown_is_a_table(tmp_path):
     names = [f"{i}.jpg" for i in range(150)]
     draw_images(tmp_path / "images", names)
