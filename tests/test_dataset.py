@@ -1458,7 +1458,7 @@ def test_columns_to_ignore_and_the_folder_may_be_given_in_any_order_that_is_clea
     for call in (["--ignore", "a", "b", "."], ["--ignore", "a", "images"]):
         code, out, errors = command(capsys, *call)
         assert (code, out, errors.count("\n")) == (2, "", 1)
-        assert f"is {call[-1]} a column, or the folder of the data? Write the folder first" in errors
+        assert f"is {call[-1]} a column or the data folder? Write the folder first" in errors
     (in_folder / "b").mkdir()
     assert dataset.main([".", "--ignore", "a", "b"]).classes == ["c"]
 
