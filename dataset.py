@@ -47,9 +47,10 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 PARTS = ("train", "val", "test")
 
 IMAGE_FORMATS = {  # Pillow's names of the formats that are decoded, and the suffixes of their files
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".mpo",), "PNG": (".png", ".apng"), "WEBP": (".webp",),
-    "GIF": (".gif",), "BMP": (".bmp",), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-    "AVIF": (".avif",), "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "TGA": (".tga",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".mpo",), "PNG": (".png", ".apng"),
+    "WEBP": (".webp",), "GIF": (".gif",), "BMP": (".bmp",), "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"), "AVIF": (".avif",), "TGA": (".tga",),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
 }
 IMAGE_SUFFIXES = {suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes}
 
@@ -137,8 +138,7 @@ def _parse_options(argv):
     folder = next(filter(os.path.isdir, options.ignore), None)
     if options.data is None and folder:
         raise InputError(f"--ignore takes all names that follow it: is {folder} a column or the "
-                         "data folder? Write the folder first: python dataset.py DATA --ignore "
-                         "COLUMN ...")
+                         "data folder? Write the folder first: dataset.py DATA --ignore COLUMN ...")
     if options.sheet and not options.sheet.lower().endswith(".png"):
         raise InputError(f"--sheet {options.sheet} is a PNG file: name a file that ends in .png")
     options.data = options.data or "data"
@@ -206,8 +206,7 @@ def read_labels(data_dir, labels=None, images=None, **how):
     data_dir = Path(data_dir)
     how = Reading(**how)
     if not data_dir.is_dir():
-        raise InputError(f"{data_dir} is not a folder: --data names the folder with labels and "
-                         "images")
+        raise InputError(f"{data_dir} is not a folder: --data names the data folder")
     if images and not Path(images).is_dir():
         raise InputError(f"{images} is not a folder: --images names the image folder")
 
@@ -232,8 +231,7 @@ def read_labels(data_dir, labels=None, images=None, **how):
                              "train, val or test")
         table.notes.append("split: by the folders below the image folder")
 
-    # Duplicates are found first, since neither parts nor rows can be compared before it is known
-    # which images are one.
+    # Duplicates come first, since parts and rows can only be compared if it is known what is one image.
     table = _find_copies(table)
     return _merge_rows(_separate_parts(table, how.drop_overlap))
 
@@ -295,8 +293,7 @@ def find_labels(data_dir, folder=None):
     Returns {part: Path}; a single file, or the folder of .cls files, has the part "". Raises
     InputError.
     """
-    # The more specific name wins: labels.txt, then files called train and test, then .cls files,
-    # then any table.
+    # The more specific name wins: labels.txt, then train.csv and the like, then .cls, then any table.
     for name in ("labels.txt", "labels.csv", "labels.tsv", "image_data.csv"):
         if (data_dir / name).is_file() and not _read_class_table(data_dir / name, folder):
             return {"": data_dir / name}
@@ -332,8 +329,7 @@ def _find_divided(data_dir):
     for path in _table_files(data_dir):
         part = PART_WORDS.get(path.stem.lower().removesuffix("_metadata"))
         if part in divided:
-            raise InputError(f"{divided[part]} and {path} are both {part} files: remove one, or "
-                             "give --labels")
+            raise InputError(f"{divided[part]} and {path} are both {part}: remove one, or give --labels")
         if part:
             divided[part] = path
 
@@ -410,6 +406,7 @@ def _read_files(files, data):
     for part, path in files.items():
         try:
             table, columns = _read_file(path, data)
+        # Competitions publish their test file without labels.
         except NoLabels as error:
             if not tables:
                 raise
@@ -419,6 +416,7 @@ def _read_files(files, data):
         data.first = data.first or columns
         tables[part] = table
 
+    # Columns may differ from file to file, so a name is wrong only if no file has it.
     for name in data.how.ignore:
         if not any(name in titles for titles in data.titles.values()):
             path, titles = next(iter(data.titles.items()))
@@ -475,6 +473,7 @@ def _read_file(path, data):
         table.warnings.append(f"columns that hold no labels were left out: {', '.join(left_out)}")
     for column in chosen:
         data.meanings.update(column.labels)
+    # Later files of the same data follow the first one in this, even if they hold no x or +.
     absent = {cell for column in chosen for cell in ("", "-") if column.labels.get(cell) == 0}
     return table, LabelColumns(kind, [column.title for column in chosen], absent)
 
@@ -485,6 +484,7 @@ def _join_tables(tables):
     targets = []
     joined = LabelTable([], [], None, classes, tables[0].groups, absent=tables[0].absent)
     for table in tables:
+        # Lists name what is present, so a class without a name is absent; in a table it is unknown.
         part = np.full((len(table), len(classes)), table.absent, np.float32)
         part[:, [classes.index(name) for name in table.classes]] = table.targets
         targets.append(part)
@@ -521,8 +521,9 @@ DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", " ": "white s
 LONGEST_LINE = 2**20  # bytes; a line of 80 classes has about 300, a video may have no line ends
 
 # The first bytes of files that people give by mistake, since they hold tables too.
-FOREIGN = {b"PK\x03\x04": "an Excel workbook or a ZIP archive", b"\x93NUMPY": "a numpy array", b"<?xml": "XML",
-           b"PAR1": "a Parquet file", b"%PDF": "a PDF document", b"\x80\x04": "a Python pickle"}
+FOREIGN = {b"PK\x03\x04": "an Excel workbook or a ZIP archive", b"\x93NUMPY": "a numpy array",
+           b"PAR1": "a Parquet file", b"%PDF": "a PDF document", b"\x80\x04": "a Python pickle",
+           b"<?xml": "XML"}
 READABLE = ("label files are tables (.txt, .csv, .tsv) with a column per class, .csv lists of label "
             "names, or a folder of .cls files: export one of these")
 
@@ -535,14 +536,17 @@ def read_rows(path):
     """
     lines = read_lines(path)
     first = next((line for line in lines if line.strip()), "").strip()
-    if path.suffix.lower() in (".json", ".jsonl") or first in ("{", "[") or first.startswith(('{"', "[{", '["')):
+    starts = first in ("{", "[") or first.startswith(('{"', "[{", '["'))
+    if path.suffix.lower() in (".json", ".jsonl") or starts:
         raise InputError(f"{path} is JSON: {READABLE}")
     delimiter = _find_delimiter(path, first)
     if delimiter == " ":
         return [(number, line.split()) for number, line in enumerate(lines, 1) if line.strip()], delimiter
 
     rows = []
-    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, skipinitialspace=True, strict=True)
+    # Some programs, such as Roboflow, write a blank after each comma.
+    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, strict=True,
+                        skipinitialspace=True)
     try:
         for cells in reader:
             cells = [cell.strip() for cell in cells]
@@ -576,8 +580,7 @@ def read_lines(path):
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
     if b"\0" in content:
-        raise InputError(f"{path} has zero bytes, as UTF-16 and binary files do: save it as text "
-                         "in UTF-8")
+        raise InputError(f"{path} has zero bytes, as UTF-16 and binary files do: save it as UTF-8")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -595,6 +598,7 @@ def _find_delimiter(path, line):
     """Choose the delimiter of a file by its suffix and its first line."""
     if path.suffix.lower() == ".tsv":
         return "\t"
+    # The commonest delimiter wins, and in .txt files a blank if it is commoner still.
     delimiter = max(",;\t", key=line.count)
     blanks = len(re.findall(" +", line.strip()))
     if path.suffix.lower() != ".csv" and (blanks > line.count(delimiter) or delimiter not in line):
@@ -642,8 +646,8 @@ def _regularize_rows(file):
     if file.delimiter == " " or not all(names_image(cells[start]) for _, cells in file.rows[:50]):
         return
 
-    # Rows of 1, 0 and NA are a table. Names are only sure in ragged rows, or where a name is in two
-    # columns.
+    # Rows of 1, 0 and NA are a table. Others hold names for certain if they start with a part, if
+    # they are ragged, or if a name is in two columns.
     lists = [[cell for cell in cells[start + 1 :] if cell] for _, cells in file.rows]
     labels = sum(file.values[name] is not None for names in lists for name in names)
     ragged = len(set(map(len, lists))) > 1
@@ -666,8 +670,7 @@ def _split_header(file):
     number, cells = file.rows[0]
     place = f"{file.path}:{number}"
     if len(cells) < 2:
-        raise NoLabels(f"{place}: no label column: the image comes first, then 0, 1 or NA for each "
-                       "class")
+        raise NoLabels(f"{place}: no label column: after the image, write 0, 1 or NA for each class")
     trailing = takewhile(lambda cell: values[cell] is not None, reversed(cells))
     labels = len(list(trailing))
 
@@ -682,26 +685,22 @@ def _split_header(file):
         raise InputError(f"{place}: the first line names an image, {image}, but not first: add a "
                          "line of titles above it, such as split,image,a,b")
 
-    # A first row is data if its first cell is an image, or if it ends in labels that repeat, which
-    # titles never do.
+    # A first row is data if it starts with an image, or if labels repeat in it, as titles never do.
     titled = name.lower() in ID_TITLES and len(file.rows) > 1 and _image_suffix(file.rows[1][1][0])[1]
     repeats = 0 < labels < len(cells) and len(set(cells[1:])) < len(cells) - 1
     if (file.data.images.names_image(name) or repeats) and not titled:
-        file.notes.append("no header: the image comes first, and the classes are called Attr1 to "
-                          f"Attr{width}")
+        file.notes.append(f"no header: first the image, then classes called Attr1 to Attr{width}")
         return ["image", *(f"Attr{i + 1}" for i in range(width))]
 
     if labels == len(cells):
-        raise InputError(f"{place}: a row of labels without an image: name the images with "
-                         "--image-list")
+        raise InputError(f"{place}: labels without an image: name the images with --image-list")
     if len(file.rows) == 1:
         raise InputError(f"{file.path} has a header and no rows: it needs a line per image")
     following = file.rows[1][1]
     if delimiter == " " and len(following) == len(cells) + 1 and values[following[1]] is not None:
         cells = ["", *cells]  # as in CelebA, the image column has no title
     elif labels == len(cells) - 1:
-        file.notes.append(f"line {number} is taken as a header, since {name} is no image; if it is "
-                          "one, add its suffix")
+        file.notes.append(f"line {number} is the header; if {name} is an image, add its suffix")
     _refuse_repeated(place, [f"the column {title!r}" for title in cells])
     file.rows = file.rows[1:]
     return cells
@@ -717,7 +716,8 @@ def _columns(file, titles):
             cells = [" ".join(cells[: extra + 1]), *cells[extra + 1 :]]
         if len(cells) != len(titles):
             more = "" if file.delimiter == " " or extra < 0 else (
-                f": put a cell that contains {DELIMITER_NAMES[file.delimiter]} in quotes, or separate its names by ;")
+                f": put a cell that contains {DELIMITER_NAMES[file.delimiter]} in quotes, or separate "
+                "its names by ;")
             raise InputError(f"{file.path}:{number}: {len(cells)} cells, but there are "
                              f"{len(titles)} columns{more}")
         flat += cells
@@ -743,20 +743,18 @@ ID_TITLES = ("id", "image_id", "imageid", "image", "images", "image_name", "imag
              "filename", "file_name", "file name", "file", "path", "filepath", "file_path",
              "image_path", "img", "name", "fname")
 
-# Titles over names of labels; those of SUBJECT_TITLE do not rule out that other columns hold labels
-# too.
+# Titles over names of labels. Where there is one of the first kind, no other columns hold labels.
 LIST_TITLE = re.compile(r"label|tag|class|categor|finding|choice|attribute", re.IGNORECASE)
 SUBJECT_TITLE = re.compile(r"genre|target|defect|component|disease|diagnos|object|species",
                            re.IGNORECASE)
 
 # Titles of columns that hold no labels even where their cells are 0 and 1: an index, ids, people.
-OTHER_TITLE = re.compile(r"|Unnamed: [\d.]+|__index_level_\d+__|(.*[_ .-])?(id|uuid|guid|annotators?|labell?ers?|"
-                         r"raters?|reviewers?|inspectors?|\w+ed[_ ](by|at))", re.IGNORECASE)
+OTHER_TITLE = re.compile(r"|Unnamed: [\d.]+|__index_level_\d+__|(.*[_ .-])?(id|uuid|guid|annotators?|"
+                         r"labell?ers?|raters?|reviewers?|inspectors?|\w+ed[_ ](by|at))", re.IGNORECASE)
 
-# Titles that are unlikely for a class, though a class may be called so: such a class brings a
-# warning.
-UNLIKELY_TITLE = re.compile(r"(.*[_ .-])?(fold|split|set|subset|partition|date|time|timestamp|idx|index|operator|"
-                            r"author|user|username|worker|source|url)", re.IGNORECASE)
+# Titles that are unlikely for a class, but possible: such a class brings a warning.
+UNLIKELY_TITLE = re.compile(r"(.*[_ .-])?(fold|split|set|subset|partition|date|time|timestamp|idx|index|"
+                            r"operator|author|user|username|worker|source|url)", re.IGNORECASE)
 
 # Titles of columns whose words are not names of labels.
 TEXT_TITLES = {"caption", "text", "description", "comment", "comments", "remarks", "note", "notes",
@@ -784,6 +782,7 @@ def _find_image_column(file):
         labels = not titled and all(file.values[cell] is not None for cell in cells)
         stems = 0 if labels else sum(map(images.names_image, some))
         is_index = title == "" or title.startswith("Unnamed: ")  # as pandas writes it
+        # Compared from left to right: the first item that differs decides.
         hits[title] = (stems > 0 and titled, names, stems, titled, not is_index)
     best = max(hits, key=hits.get)
 
@@ -808,6 +807,7 @@ def _add_folders(file):
     for title, cells in file.cells.items():
         if not any(cell.rpartition("/")[2] in images.folders for cell in set(cells[:50]) - {""}):
             continue
+        # A column such as site counts as folders if most images are found in them.
         inside = 0
         for cell, name in zip(cells, some):
             folders = [f"/{found}".rpartition("/")[0] for found in images.ends(f"{cell}/{name}")]
@@ -826,8 +826,7 @@ def _read_objects(file, title):
     file.table.objects = [re.sub(r"^(\d+)\.0+$", r"\1", name) for name in objects]
     lacking = objects.count("")
     if lacking:
-        file.notes.append(f"objects: {lacking} rows have no {title}, and each counts as an object "
-                          "of its own")
+        file.notes.append(f"objects: {lacking} rows have no {title}, so each is an object of its own")
 
 
 def _read_parts(file):
@@ -842,8 +841,7 @@ def _read_parts(file):
     if title is None:
         return
 
-    # Under is_valid, false means train. Under is_train or is_test it can mean two parts, and is
-    # left open.
+    # Under is_valid, false means train. Under is_train and is_test it may mean two parts: left open.
     cells = file.take(title, "--split-column")
     true = PART_WORDS.get(title.lower().removeprefix("is_"))
     flags = {1: true, 0: "train" if true == "val" else ""} if true else {}
@@ -888,8 +886,7 @@ def _choose_kind(file, images_known):
     if flags or listed:  # beside labels, digits such as 010 are the number of a room
         vectors = [column for column in vectors if not all(map(str.isdecimal, column.vectors))]
 
-    # What the user says, in label_groups.json or by an option, and vectors, which look like nothing
-    # else.
+    # First what the user says, by label_groups.json or an option, and vectors, which stand out.
     if any(column.title in file.data.groups and column.words for column in columns):
         return "lists"
     if vectors:
@@ -900,9 +897,9 @@ def _choose_kind(file, images_known):
     if file.data.how.separator is not None:
         return "lists"
 
-    # Names beside columns of 1 and 0: both may say the same, or the number may be the value of the
-    # name.
+    # Names beside 1 and 0: both may say the same, or the number may be the value of the name.
     if listed:
+        # A column such as fold may hold 0 and 1, but hardly labels.
         flags = [column for column in flags if not UNLIKELY_TITLE.fullmatch(column.title)]
         if flags and _say_the_same(listed, flags):
             return "table"
@@ -924,6 +921,7 @@ def _ambiguous(file, what, column, other):
 
 def _say_the_same(listed, flags):
     """Return True if columns of names repeat columns of 1 and 0; a word such as none is all 0."""
+    # Row by row, a name must be listed exactly where its column has a 1.
     titles = {column.title.casefold() for column in flags}
     same = False
     for column in listed:
@@ -1001,7 +999,8 @@ class Column:
         # Numbers under such a title may be class numbers, but not if they are fractions, or only 0 and 1.
         known, other = self.counts
         numbers = [number for number in self.odd_numbers if number is not None]
-        if not self.words and (len(self.distinct) < 3 or any(value != int(value) for value in numbers)):
+        fractions = not all(map(float.is_integer, numbers))
+        if not self.words and (len(self.distinct) < 3 or fractions):
             return False
         return other > known or any(re.fullmatch(r"\d+([\s;|,]+\d+)+", cell) for cell in self.words)
 
@@ -1016,8 +1015,7 @@ UNKNOWN_WORDS = {"", "na", "n/a", "#n/a", "<na>", "n.a.", "nan", "none", "null",
                  "unknown"}
 MARKS = {"x", "✓", "✔", "√", "☑", "✅", "•"}  # present, where absent cells are blank
 
-# Words for present and absent. A column may mix those of one set, but no others: x and y are names
-# of something.
+# Words for present and absent. Only those of one set may be in a column: x and y are names.
 PAIRS = ({"1", "0", "true", "false", "yes", "no"},
          {"t", "f"}, {"y", "n"}, {"positive", "negative"}, {"pos", "neg"}, {"present", "absent"}, {"+", "-"},
          {"on", "off"}, {"✓", "✗"}, {"✔", "✘"}, {"☑", "☐"}, {"✅", "❌"}, MARKS)
@@ -1037,14 +1035,14 @@ class LabelValues(dict):
             self.said += [(word, self.number(word), value) for word in words]
         word = _first_repeated(word for word, *_ in self.said)
         if word is not None:
-            raise InputError(f"{word!r} is given twice for --positive, --negative and --unknown: "
-                             "give it once")
+            raise InputError(f"{word!r} is given twice for --positive, --negative and --unknown")
 
     def __missing__(self, cell):
         self[cell] = self._value(cell)
         return self[cell]
 
     def _value(self, cell):
+        # What the user says goes first, then the usual meaning of numbers, then that of words.
         number = self.number(cell)
         said = self.meaning_said(cell)
         if said is not None:
@@ -1105,7 +1103,8 @@ def _read_table(file, columns):
 
     table.targets = np.empty((len(table), len(chosen)), np.float32)
     for c, column in enumerate(chosen):
-        table.targets[:, c] = np.fromiter(map(column.labels.__getitem__, column.cells), np.float32, len(table))
+        labels = map(column.labels.__getitem__, column.cells)
+        table.targets[:, c] = np.fromiter(labels, np.float32, len(table))
     return chosen
 
 
@@ -1133,7 +1132,7 @@ def _check_signs(file, columns):
     if said or not any(-1 in column.numbers for column in columns):
         return
 
-    # Data sets that write NA as -1 have zeros, and few of them have -1 in every column.
+    # Where -1 means absent, it is in every column, and commoner than 0, which then means NA.
     minus = []
     zeros = 0
     for column in columns:
@@ -1205,8 +1204,7 @@ def _read_vector_cells(cells, values):
             return {}
         vectors[cell] = parts if cell.lower() not in UNKNOWN_WORDS else []
 
-    # Digits without blanks are only vectors if one starts with 0: 10 and 11 can be numbers, 010 and
-    # 011 cannot.
+    # Digits without blanks are vectors only if one starts with 0, as in 010; 10 may be a number.
     lengths = {len(parts) for parts in vectors.values() if parts}
     digits = all(cell.isdecimal() for cell, parts in vectors.items() if parts)
     if len(lengths) != 1 or lengths == {1} or (digits and not any(cell.startswith("0") for cell in cells)):
@@ -1235,8 +1233,7 @@ def _read_lists(file, columns):
     if all(renamed.values()):
         names = {cell: [renamed[name] for name in found] for cell, found in names.items()}
         own = {title: [renamed[name] for name in found] for title, found in own.items()}
-        table.notes.append("labels: class numbers were replaced by the names in the file of class "
-                           "names")
+        table.notes.append("labels: class numbers were replaced by the names in the class file")
         table.classes = list(class_names.values())
     table.classes = list(dict.fromkeys(chain(table.classes, *own.values(), *file.data.groups.values())))
     table.groups = own if len(own) > 1 else {}
@@ -1252,8 +1249,7 @@ def _read_lists(file, columns):
 def _set_listed_targets(file, chosen, names, others):
     """Set the targets: 1 for the names in a row and 0 for other classes, unless a column has values.
 
-    With a column such as confidence, rust,0 means that rust is absent, and classes that a row does
-    not name are NA.
+    With a column such as confidence, rust,0 means that rust is absent; classes not named are NA.
     """
     table = file.table
     stated = [1.0] * len(table)
@@ -1292,6 +1288,7 @@ def _list_columns(file, columns):
         chosen = [column for column in names if LIST_TITLE.search(column.title)] or names
         titles = ", ".join(column.title for column in columns)
         lacking = f"no column holds names of labels: it has {titles}"
+
     if not chosen:
         raise NoLabels(f"{file.path}: {lacking}")
     return chosen
@@ -1300,8 +1297,7 @@ def _list_columns(file, columns):
 def _find_separator(path, cells):
     """Return the separator of the names in a cell, the first of ; | , that occurs, or None.
 
-    Raises InputError if something else may be one: `crack dent` beside `crack`, or `rust/dent`
-    beside `rust`.
+    Raises InputError if something else may be one, as in `crack dent` or `rust/dent` beside `dent`.
     """
     plain = {cell for cell in cells if _names_in(cell) is None}
     for separator in (";", "|", ",", "\n"):
@@ -1309,6 +1305,7 @@ def _find_separator(path, cells):
             return separator
 
     seen = Counter(word for cell in plain for word in set(cell.split()))
+    # Long cells come first, as they make the clearest examples in the message.
     for cell in sorted(plain, key=lambda cell: (-len(cell.split()), cell)):
         words = cell.split()
         parts = re.split(r"\s*[/&+:]\s*", cell)
@@ -1425,6 +1422,7 @@ def _read_cls(folder, data_dir):
     if not files:
         raise InputError(f"{folder} holds no .cls files")
 
+    # An index that is not listed is absent, so an empty file is an image without any label.
     targets = np.zeros((len(files), len(names)), np.float32)
     indices = {number: c for c, number in enumerate(names)}
     for row, file in enumerate(files):
@@ -1475,8 +1473,7 @@ def _class_file(data_dir):
 def _read_class_table(path, folder=None):
     """Read a CSV file of class numbers and names, such as class_id,name, as a dict in order.
 
-    Returns {} if the file is something else: if a number or a name is repeated, or names an image
-    of the ImageFolder.
+    Returns {} if it is something else: if a number or name is repeated, or names an image in `folder`.
     """
     if path.suffix.lower() != ".csv":
         return {}
@@ -1522,6 +1519,7 @@ def _apply_groups(table, groups, path):
                          f"{', '.join(table.classes)}")
 
     positives = np.nansum(table.targets, axis=0)
+    # Groups may leave classes out on purpose, but a typing error would look the same.
     dropped = [f"{name} ({positives[c]:.0f} times)" for name, c in column.items() if name not in classes]
     if dropped:
         table.warnings.append(f"{len(dropped)} classes in no group of {path} were dropped: "
@@ -1580,6 +1578,7 @@ def _attach_images(table, folder, by_stem):
                  for row in matched]
         table.notes.append(f"matched by {kind}: {count} rows, such as {', '.join(pairs)}")
 
+    # Images without a row are no error, as part of a data set may be unlabelled.
     used = set(found)
     unused = [name for name in folder.names
               if name not in used and _image_suffix(name)[1] in IMAGE_SUFFIXES]
@@ -1597,8 +1596,7 @@ def _attach_images(table, folder, by_stem):
 def _match_paths(table, folder):
     """Find the file of each row by its path.
 
-    Returns three lists, with None for missing images: files, how each was matched, and the path
-    that each row means.
+    Returns the files, how each was matched, and the path that each row means; None if it is missing.
     """
     found = []
     places = {}  # label file -> (its folder, the part it belongs to, starts of relative paths)
@@ -1612,8 +1610,7 @@ def _match_paths(table, folder):
             places[source] = place, PART_WORDS.get(word) or _part_of_folder(inside), starts
         place, part, starts = places[source]
 
-        # Most names need no search: they are paths from the image folder, and have no other
-        # reading.
+        # Most names need no search: they are paths from the image folder, and nothing else.
         if name in folder.names and not name.startswith(starts):
             found.append((name, "full path", name))
         else:
@@ -1630,6 +1627,7 @@ def _match_by_stem(table, folder):
     """
     found = [folder.find(name, origin, folder.root)[0]
              for name, origin in zip(table.ids, table.origins)]
+    # An image that matches a label file by its path is not given to another one.
     taken = set(found)
     folders = {os.path.dirname(name) for name in table.ids} - {""}
     for row, name in enumerate(table.ids):
@@ -1722,8 +1720,7 @@ class ImageFolder:
                 test, nor one of val in test.
 
         Returns:
-            (file, "full path", "trailing part" or "stem", the path that the row means), or None
-            three times.
+            (file, "full path", "trailing part" or "stem", the path that is meant), or three None.
 
         Raises:
             InputError: several files match, or the path leads to a file outside the image folder.
@@ -1918,6 +1915,7 @@ def _long_form(names):
 
 def _find_copies(table):
     """Set `copies` if two rows have the same image, by its path or by its bytes."""
+    # Rows of the same path share a file, which is read only once.
     first_of_path = {}
     for row, path in enumerate(table.paths):
         first_of_path.setdefault(path, row)
@@ -1964,6 +1962,7 @@ def _separate_parts(table, drop):
     if not any(table.parts):
         return table
     units = _units(table)
+    # Later parts rank higher: a test image must not be trained on, but a train image can be spared.
     rank = np.array([LESSER_FIRST.index(part) for part in table.parts])
     last = np.zeros(units.max() + 1, int)
     np.maximum.at(last, units, rank)
@@ -1978,6 +1977,7 @@ def _separate_parts(table, drop):
                               f"too: {text}")
         return table.subset(np.setdiff1d(np.arange(len(table)), lesser))
 
+    # Each message needs a row of the other part: the first one of the highest rank.
     highest = {units[row]: row for row in np.flatnonzero(rank == last[units])[::-1]}
     pairs = []
     for row in lesser[:3]:
@@ -1999,8 +1999,7 @@ def _merge_rows(table):
         if other == row:
             continue
 
-        # 1 and 0 add up to 1, which nothing else does. Lists are added up: a name in one of the
-        # rows is enough.
+        # 1 and 0 add up to 1, which nothing else does. In lists, a name in one row is enough.
         conflicts = np.flatnonzero(table.targets[row] + table.targets[other] == 1)
         if len(conflicts) and table.absent != 0:
             place = table.origins[other].rpartition(":")[2]
@@ -2018,8 +2017,7 @@ def _merge_rows(table):
 
     table.merged = len(table) - len(first)
     if table.merged and table.absent != 0:
-        table.warnings.append(f"{table.merged} rows name an image again and were merged with its "
-                              "first row")
+        table.warnings.append(f"{table.merged} rows of an image were merged with its first row")
     return table.subset(np.array(list(first.values())))
 
 
@@ -2046,6 +2044,7 @@ def split(table, ratios=(0.7, 0.15, 0.15), method="stratified", seed=0):
     if len(ratios) != 3 or not np.isfinite(ratios).all() or ratios.min() < 0 or ratios[:2].min() == 0:
         raise InputError("--split takes three ratios, train, val and test; only the last may be 0")
 
+    # -1 stands for a row without a part, which is to be divided.
     part = np.array([PARTS.index(name) if name else -1 for name in table.parts or [""] * len(table)])
     free = np.flatnonzero(part < 0)
     named = set(part[part >= 0].tolist())
@@ -2080,10 +2079,12 @@ def divide(table, ratios, method="stratified", seed=0):
     rng = np.random.default_rng(seed)
     if method == "random":
         order = rng.permutation(len(sizes))
+        # A unit goes to the part in which its middle falls on a line of all images.
         done = (np.cumsum(sizes[order]) - sizes[order] / 2) / sizes.sum()
         part = np.empty(len(sizes), int)
         part[order] = np.searchsorted(np.cumsum(ratios)[:-1], done, side="right")
     else:
+        # Unknown labels count as absent here: only known positives are spread.
         positives = np.zeros((len(sizes), table.targets.shape[1]))
         np.add.at(positives, units, np.nan_to_num(table.targets))
         part = _stratified_parts(positives, sizes, ratios, rng)
@@ -2131,12 +2132,14 @@ def _stratified_parts(positives, sizes, ratios, rng):
     part = np.full(len(sizes), -1)
     wanted = ratios[:, None] * positives.sum(axis=0)  # (K, C) positives that each part still lacks
     room = ratios * sizes.sum()  # (K,) images that each part still lacks
+    # A part of ratio 0 must get nothing, even if all others have more than they want.
     allowed = np.where(ratios > 0, 0.0, -np.inf)
     order = rng.permutation(len(sizes))
     has = positives > 0
     left = has.sum(axis=0)
     while left.any():
         label = np.argmin(np.where(left > 0, left, np.inf))
+        # Among parts that lack the label equally, the one with most room takes the unit.
         for unit in order[has[order, label] & (part[order] < 0)]:
             k = max(range(len(ratios)), key=lambda k: (wanted[k, label] + allowed[k], room[k]))
             part[unit] = k
@@ -2159,9 +2162,9 @@ def _stratified_parts(positives, sizes, ratios, rng):
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 EXIF_TRANSPOSE = {  # EXIF orientation -> what makes an image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90}
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 # Errors that are worth a second try: network drives, and too many open files.
 TRANSIENT_ERRORS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ETIMEDOUT}
 
@@ -2215,8 +2218,7 @@ def _load_image(image, size, within):
     image = _open_image(image)
     turn = EXIF_TRANSPOSE.get(image.getexif().get(0x0112))
 
-    # A JPEG is decoded at a fraction of its size, which is faster; at twice the side, no difference
-    # can be seen.
+    # A JPEG is decoded at a fraction of its size, which is faster; twice the side loses nothing.
     drafted = None
     if side := size or within:
         drafted = image.draft("RGB", (2 * side, 2 * side))
@@ -2313,6 +2315,7 @@ class ImageDataset(torch.utils.data.Dataset):
             except ImageError as error:
                 self.errors[row] = str(error)
                 self.targets[row] = math.nan
+                # 127 is the middle of the range, and so close to 0 after normalize().
                 pixels = np.full((self.size, self.size, 3), 127, np.uint8)
             if len(self._pixels) < self._capacity:
                 self._pixels[row] = pixels
@@ -2363,8 +2366,7 @@ def normalize(images):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Augmentation of a whole batch at once: all turns, shifts and stretches are one matrix and one
-# sampling
+# Augmentation of a whole batch: turns, shifts and stretches are one matrix and one sampling
 
 
 LEVELS = {"none": (), "light": ("flip", "crop"),
@@ -2387,8 +2389,7 @@ def read_operations(text):
 def draw_noise(count, seed, epoch):
     """Return random numbers in [0, 1), (count, len(NOISE)), to augment the images of an epoch.
 
-    They depend on the seed and the epoch alone, so that neither threads nor a resume change an
-    image.
+    They depend on the seed and the epoch alone, so neither threads nor a resume change an image.
     """
     # The factor is larger than any number of epochs, so that no two pairs share a seed.
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -2575,6 +2576,7 @@ def draw_sheet(cells, title, columns=6, width=200):
     columns = max(1, min(columns, len(cells)))
     gap = 14  # pixels, the height of a line
     total = columns * (width + gap) + gap
+    # Letters are 17 pixels high in the heading and 13 under pictures, which is easy to read.
     heading = _draw_words([(title, BLACK)], total - 2 * gap, 17)
     pasted = [(heading, gap, 10)]  # (image, left, top)
 
@@ -2618,6 +2620,7 @@ def list_names(names, chosen):
 
 def label_sheet(table, count=24, seed=0):
     """Return a PIL image with a random sample of a table's images and their labels."""
+    # A fixed seed, so that the sheet is the same each time and can be compared after a correction.
     rows = np.random.default_rng(seed).permutation(len(table))[:count]
     names = picture_names(table.classes)
     cells = []
@@ -2736,6 +2739,7 @@ def images_summary(table, most=1000):
     sizes = []
     kinds = Counter()
     errors = []
+    # Of more than `most` images, every n-th one is opened, as a network drive may be slow.
     for path in table.paths[:: -(-len(table) // most)]:
         try:
             with _open_image(path) as image:
@@ -2791,6 +2795,7 @@ def write_demo(folder, seed=0, count=1000):
 
     lines = [" ".join(["image", *DEMO_LABELS])]
     for i in range(count):
+        # Each image has its own generator, so image i does not depend on how many are written.
         rng = np.random.default_rng([seed, i])
         labels = draw_demo_labels(rng)
         draw_demo_image(labels, rng)[0].save(folder / "images" / f"part_{i:04}.jpg", quality=88)
@@ -2810,8 +2815,7 @@ def draw_demo_labels(rng):
 
 def draw_demo_image(labels, rng):
     """Draw a photograph with these labels. Returns (image, {label: (left, top, right, bottom)})."""
-    # A background with grain, and clutter that is no label, as a network could otherwise count
-    # edges.
+    # Grain, and clutter that is no label; without it, a network could just count edges.
     side = 2 * DEMO_SIZE
     grain = _smooth_noise(rng, (side, 12), 7) + _smooth_noise(rng, (6, 6), 14)
     image = _to_image(np.array(_colour(rng)) + grain[..., None])
@@ -2821,6 +2825,7 @@ def draw_demo_image(labels, rng):
         _polygon(pen, *rng.integers(0, side, 2), corners, 0, _colour(rng, 10, 245), outline=None)
 
     # Each label has its own cell of a 3 x 3 grid; parts are drawn first, and defects over them.
+    # Cells are 78 pixels apart and shifted by up to 20, so labels may touch but do not hide each other.
     grid = [(x, y) for x in (50, 128, 206) for y in (50, 128, 206)]
     places = rng.permutation(grid) + rng.integers(-20, 21, (9, 2))
     boxes = {}
@@ -2946,6 +2951,7 @@ def run_command(main):
         main()
     except InputError as error:
         fail(error, 2)
+    # Memory errors are checked first, since OutOfMemoryError is a RuntimeError too.
     except (torch.cuda.OutOfMemoryError, MemoryError):
         fail("out of memory: try a lower -b (--batch-size), --size or --cache", 1)
     except (RuntimeError, OSError, ImageError) as error:
@@ -2968,8 +2974,7 @@ def print_text(text="", file=None, end="\n"):
     except UnicodeEncodeError:
         print_text(text.encode("ascii", "backslashreplace").decode(), file, end)
     except (BrokenPipeError, ValueError):  # ValueError: the stream was closed
-        # Python flushes the stream once more at exit, which would fail again: from now on it leads
-        # nowhere.
+        # Python flushes the stream again at exit, which would fail too: now it leads nowhere.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
@@ -3019,8 +3024,7 @@ def refuse_to_replace(option, path, files):
     for file in files:
         with contextlib.suppress(OSError):
             if os.path.samestat(own, os.stat(file)):
-                raise InputError(f"{option} {path} would replace a file that is read: name another "
-                                 "one")
+                raise InputError(f"{option} {path} would replace a file that is read: choose another")
 
 
 @contextlib.contextmanager
@@ -3067,6 +3071,7 @@ def write_text(path, lines):
 
 def to_json(value):
     """Return a value as JSON text; what is not finite becomes null, since JSON has no NaN."""
+    # Python writes NaN and Infinity as bare words, which other programs cannot read.
     finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
     return json.dumps(finite, indent=2, ensure_ascii=False)
 
