@@ -318,6 +318,7 @@ def find_labels(data_dir, folder=None):
 
 
 def _table_files(folder):
+    """Return the files in a folder that can be tables, sorted."""
     files = [path for path in folder.glob("*.*") if path.is_file()]
     return sorted(path for path in files if path.suffix.lower() in (".txt", ".csv", ".tsv")
                   and not path.name.startswith("._"))  # macOS keeps attributes in ._NAME
@@ -1530,6 +1531,7 @@ def _apply_groups(table, groups, path):
 
 
 def _read_json(path):
+    """Read a JSON file. Raises InputError."""
     try:
         return json.loads("\n".join(read_lines(path)))
     except InputError:
@@ -2215,6 +2217,7 @@ def image_name(image):
 
 
 def _load_image(image, size, within):
+    """Load an image as load_image() does, but raise whatever Pillow raises."""
     image = _open_image(image)
     turn = EXIF_TRANSPOSE.get(image.getexif().get(0x0112))
 
@@ -2234,6 +2237,7 @@ def _load_image(image, size, within):
 
 
 def _open_image(image):
+    """Open what load_image() accepts as a PIL image, which need not be decoded yet."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an array must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
@@ -2266,6 +2270,7 @@ def readable_formats():
 
 
 def _to_rgb(image):
+    """Convert an image to mode RGB, with 8 bits per channel and transparent pixels on white."""
     # Images of 16 bits and more are scaled to 8 bits: Pillow would clip them.
     if image.mode.startswith(("I", "F")):
         values = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0).clip(0)
@@ -2879,7 +2884,7 @@ def _star(radii):
 
 
 def _draw_label(label, pen, x, y, rng):
-    """Draw a part or a defect around (x, y) -> its box."""
+    """Draw a part or a defect around (x, y) and return its box."""
     if label == "bolt":  # a hexagonal head with a slot, and a shadow
         radius = rng.uniform(26, 38)
         angle = rng.uniform(0, math.pi)
