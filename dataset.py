@@ -1,16 +1,18 @@
-"""Label files and images in, tensors out.
+"""Read label files and images, and turn them into tensors.
 
-    python dataset.py data/                     # what is in a data folder, and how it was understood
-    python dataset.py data/ --check             # and decode every image, and list identical ones
-    python dataset.py data/ --sheet sheet.png   # and draw a sample of the images with their labels
+    python dataset.py data/                     # show what a data folder holds
+    python dataset.py data/ --check             # also decode every image and list identical ones
+    python dataset.py data/ --sheet sheet.png   # also draw a sample of the images with their labels
     python dataset.py --demo data/demo          # write the demo data
 
-    table = dataset.read_labels("data/")        # -> LabelTable; 1, 0 and NaN for an unknown label
+    table = dataset.read_labels("data/")        # a LabelTable; targets are 1, 0, or NaN where unknown
     train, val, test = (table.subset(rows) for rows in dataset.split(table))
     images = dataset.ImageDataset(train, size=224)
     for batch, targets, rows in dataset.batches(images, [[0, 1, 2], [3, 4]]): ...
 
-A LabelTable is the one currency between label files, splits, datasets and reports.
+Label files, splits, datasets and reports exchange one type, LabelTable. The file reads top-down:
+the command line, reading a data folder, splits, images, augmentation, summaries, demo data, and
+helpers that all scripts share.
 """
 
 import argparse
@@ -42,41 +44,49 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-IMAGE_FORMATS = {  # the formats that are read, by Pillow's names: the suffixes of their files
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".mpo",), "PNG": (".png", ".apng"), "WEBP": (".webp",),
-    "GIF": (".gif",), "BMP": (".bmp",), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-    "AVIF": (".avif",), "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "TGA": (".tga",),
+PARTS = ("train", "val", "test")
+
+IMAGE_FORMATS = {  # Pillow's names of the formats that are decoded, and the suffixes of their files
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".mpo",), "PNG": (".png", ".apng"),
+    "WEBP": (".webp",), "GIF": (".gif",), "BMP": (".bmp",), "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"), "AVIF": (".avif",), "TGA": (".tga",),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
 }
 IMAGE_SUFFIXES = {suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes}
-OTHER_SUFFIXES = {".heic", ".heif", ".dcm", ".dicom", ".svg", ".psd", ".eps", ".jxl", ".raw", ".dng", ".cr2", ".nef",
-                  ".arw", ".exr", ".hdr", ".pdf", ".npy"}  # of images too, but these are not read
-PARTS = ("train", "val", "test")
+
+# Suffixes of images too, so they are recognised in a label file, but these formats are not decoded.
+OTHER_SUFFIXES = {".heic", ".heif", ".dcm", ".dicom", ".svg", ".psd", ".eps", ".jxl", ".raw", ".dng",
+                  ".cr2", ".nef", ".arw", ".exr", ".hdr", ".pdf", ".npy"}
 
 
 @dataclass
 class LabelTable:
-    """Images and their labels: row i is the image `paths[i]`, named `ids[i]`."""
+    """Hold images and their labels: row i is the image `paths[i]`, which the file calls `ids[i]`."""
 
     ids: list  # N names, as the label file writes them
     paths: list  # N files (or PIL images, bytes, arrays)
-    targets: np.ndarray  # float32 (N, C): 1, 0, NaN where the label is unknown
+    targets: np.ndarray  # float32 (N, C): 1, 0, or NaN where the label is unknown
     classes: list  # C names
-    groups: dict = field(default_factory=dict)  # group name -> its class names; may be empty
-    objects: list = field(default_factory=list)  # N objects that are shown: each stays in one split
-    parts: list = field(default_factory=list)  # N of "train", "val", "test" or "": the data's own split
-    copies: list = field(default_factory=list)  # N paths of the first image with the same bytes
-    origins: list = field(default_factory=list)  # N places "FILE:LINE"; these four may be empty
+    groups: dict = field(default_factory=dict)  # {group name: its class names}; may be empty
+
+    # N values each, or an empty list.
+    objects: list = field(default_factory=list)  # the object an image shows; it stays in one split
+    parts: list = field(default_factory=list)  # existing split: "train", "val", "test", or ""
+    copies: list = field(default_factory=list)  # path of the first image with the same bytes
+    origins: list = field(default_factory=list)  # "FILE:LINE" of the row
+
+    # How the label files were read.
     missing: list = field(default_factory=list)  # ids of rows that were dropped for lack of an image
-    notes: list = field(default_factory=list)  # how the label file was understood, one line each
-    warnings: list = field(default_factory=list)  # what was odd in the label file, one line each
-    merged: int = 0  # rows that were merged with an earlier row of the same image
-    absent: float = math.nan  # what a class is that is not named: 0 in lists of what is there
+    notes: list = field(default_factory=list)  # how the files were understood, one line each
+    warnings: list = field(default_factory=list)  # what looks wrong in them, one line each
+    merged: int = 0  # number of rows that were merged with an earlier row of the same image
+    absent: float = math.nan  # label of classes that a row does not name; 0 in lists
 
     def __len__(self):
         return len(self.ids)
 
     def subset(self, rows):
-        """The table of the given rows (an array of row numbers), in that order."""
+        """Return the table of the given rows (an array of row numbers), in that order."""
         chosen = {}
         for name in ("ids", "paths", "objects", "parts", "copies", "origins"):
             values = getattr(self, name)
@@ -85,12 +95,77 @@ class LabelTable:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Label files
+# Command line
+
+
+def main(argv=None):
+    """Run the command line and return the LabelTable that it summarises."""
+    options = _parse_options(argv)
+    if options.demo:
+        write_demo(options.demo, options.seed)
+        options.data = options.demo
+        print_text(f"drawn: {options.demo}; next: python train.py --demo --data {options.demo}\n")
+
+    table = read_labels(options.data, **data_options(options))
+    if options.sheet:
+        refuse_to_replace("--sheet", options.sheet, table.paths)
+    print_text(summary(table, options.data, most=10**9 if options.all else 30))
+    print_text(f"\n{pairs_summary(table)}\n\n{images_summary(table)}")
+
+    if options.sheet:
+        write_png(options.sheet, label_sheet(table))
+        print_text(f"drawn: {options.sheet}")
+    if options.check:
+        _check_images(table)
+    return table
+
+
+def _parse_options(argv):
+    """Parse and check the options of the command line."""
+    description = "Show what a data folder holds, or write the demo data."
+    parser = ArgumentParser(prog="dataset.py", description=description)
+    add = parser.add_argument
+    add("data", nargs="?", metavar="DATA", help="folder with labels and images (default: data)")
+    add_data_options(parser)
+    add("--all", action="store_true", help="show all classes, even if there are many")
+    add("--sheet", metavar="FILE.png", help="draw a sample of the images with their labels")
+    add("--check", action="store_true", help="decode every image; list bad and identical images")
+    add("--demo", metavar="DIR", help="write the demo data into DIR")
+    add("--seed", type=number(int), default=0, help="random seed of the demo data")
+    options = parser.parse_args(argv)
+
+    # In `--ignore colour data/` argparse takes the folder for one more column.
+    folder = next(filter(os.path.isdir, options.ignore), None)
+    if options.data is None and folder:
+        raise InputError(f"--ignore takes all names that follow it: is {folder} a column or the "
+                         "data folder? Write the folder first: dataset.py DATA --ignore COLUMN ...")
+    if options.sheet and not options.sheet.lower().endswith(".png"):
+        raise InputError(f"--sheet {options.sheet} is a PNG file: name a file that ends in .png")
+    options.data = options.data or "data"
+    return options
+
+
+def _check_images(table):
+    """Print which images are bad, and which are identical. Raises InputError if all are bad."""
+    bad = find_bad_images(table, os.cpu_count())
+    print_text("\n".join([f"{len(table) - len(bad)} of {len(table)} images decode", *bad]))
+    if len(bad) == len(table):
+        raise InputError(f"none of {len(table)} images decodes, such as {bad[0]}: replace the "
+                         "damaged files")
+
+    name_of = dict(zip(table.paths, table.ids))
+    for path, first in zip(table.paths, table.copies):
+        if path != first:
+            print_text(f"{name_of[path]} is the same image as {name_of[first]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a data folder
 
 
 @dataclass
 class Reading:
-    """What read_labels() is told instead of finding it out by looking: see add_data_options()."""
+    """Hold what the caller specifies; the rest is detected. See add_data_options()."""
 
     label_groups: str = None
     group: str = None
@@ -99,88 +174,126 @@ class Reading:
     ignore: list = ()
     separator: str = None
     label_threshold: float = None
-    positive: list = ()  # a word, or a list of words
+    positive: list = ()  # a list of words; a single word is also accepted
     negative: list = ()
     unknown: list = ()
     image_list: str = None
     drop_overlap: bool = False
 
+    def __post_init__(self):
+        for name in ("positive", "negative", "unknown"):
+            words = getattr(self, name)
+            words = [words] if isinstance(words, str) else words or ()
+            setattr(self, name, [word.lower() for word in words])
+
 
 def read_labels(data_dir, labels=None, images=None, **how):
-    """Read a data folder, whatever its label format.
+    """Read a data folder and detect its label format.
 
     Args:
-        data_dir: the folder of labels and images.
+        data_dir: the folder with labels and images.
         labels: the label file, or the folder of .cls files; by default what find_labels() finds.
         images: the image folder; by default DATA/images, or DATA itself.
         how: fields of Reading.
 
-    Returns a LabelTable. Rows whose image is missing are dropped and listed in `missing`; `notes`
-    says how the files were understood. Raises InputError, also where the data can be read in two ways.
+    Returns:
+        A LabelTable. Rows whose image is missing are dropped and listed in `missing`; `notes` says
+        how the files were understood.
+
+    Raises:
+        InputError: something is wrong, or the data can be read in two ways.
     """
     data_dir = Path(data_dir)
     how = Reading(**how)
     if not data_dir.is_dir():
-        raise InputError(f"{data_dir} is not a folder: --data names the folder of labels and images")
+        raise InputError(f"{data_dir} is not a folder: --data names the data folder")
     if images and not Path(images).is_dir():
         raise InputError(f"{images} is not a folder: --images names the image folder")
+
     default = data_dir / "images"
-    folder = ImageFolder(images or (default if default.is_dir() else data_dir), data_dir, guessed=not images)
+    root = images or (default if default.is_dir() else data_dir)
+    folder = ImageFolder(root, data_dir, guessed=not images)
     groups_file = Path(how.label_groups or data_dir / "label_groups.json")
     groups = _read_groups(groups_file) if how.label_groups or groups_file.is_file() else {}
 
     files = {"": _given_file(labels, data_dir)} if labels else find_labels(data_dir, folder)
     by_stem = next(iter(files.values())).is_dir()
-    table = _read_cls(files[""], data_dir) if by_stem else _read_files(files, data_dir, groups, folder, how)
+    data = DataFolder(data_dir, folder, groups, how)
+    table = _read_cls(files[""], data_dir) if by_stem else _read_files(files, data)
     if groups:
         table = _apply_groups(table, groups, groups_file)
 
     table = _attach_images(table, folder, by_stem)
     if how.split_column == "folder":
-        table.parts = [_split_word(path.removeprefix(folder.root)) for path in table.paths]
+        table.parts = [_part_of_folder(path.removeprefix(folder.root)) for path in table.paths]
         if not any(table.parts):
-            raise InputError(f"--split-column folder: no folder below {folder.root} is called train, val or test")
+            raise InputError(f"--split-column folder: no folder below {folder.root} is called "
+                             "train, val or test")
         table.notes.append("split: by the folders below the image folder")
+
+    # Duplicates come first, since parts and rows can only be compared if it is known what is one image.
     table = _find_copies(table)
     return _merge_rows(_separate_parts(table, how.drop_overlap))
 
 
 def add_data_options(parser):
-    """Add --labels, --images and the options of Reading to a parser (or a group of one)."""
+    """Add --labels, --images and the options of Reading to a parser (or to a group of one)."""
     add = parser.add_argument
     add("--labels", metavar="FILE", help="label file, or folder of .cls files (default: search DATA)")
     add("--images", metavar="DIR", help="image folder (default: DATA/images if it exists, else DATA)")
-    add("--label-groups", metavar="FILE", help="JSON file {group: [class, ...]} (default: DATA/label_groups.json)")
-    add("--group", metavar="COLUMN", help="column naming the physical object: its images stay in one split")
-    add("--split-column", metavar="COLUMN", help="column with train, val or test (default: search for one); "
-        "folder: the folders below the image folder name the split")
-    add("--drop-overlap", action="store_true", help="remove images that are in two splits from the lesser one, "
-        "train before val before test")
-    add("--image-column", metavar="COLUMN", help="column naming the image (default: search for it)")
-    add("--ignore", nargs="+", action="extend", default=[], metavar="COLUMN", help="columns to leave out")
-    add("--separator", metavar="TEXT", help="what separates the labels in a cell (default: search for ; | or ,)")
+
+    # What columns mean, where the titles do not tell.
+    add("--label-groups", metavar="FILE",
+        help="JSON file {group: [class, ...]} (default: DATA/label_groups.json)")
+    add("--group", metavar="COLUMN", help="column that names the object; its images stay in one split")
+    add("--split-column", metavar="COLUMN", help="column with train, val or test (default: detect it); "
+        "folder: use the folders below the image folder")
+    add("--drop-overlap", action="store_true", help="if an image is in two splits, keep only its "
+        "rows in the later one (train, val, test)")
+    add("--image-column", metavar="COLUMN", help="column with the image names (default: detect it)")
+    add("--ignore", nargs="+", action="extend", default=[], metavar="COLUMN", help="columns to skip")
+    add("--image-list", metavar="FILE",
+        help="file with one image name per line, for label files without names")
+    add("--separator", metavar="TEXT",
+        help="separator of the labels in a cell (default: detect ; | or ,)")
     add("--label-threshold", type=number(float, below=1.001), metavar="T",
-        help="labels are numbers from 0 to 1: present from T on")
-    for name, value in (("positive", "present"), ("negative", "absent"), ("unknown", "unknown (NA)")):
-        add(f"--{name}", action="append", default=[], metavar="WORD", help=f"a cell that means {value}, such as "
-            + {"positive": "ja", "negative": "nein, -1 or ''", "unknown": "-1"}[name] + "; can be repeated")
-    add("--image-list", metavar="FILE", help="file with an image name per line, for label files without names")
+        help="the labels are numbers from 0 to 1; those of at least T are present")
+
+    # What cells mean.
+    for name, value, example in (("positive", "present", "ja"), ("unknown", "unknown (NA)", "-1"),
+                                 ("negative", "absent", "nein, -1 or ''")):
+        add(f"--{name}", action="append", default=[], metavar="WORD",
+            help=f"cell that means {value}, such as {example}; can be repeated")
 
 
 def data_options(options):
-    """Return the options of add_data_options() as keywords of read_labels()."""
+    """Return the parsed options of add_data_options() as keyword arguments of read_labels()."""
     return {name: getattr(options, name) for name in ("labels", "images", *Reading.__dataclass_fields__)}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Which files hold the labels
 
 
-def find_labels(data_dir, folder=None):
-    """Look for the label files of a data folder.
+# The words that data sets use for the three parts, as names of files, folders and cells.
+PART_WORDS = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val", "publictest": "val",
+    "test": "test", "testing": "test", "privatetest": "test", "holdout": "test",
+}
 
-    Returns {part: Path}: a single file, or the folder of .cls files, has the part "". folder: the
-    ImageFolder, which tells a file of class names from one of images. Raises InputError.
+
+def find_labels(data_dir, folder=None):
+    """Find the label files of a data folder.
+
+    Args:
+        data_dir: a Path.
+        folder: the ImageFolder, which helps to tell a table of class names from a table of images.
+
+    Returns {part: Path}; a single file, or the folder of .cls files, has the part "". Raises
+    InputError.
     """
+    # The more specific name wins: labels.txt, then train.csv and the like, then .cls, then any table.
     for name in ("labels.txt", "labels.csv", "labels.tsv", "image_data.csv"):
         if (data_dir / name).is_file() and not _read_class_table(data_dir / name, folder):
             return {"": data_dir / name}
@@ -191,34 +304,36 @@ def find_labels(data_dir, folder=None):
         return {"": data_dir / "labels"}
 
     found = _table_files(data_dir)
-    others = re.compile(r"classes\.txt|sample.*", re.IGNORECASE)  # class names, a competition's sample of predictions
-    tables = [path for path in found if not others.fullmatch(path.name) and not _read_class_table(path, folder)]
+    others = re.compile(r"classes\.txt|sample.*", re.IGNORECASE)  # such as sample_submission.csv
+    tables = [path for path in found
+              if not others.fullmatch(path.name) and not _read_class_table(path, folder)]
     if len(tables) == 1:
         return {"": tables[0]}
+
     names = ", ".join(path.name for path in found) or "no .txt, .csv or .tsv file"
-    more = "; for a matrix of labels beside a list of images --labels MATRIX --image-list LIST" if found else ""
-    raise InputError(f"{data_dir} has {names}: name the label file with --labels FILE, or call it labels.txt{more}")
+    more = ("; for a matrix of labels beside a list of images --labels MATRIX --image-list LIST"
+            if found else "")
+    raise InputError(f"{data_dir} has {names}: name the label file with --labels FILE, or call it "
+                     f"labels.txt{more}")
 
 
 def _table_files(folder):
-    names = [path for path in folder.glob("*.*") if path.suffix.lower() in (".txt", ".csv", ".tsv") and path.is_file()]
-    return sorted(path for path in names if not path.name.startswith("._"))
-
-
-PART_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-              "eval": "val", "publictest": "val", "test": "test", "testing": "test", "privatetest": "test",
-              "holdout": "test"}
+    """Return the files in a folder that can be tables, sorted."""
+    files = [path for path in folder.glob("*.*") if path.is_file()]
+    return sorted(path for path in files if path.suffix.lower() in (".txt", ".csv", ".tsv")
+                  and not path.name.startswith("._"))  # macOS keeps attributes in ._NAME
 
 
 def _find_divided(data_dir):
-    """Find train.csv, train_metadata.csv, or the only table file of train/; val and test likewise."""
+    """Find train.csv, train_metadata.csv, or the only table in train/; likewise for val and test."""
     divided = {}
     for path in _table_files(data_dir):
         part = PART_WORDS.get(path.stem.lower().removesuffix("_metadata"))
         if part in divided:
-            raise InputError(f"{divided[part]} and {path} are both of {part}: remove one, or give --labels")
+            raise InputError(f"{divided[part]} and {path} are both {part}: remove one, or give --labels")
         if part:
             divided[part] = path
+
     for word, part in PART_WORDS.items():
         inside = _table_files(data_dir / word)
         if len(inside) == 1:
@@ -227,34 +342,87 @@ def _find_divided(data_dir):
 
 
 def _given_file(name, data_dir):
-    """Find a file that an option names in the working directory or in DATA."""
+    """Find a file that an option names, in the working directory or in DATA."""
     for path in (Path(name), data_dir / name):
         if path.exists():
             return path
     raise InputError(f"{name} cannot be read: No such file or directory, nor in {data_dir}")
 
 
-def _read_files(files, data_dir, groups, folder, how):
+# ---------------------------------------------------------------------------------------------------------------------
+# Label files: from lines of text to columns, and from columns to labels
+
+
+@dataclass
+class DataFolder:
+    """Hold what the label files of one data folder share while they are read."""
+
+    path: Path
+    images: "ImageFolder"
+    groups: dict
+    how: Reading
+    first: "LabelColumns" = None  # those of the first file, which the other files must have too
+    meanings: dict = field(default_factory=dict)  # {cell: 1.0, 0.0, NaN or None} of label columns
+    titles: dict = field(default_factory=dict)  # {file: the titles of its columns}
+
+    @cached_property
+    def class_names(self):
+        return _read_class_names(self.path)
+
+
+@dataclass
+class LabelColumns:
+    """Name the label columns of a file and how they hold labels: "table", "lists" or "vectors"."""
+
+    kind: str
+    titles: list
+    absent: set  # which of a blank cell and "-" means absent
+
+
+class LabelFile:
+    """Hold one label file while its rows become columns, and its columns become a LabelTable."""
+
+    def __init__(self, path, data):
+        self.path = path
+        self.data = data
+        self.rows, self.delimiter = read_rows(path)
+        self.values = LabelValues(data.how, decimal_comma=self.delimiter == ";")
+        self.notes = [f"{path}: cells separated by {DELIMITER_NAMES[self.delimiter]}"]
+        self.cells = {}  # {title: cells} of the columns whose meaning is still open
+        self.columns = []  # a Column for each of those that may hold labels
+        self.table = None
+
+    def take(self, title, option):
+        """Remove the column that an option names and return its cells."""
+        if title not in self.cells:
+            raise InputError(f"{option} {title}: {self.path} has no such column; it has "
+                             f"{', '.join(self.cells)}")
+        return self.cells.pop(title)
+
+
+def _read_files(files, data):
     """Read the label files {part: Path} of a data folder, all of one kind, into one LabelTable."""
     tables = {}
     left_out = []
-    first = None  # the columns of labels in the first file: the other files must be like it
-    meanings = {}  # cell -> what it means
-    seen = {}  # file -> its titles
     for part, path in files.items():
         try:
-            table, columns = _read_file(path, data_dir, groups, folder, how, first, meanings, seen)
+            table, columns = _read_file(path, data)
+        # Competitions publish their test file without labels.
         except NoLabels as error:
             if not tables:
                 raise
-            left_out.append(f"{path} is left out, since it has no labels ({str(error).partition(': ')[2]})")
+            left_out.append(f"{path} is left out, since it has no labels "
+                            f"({str(error).partition(': ')[2]})")
             continue
-        first = first or columns
+        data.first = data.first or columns
         tables[part] = table
-    for name in how.ignore:
-        if not any(name in titles for titles in seen.values()):
-            path, titles = next(iter(seen.items()))
-            raise InputError(f"--ignore {name}: {path} has no such column; it has {', '.join(titles)}")
+
+    # Columns may differ from file to file, so a name is wrong only if no file has it.
+    for name in data.how.ignore:
+        if not any(name in titles for titles in data.titles.values()):
+            path, titles = next(iter(data.titles.items()))
+            raise InputError(f"--ignore {name}: {path} has no such column; it has "
+                             f"{', '.join(titles)}")
 
     divided = len(tables) > 1
     if divided:
@@ -264,83 +432,122 @@ def _read_files(files, data_dir, groups, folder, how):
     table.warnings += left_out
     if divided:
         table.notes.append(f"divided: {', '.join(f'{files[part]} is {part}' for part in tables)}")
-    _check_negatives(table, meanings, how)
+    _require_negatives(table, data)
     return table
 
 
-def _check_negatives(table, meanings, how):
-    """Raise an InputError if no label is absent: then NA, perhaps a blank cell, must be what means it."""
-    unknown = [cell for cell, value in meanings.items() if value is not None and math.isnan(value)]
-    asked = [cell for cell in unknown if not _is_word(cell, how.unknown)]
+def _read_file(path, data):
+    """Read one label file. Returns (LabelTable without paths, its LabelColumns)."""
+    file = LabelFile(path, data)
+    if not file.rows:
+        raise InputError(f"{path} is empty: it needs a line per image")
+
+    _skip_count(file)
+    _add_image_list(file)
+    _regularize_rows(file)
+    titles = _split_header(file)
+    file.cells = _columns(file, titles)
+    data.titles[path] = titles
+
+    # Columns with a role of their own are taken away first; labels are looked for in what remains.
+    title = data.how.image_column or _find_image_column(file)
+    file.notes.append(f"images: in {f'the column {title}' if title else 'a column without a title'}")
+    table = file.table = LabelTable(file.take(title, "--image-column"), [], None, [], notes=file.notes)
+    table.origins = [f"{path}:{number}" for number, _ in file.rows]
+    _add_folders(file)
+    for name in data.how.ignore:
+        file.cells.pop(name, None)
+    if data.how.group:
+        _read_objects(file, data.how.group)
+    _read_parts(file)
+
+    file.columns = [Column(name, cells, file.values) for name, cells in file.cells.items()]
+    known = (data.how.image_column or title.lower() in ID_TITLES
+             or any(map(data.images.names_image, table.ids[:50])))
+    kind = data.first.kind if data.first else _choose_kind(file, file.delimiter != " " and known)
+    read = {"table": _read_table, "lists": _read_lists, "vectors": _read_vectors}[kind]
+    chosen = read(file, file.columns)
+
+    others = [column for column in file.columns if column not in chosen]
+    left_out = [column.title or "one without a title" for column in others]
+    if left_out:
+        table.warnings.append(f"columns that hold no labels were left out: {', '.join(left_out)}")
+    for column in chosen:
+        data.meanings.update(column.labels)
+    # Later files of the same data follow the first one in this, even if they hold no x or +.
+    absent = {cell for column in chosen for cell in ("", "-") if column.labels.get(cell) == 0}
+    return table, LabelColumns(kind, [column.title for column in chosen], absent)
+
+
+def _join_tables(tables):
+    """Join the tables of several files; a class that one of them lacks is absent or unknown there."""
+    classes = list(dict.fromkeys(chain(*(table.classes for table in tables))))
+    targets = []
+    joined = LabelTable([], [], None, classes, tables[0].groups, absent=tables[0].absent)
+    for table in tables:
+        # Lists name what is present, so a class without a name is absent; in a table it is unknown.
+        part = np.full((len(table), len(classes)), table.absent, np.float32)
+        part[:, [classes.index(name) for name in table.classes]] = table.targets
+        targets.append(part)
+
+        lacking = [name for name in classes if name not in table.classes]
+        if lacking:
+            table.warnings.append(f"{table.origins[0].rpartition(':')[0]} has no "
+                                  f"{', '.join(lacking)}")
+        for name in ("ids", "objects", "parts", "origins", "notes", "warnings"):
+            getattr(joined, name).extend(getattr(table, name))
+    joined.targets = np.concatenate(targets)
+    return joined
+
+
+def _require_negatives(table, data):
+    """Raise InputError if no label is absent, as then NA, such as a blank cell, may mean absent."""
+    unknown = [cell for cell, value in data.meanings.items() if value is not None and math.isnan(value)]
+    asked = [cell for cell in unknown if cell.lower() not in data.how.unknown]
     only_present = (table.targets == 1).any() and not (table.targets == 0).any()
     if math.isnan(table.absent) and asked and only_present and np.isnan(table.targets).any():
         word = "" if "" in asked else min(asked)
         said = f"a cell {word!r}" if word else "a blank cell"
         source = table.origins[0].rpartition(":")[0]
         raise InputError(f"{source}: every known label is present: if {said} means absent, say "
-                         f"--negative={shlex.quote(word)}; if it means unknown, --unknown={shlex.quote(word)}")
+                         f"--negative={shlex.quote(word)}; if it means unknown, "
+                         f"--unknown={shlex.quote(word)}")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Text files: lines, and rows of cells
 
 
-LONGEST_LINE = 2**20  # bytes; a longer one is not of a label file
-FOREIGN = {b"PK\x03\x04": "an Excel workbook or a ZIP archive", b"\x93NUMPY": "a numpy array", b"<?xml": "XML",
-           b"PAR1": "a Parquet file", b"%PDF": "a PDF document", b"\x80\x04": "a Python pickle"}
+DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", " ": "white space"}
+LONGEST_LINE = 2**20  # bytes; a line of 80 classes has about 300, a video may have no line ends
 
-
-def read_lines(path):
-    """Return the lines of a text file in UTF-8, with or without BOM and with any line ends. Raises InputError."""
-    content = bytearray()
-    try:
-        with open(path, "rb") as file:
-            while part := file.read(LONGEST_LINE):
-                _refuse_foreign(path, content or part)
-                if len(part) == LONGEST_LINE and not re.search(rb"[\r\n]", part):
-                    raise InputError(f"{path} has a line of over {LONGEST_LINE} bytes: it is not a label file")
-                content += part
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    if b"\0" in content:
-        raise InputError(f"{path} has zero bytes, as UTF-16 and binary files do: save it as text in UTF-8")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}:{line}: byte {content[error.start]:#04x} is not UTF-8: save it as UTF-8") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
-
-
-def _refuse_foreign(path, content):
-    """Raise an InputError for the first bytes of a file that is certainly no text with rows."""
-    for start, kind in FOREIGN.items():
-        if content.startswith(start):
-            raise InputError(f"{path} is {kind}: {READABLE}")
-
-
-READABLE = ("label files are tables (.txt, .csv, .tsv) with a column per class, .csv lists of label names, or a folder "
-            "of .cls files: export one of these")
-
-
-def _read_names(path):
-    return [line.strip() for line in read_lines(path) if line.strip()]
+# The first bytes of files that people give by mistake, since they hold tables too.
+FOREIGN = {b"PK\x03\x04": "an Excel workbook or a ZIP archive", b"\x93NUMPY": "a numpy array",
+           b"PAR1": "a Parquet file", b"%PDF": "a PDF document", b"\x80\x04": "a Python pickle",
+           b"<?xml": "XML"}
+READABLE = ("label files are tables (.txt, .csv, .tsv) with a column per class, .csv lists of label "
+            "names, or a folder of .cls files: export one of these")
 
 
 def read_rows(path):
     """Read a text file of rows.
 
-    Returns ([(line number, cells), ...] of the lines that are not blank, delimiter). Raises InputError.
+    Returns ([(line number, cells), ...] of the lines that are not blank, delimiter). Raises
+    InputError.
     """
     lines = read_lines(path)
     first = next((line for line in lines if line.strip()), "").strip()
-    if path.suffix.lower() in (".json", ".jsonl") or first in ("{", "[") or first.startswith(('{"', "[{", '["')):
+    starts = first in ("{", "[") or first.startswith(('{"', "[{", '["'))
+    if path.suffix.lower() in (".json", ".jsonl") or starts:
         raise InputError(f"{path} is JSON: {READABLE}")
     delimiter = _find_delimiter(path, first)
     if delimiter == " ":
         return [(number, line.split()) for number, line in enumerate(lines, 1) if line.strip()], delimiter
 
     rows = []
-    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, skipinitialspace=True, strict=True)
+    # Some programs, such as Roboflow, write a blank after each comma.
+    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, strict=True,
+                        skipinitialspace=True)
     try:
         for cells in reader:
             cells = [cell.strip() for cell in cells]
@@ -348,16 +555,51 @@ def read_rows(path):
                 rows.append((reader.line_num, cells))
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}: {error}: is a quote left open?") from None
+
+    # Spreadsheets often write empty columns at the right.
     width = max((len(cells) for _, cells in rows), default=0)
     while width and not any(len(cells) >= width and cells[width - 1] for _, cells in rows):
-        width -= 1  # spreadsheets leave columns without any cell at the right
+        width -= 1
     return [(number, cells[:width]) for number, cells in rows], delimiter
 
 
+def read_lines(path):
+    """Return the lines of a UTF-8 file, with or without BOM, any line ends. Raises InputError."""
+    content = bytearray()
+    try:
+        # Read in pieces, so that --labels video.mp4 fails at once instead of filling the memory.
+        with open(path, "rb") as file:
+            while part := file.read(LONGEST_LINE):
+                for start, kind in FOREIGN.items():
+                    if (content or part).startswith(start):
+                        raise InputError(f"{path} is {kind}: {READABLE}")
+                if len(part) == LONGEST_LINE and not re.search(rb"[\r\n]", part):
+                    raise InputError(f"{path} has a line of over {LONGEST_LINE} bytes: it is not a "
+                                     "label file")
+                content += part
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+    if b"\0" in content:
+        raise InputError(f"{path} has zero bytes, as UTF-16 and binary files do: save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: byte {content[error.start]:#04x} is not UTF-8: save it "
+                         "as UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
+
+
+def _read_names(path):
+    return [line.strip() for line in read_lines(path) if line.strip()]
+
+
 def _find_delimiter(path, line):
-    """Choose what separates the cells of a file by its suffix and its first line."""
+    """Choose the delimiter of a file by its suffix and its first line."""
     if path.suffix.lower() == ".tsv":
         return "\t"
+    # The commonest delimiter wins, and in .txt files a blank if it is commoner still.
     delimiter = max(",;\t", key=line.count)
     blanks = len(re.findall(" +", line.strip()))
     if path.suffix.lower() != ".csv" and (blanks > line.count(delimiter) or delimiter not in line):
@@ -367,400 +609,120 @@ def _find_delimiter(path, line):
     return delimiter
 
 
-# One label file: the decision which column is what
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows and titles: after this section a label file is {title: cells}
 
 
-DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", " ": "white space"}
-ID_TITLES = ("id", "image_id", "imageid", "image", "images", "image_name", "image name", "image index", "filename",
-             "file_name", "file name", "file", "path", "filepath", "file_path", "image_path", "img", "name", "fname")
-LIST_TITLE = re.compile(r"label|tag|class|categor|finding|choice|attribute", re.IGNORECASE)
-SUBJECT_TITLE = re.compile(r"genre|target|defect|component|disease|diagnos|object|species", re.IGNORECASE)  # likely too
-
-# Titles of columns that hold no labels even where their cells are 0 and 1: an index, ids, people.
-OTHER_TITLE = re.compile(r"|Unnamed: [\d.]+|__index_level_\d+__|(.*[_ .-])?(id|uuid|guid|annotators?|labell?ers?|"
-                         r"raters?|reviewers?|inspectors?|\w+ed[_ ](by|at))", re.IGNORECASE)
-# Titles of columns that are hardly labels, though a class may be called so; if it is read as one, there is a warning.
-UNLIKELY_TITLE = re.compile(r"(.*[_ .-])?(fold|split|set|subset|partition|date|time|timestamp|idx|index|operator|"
-                            r"author|user|username|worker|source|url)", re.IGNORECASE)
-# Titles of columns whose words are not names of labels.
-TEXT_TITLES = {"caption", "text", "description", "comment", "comments", "remarks", "note", "notes", "confidence"}
-# Titles of a number beside a name: 1 if it is there, 0 if it is absent.
-VALUE_TITLES = {"confidence", "value", "present", "is_present", "presence", "exists", "score", "probability", "prob"}
-
-
-def _read_file(path, data_dir, groups, folder, how, first, meanings, seen):
-    """Read one label file.
-
-    first: the columns of labels in the first of several files, or None. meanings: gains what each
-    cell means (1, 0, NaN or None); seen: gains {path: titles}. Returns (LabelTable without paths, the
-    columns of its labels).
-    """
-    rows, delimiter = read_rows(path)
-    if not rows:
-        raise InputError(f"{path} is empty: it needs a line per image")
-    values = LabelValues(how, decimal_comma=delimiter == ";")
-    notes = [f"{path}: cells separated by {DELIMITER_NAMES[delimiter]}"]
-    rows = _skip_count(rows, notes)
-    rows = _add_image_list(path, rows, how, notes)
-    rows = _regular_rows(rows, delimiter, folder, values, notes)
-    header, rows = _split_header(path, rows, delimiter, folder, values, notes)
-    cells = _columns(path, header, rows, delimiter, values)
-    seen[path] = header
-
-    title = how.image_column or _find_image_column(path, cells, folder, values)
-    notes.append(f"images: in the column {title}" if title else "images: in a column without a title")
-    table = LabelTable(_take(path, cells, title, "--image-column"), [], None, [], notes=notes)
-    table.origins = [f"{path}:{number}" for number, _ in rows]
-    _add_folders(table, cells, folder)
-    for name in how.ignore:
-        cells.pop(name, None)
-    if how.group:
-        _read_objects(path, table, cells, how.group)
-    _read_parts(path, table, cells, values, how)
-
-    columns = [Column(title, column, values) for title, column in cells.items()]
-    known = bool(how.image_column) or title.lower() in ID_TITLES or any(map(folder.names_image, table.ids[:50]))
-    kind = first.kind if first else _choose_kind(path, columns, groups, how, delimiter != " " and known)
-    if kind == "lists":
-        chosen = _read_lists(path, table, columns, groups, values, how, first, _read_class_names(data_dir))
-    elif kind == "vectors":
-        chosen = _read_vectors(path, table, columns, values, how, first, _read_class_names(data_dir))
-    else:
-        chosen = _read_table(path, table, columns, values, how, first)
-    left_out = [column.title or "one without a title" for column in columns if column not in chosen]
-    if left_out:
-        table.warnings.append(f"columns that hold no labels were left out: {', '.join(left_out)}")
-    for column in chosen:
-        meanings.update(column.labels)
-    absent = {cell for column in chosen for cell in ("", "-") if column.labels.get(cell) == 0}
-    return table, LabelColumns(kind, [column.title for column in chosen], absent)
-
-
-@dataclass
-class LabelColumns:
-    """The columns of labels in a file, and how they hold them: "table", "lists" or "vectors"."""
-
-    kind: str
-    titles: list
-    absent: set  # which of a blank and "-" means absent
-
-
-def _choose_kind(path, columns, groups, how, images_known):
-    """Decide how a file holds its labels: "table", "lists" or "vectors".
-
-    A table has a column of 1, 0 and NA per class. Lists have names of labels, several in a cell.
-    Vectors have all of an image's 1, 0 and NA in one cell. Raises InputError where two of them fit.
-    """
-    listed = [column for column in columns if column.holds_list()]
-    flags = [column for column in columns if column.holds_flags() and not column.is_other]
-    vectors = [column for column in columns if column.vectors and not column.is_other]
-    listed = [column for column in listed if column not in vectors]
-    if flags or listed:  # there, digits such as 010 are the number of a room
-        vectors = [column for column in vectors if not all(map(str.isdecimal, column.vectors))]
-    if any(column.title in groups and column.words for column in columns):
-        return "lists"
-
-    if vectors:
-        others = vectors[1:] + flags + listed
-        if others:
-            _refuse_both(path, "0 and 1 for each class in one cell", vectors[0], others[0])
-        return "vectors"
-    if how.separator is not None:
-        return "lists"
-    if listed:
-        flags = [column for column in flags if not UNLIKELY_TITLE.fullmatch(column.title)]
-        if flags and _say_the_same(listed, flags):  # the table says it more clearly
-            return "table"
-        if len(flags) > 1 or (flags and flags[0].title.lower() not in VALUE_TITLES):
-            _refuse_both(path, "names", listed[0], flags[0])
-        return "lists"
-    if flags or any(column.is_soft() or column.holds_mistakes() for column in columns):
-        return "table"
-    return "lists" if images_known and any(column.holds_names() for column in columns) else "table"
-
-
-def _say_the_same(listed, flags):
-    """Tell whether columns of names hold what columns of 1 and 0 do; a name such as none may stand where all are 0."""
-    titles = {column.title.casefold() for column in flags}
-    same = False
-    for column in listed:
-        for row, cell in enumerate(column.cells):
-            names = {name.casefold() for name in _words_of(cell)}
-            if not names <= titles and titles & {*cell.casefold().split()}:
-                names = {*cell.casefold().split()}
-            values = {flag.title.casefold(): flag.labels[flag.cells[row]] for flag in flags}
-            if any((name in names) != value for name, value in values.items() if value in (0, 1)):
-                return False
-            if names - titles and 1 in values.values():
-                return False
-            same = same or bool(names & titles)
-    return same
-
-
-def _refuse_both(path, what, column, other):
-    raise InputError(f"{path}: the column {column.title} holds {what}, and the column {other.title} may hold labels "
-                     f"too: leave one out, --ignore {shlex.quote(other.title)} or --ignore {shlex.quote(column.title)}")
-
-
-class Column:
-    """A column of a label file, and what its cells read as: every decision looks here."""
-
-    def __init__(self, title, cells, values):
-        self.title = title
-        self.cells = cells
-        self.distinct = set(cells)
-        self.labels = _label_meanings(self.distinct, values)  # cell -> 1.0, 0.0, NaN, or None for no label
-        numbers = {cell: values.number(cell) for cell in self.distinct}
-        self.numbers = set(numbers.values())
-        odd = [cell for cell in self.distinct if self.labels[cell] is None]
-        self.odd_numbers = [numbers[cell] for cell in odd]
-        self.words = {cell for cell in odd if numbers[cell] is None and not DATE.match(cell)}
-        names = self.words and LIST_TITLE.search(title)
-        self.is_other = OTHER_TITLE.fullmatch(title) is not None and not names
-        self.vectors = _read_vector_cells(self.distinct, values) if odd else {}
-
-    @cached_property
-    def counts(self):
-        """How many cells read as a known label, as NA, and as anything else."""
-        known, unknown, other = 0, 0, 0
-        for cell, count in Counter(self.cells).items():
-            if self.labels[cell] is None:
-                other += count
-            elif math.isnan(self.labels[cell]):
-                unknown += count
-            else:
-                known += count
-        return known, unknown, other
-
-    def holds_flags(self):
-        """Tell whether the cells are 1, 0 and NA, not all of them NA."""
-        meanings = self.labels.values()
-        return None not in meanings and not all(math.isnan(value) for value in meanings)
-
-    def is_soft(self):
-        """Tell whether there are labels or numbers from 0 to 1 among the cells."""
-        known = any(value in (0, 1) for value in self.labels.values())
-        return not self.words and not self.is_other and (known or any(
-            number is not None and 0 <= number <= 1 for number in self.numbers))
-
-    def holds_mistakes(self):
-        """Tell whether most cells are labels, but some are not."""
-        return not self.is_other and None in self.labels.values() and self.counts[0] >= self.counts[2]
-
-    def holds_names(self):
-        """Tell whether the cells may be lists of names: some words that are repeated, or only blanks."""
-        repeated = len(self.cells) <= 20 or len(self.distinct) < 0.9 * len(self.cells)
-        other = self.is_other or self.title.lower() in TEXT_TITLES or UNLIKELY_TITLE.fullmatch(self.title)
-        names = self.words or all(value is not None and math.isnan(value) for value in self.labels.values())
-        return bool(names) and repeated and not other
-
-    def holds_list(self):
-        """Tell whether a title such as labels stands over names, or over several class numbers; or ; is in names."""
-        several = self.holds_names() and any(";" in word or "|" in word for word in self.words)
-        if self.is_other or not (several or LIST_TITLE.search(self.title) or SUBJECT_TITLE.search(self.title)):
-            return False
-        known, _, other = self.counts
-        numbers = [number for number in self.odd_numbers if number is not None]
-        if not self.words and (len(self.distinct) < 3 or any(value != int(value) for value in numbers)):
-            return False
-        return other > known or any(re.fullmatch(r"\d+([\s;|,]+\d+)+", cell) for cell in self.words)
-
-
-def _skip_count(rows, notes):
-    """Leave out a first line that only tells the number of rows, as CelebA's does."""
+def _skip_count(file):
+    """Drop a first line that only tells the number of rows, as CelebA has."""
+    rows = file.rows
     if len(rows) > 2 and rows[0][1] in ([str(len(rows) - 1)], [str(len(rows) - 2)]):
-        notes.append(f"line {rows[0][0]} tells the number of rows")
-        return rows[1:]
-    return rows
+        file.notes.append(f"line {rows[0][0]} tells the number of rows")
+        file.rows = rows[1:]
 
 
-def _add_image_list(path, rows, how, notes):
-    """Put the names of --image-list before the cells of the rows."""
-    if not how.image_list:
-        return rows
-    image_list = _given_file(how.image_list, path.parent)
+def _add_image_list(file):
+    """Put the names in --image-list before the cells of the rows."""
+    if not file.data.how.image_list:
+        return
+    image_list = _given_file(file.data.how.image_list, file.path.parent)
     names = _read_names(image_list)
-    if len(names) != len(rows):
-        raise InputError(f"{image_list} names {len(names)} images, but {path} has {len(rows)} rows")
-    notes.append(f"images: named by {image_list}")
-    return [(number, [name, *cells]) for name, (number, cells) in zip(names, rows)]
+    if len(names) != len(file.rows):
+        raise InputError(f"{image_list} names {len(names)} images, but {file.path} has "
+                         f"{len(file.rows)} rows")
+    file.notes.append(f"images: named by {image_list}")
+    file.rows = [(number, [name, *cells]) for name, (number, cells) in zip(names, file.rows)]
 
 
-def _regular_rows(rows, delimiter, folder, values, notes):
-    """Turn ragged rows without a header, IMAGE,NAME,NAME..., into an image and a list of names.
+def _regularize_rows(file):
+    """Turn rows of names without a header into the columns image, labels and, if given, split.
 
-    Cloud labelling services put TRAIN, VALIDATION, TEST or UNASSIGNED before the image: that becomes the split.
+    TRAIN,a.jpg,rust,crack and TEST,b.jpg,rust, as cloud labelling services write them, become
+    image,labels,split / a.jpg,["rust", "crack"],train / b.jpg,["rust"],test.
     """
     words = {**PART_WORDS, "unassigned": ""}
-    has_part = all(len(cells) > 1 and cells[0].lower() in words for _, cells in rows)
+    has_part = all(len(cells) > 1 and cells[0].lower() in words for _, cells in file.rows)
     start = int(has_part)
-    if delimiter == " " or not all(folder.names_image(cells[start]) for _, cells in rows[:50]):
-        return rows
-    lists = [[cell for cell in cells[start + 1 :] if cell] for _, cells in rows]
-    labels = sum(values[name] is not None for names in lists for name in names)
+    names_image = file.data.images.names_image
+    if file.delimiter == " " or not all(names_image(cells[start]) for _, cells in file.rows[:50]):
+        return
+
+    # Rows of 1, 0 and NA are a table. Others hold names for certain if they start with a part, if
+    # they are ragged, or if a name is in two columns.
+    lists = [[cell for cell in cells[start + 1 :] if cell] for _, cells in file.rows]
+    labels = sum(file.values[name] is not None for names in lists for name in names)
     ragged = len(set(map(len, lists))) > 1
-    repeated = len(set(chain(*lists))) < sum(map(len, map(set, zip(*lists))))  # a name in two columns
+    repeated = len(set(chain(*lists))) < sum(map(len, map(set, zip(*lists))))
     if 2 * labels > sum(map(len, lists)) or not (has_part or ragged or repeated):
-        return rows
+        return
 
-    regular = [(rows[0][0], ["image", "labels", *(["split"] if has_part else [])])]
-    for number, cells in rows:
-        names = json.dumps([cell for cell in cells[start + 1 :] if cell])
-        regular.append((number, [cells[start], names, *([words[cells[0].lower()]] if has_part else [])]))
-    notes.append("no header: " + ("the split, then " if has_part else "") + "the image, then the names of its labels")
-    return regular
+    regular = [(file.rows[0][0], ["image", "labels", *(["split"] if has_part else [])])]
+    for (number, cells), names in zip(file.rows, lists):
+        part = [words[cells[0].lower()]] if has_part else []
+        regular.append((number, [cells[start], json.dumps(names), *part]))
+    file.rows = regular
+    file.notes.append("no header: " + ("the split, then " if has_part else "")
+                      + "the image, then the names of its labels")
 
 
-def _split_header(path, rows, delimiter, folder, values, notes):
-    """Return (titles, the other rows); titles are made up where the first row names an image."""
-    number, cells = rows[0]
+def _split_header(file):
+    """Remove the header and return its titles; make some up if the first row names an image."""
+    values, delimiter = file.values, file.delimiter
+    number, cells = file.rows[0]
+    place = f"{file.path}:{number}"
     if len(cells) < 2:
-        raise NoLabels(f"{path}:{number}: no label column: the image comes first, then 0, 1 or NA for each class")
-    labels = len(list(takewhile(lambda cell: values[cell] is not None, reversed(cells))))  # at the end
+        raise NoLabels(f"{place}: no label column: after the image, write 0, 1 or NA for each class")
+    trailing = takewhile(lambda cell: values[cell] is not None, reversed(cells))
+    labels = len(list(trailing))
+
+    # Between blanks, `my photo.jpg 1 0` has four cells but only three columns.
     name = cells[0]
     width = len(cells) - 1
-    if delimiter == " " and _image_suffix(name)[1]:
-        pass
-    elif delimiter == " " and 0 < labels < width:  # a file name may hold blanks
+    if delimiter == " " and not _image_suffix(name)[1] and 0 < labels < width:
         name = " ".join(cells[: len(cells) - labels])
         width = labels
     image = next((cell for cell in cells if _image_suffix(cell)[1]), None)
     if image and not _image_suffix(name)[1]:
-        raise InputError(f"{path}:{number}: the first line names an image, {image}, but not first: add a line of "
-                         "titles above it, such as split,image,a,b")
-    titled = name.lower() in ID_TITLES and len(rows) > 1 and bool(_image_suffix(rows[1][1][0])[1])
-    first_row = folder.names_image(name) or (0 < labels < len(cells) and len(set(cells[1:])) < len(cells) - 1)
-    if first_row and not titled:
-        notes.append(f"no header: the image comes first, and the classes are called Attr1 to Attr{width}")
-        return ["image", *(f"Attr{i + 1}" for i in range(width))], rows
+        raise InputError(f"{place}: the first line names an image, {image}, but not first: add a "
+                         "line of titles above it, such as split,image,a,b")
+
+    # A first row is data if it starts with an image, or if labels repeat in it, as titles never do.
+    titled = name.lower() in ID_TITLES and len(file.rows) > 1 and _image_suffix(file.rows[1][1][0])[1]
+    repeats = 0 < labels < len(cells) and len(set(cells[1:])) < len(cells) - 1
+    if (file.data.images.names_image(name) or repeats) and not titled:
+        file.notes.append(f"no header: first the image, then classes called Attr1 to Attr{width}")
+        return ["image", *(f"Attr{i + 1}" for i in range(width))]
 
     if labels == len(cells):
-        raise InputError(f"{path}:{number}: a row of labels without an image: name the images with --image-list")
-    if len(rows) == 1:
-        raise InputError(f"{path} has a header and no rows: it needs a line per image")
-    if delimiter == " " and len(rows[1][1]) == len(cells) + 1 and values[rows[1][1][1]] is not None:
-        cells = ["", *cells]  # the image column has no title
+        raise InputError(f"{place}: labels without an image: name the images with --image-list")
+    if len(file.rows) == 1:
+        raise InputError(f"{file.path} has a header and no rows: it needs a line per image")
+    following = file.rows[1][1]
+    if delimiter == " " and len(following) == len(cells) + 1 and values[following[1]] is not None:
+        cells = ["", *cells]  # as in CelebA, the image column has no title
     elif labels == len(cells) - 1:
-        notes.append(f"line {number} is taken as a header, as {name} is no image: write a suffix if it is one")
-    _refuse_repeated(f"{path}:{number}", [f"the column {title!r}" for title in cells])
-    return cells, rows[1:]
+        file.notes.append(f"line {number} is the header; if {name} is an image, add its suffix")
+    _refuse_repeated(place, [f"the column {title!r}" for title in cells])
+    file.rows = file.rows[1:]
+    return cells
 
 
-def _columns(path, header, rows, delimiter, values):
+def _columns(file, titles):
     """Return {title: the cells of the column}; every row must have a cell for each title."""
     flat = []
-    for number, cells in rows:
-        extra = len(cells) - len(header)
-        if delimiter == " " and extra > 0 and values[cells[extra]] is None:  # a file name with blanks
+    for number, cells in file.rows:
+        extra = len(cells) - len(titles)
+        # Between blanks, the cells that are too many may belong to a file name: my photo.jpg
+        if file.delimiter == " " and extra > 0 and file.values[cells[extra]] is None:
             cells = [" ".join(cells[: extra + 1]), *cells[extra + 1 :]]
-        if len(cells) != len(header):
-            more = "" if delimiter == " " or len(cells) < len(header) else (
-                f": put a cell that contains {DELIMITER_NAMES[delimiter]} in quotes, or separate its names by ;")
-            raise InputError(f"{path}:{number}: {len(cells)} cells, but there are {len(header)} columns{more}")
+        if len(cells) != len(titles):
+            more = "" if file.delimiter == " " or extra < 0 else (
+                f": put a cell that contains {DELIMITER_NAMES[file.delimiter]} in quotes, or separate "
+                "its names by ;")
+            raise InputError(f"{file.path}:{number}: {len(cells)} cells, but there are "
+                             f"{len(titles)} columns{more}")
         flat += cells
-    return {title: flat[i :: len(header)] for i, title in enumerate(header)}
-
-
-def _take(path, columns, title, option):
-    """Remove a column that an option names, and return its cells."""
-    if title not in columns:
-        raise InputError(f"{option} {title}: {path} has no such column; it has {', '.join(columns)}")
-    return columns.pop(title)
-
-
-def _find_image_column(path, columns, folder, values):
-    """Return the title of the column that names the images.
-
-    Of the columns whose title says so, or else of all, it is the one with most names of files, and then the
-    one with most stems: ids such as 1, 2, 3 may be stems of other images by chance. A column of 0 and 1
-    names no images unless its title says so, even if there is a file 0.jpg.
-    """
-    hits = {}
-    for title, cells in columns.items():
-        some = cells[:50]
-        names = sum(bool(_image_suffix(cell)[1]) or cell in folder.names for cell in some)
-        labels = title.lower() not in ID_TITLES and all(values[cell] is not None for cell in cells)
-        stems = 0 if labels else sum(map(folder.names_image, some))
-        hits[title] = (stems > 0 and title.lower() in ID_TITLES, names, stems, title.lower() in ID_TITLES,
-                       not _is_index(title))
-    best = max(hits, key=hits.get)
-
-    for other, found in hits.items():
-        differ = any(_plain_path(a).rpartition("/")[2] != _plain_path(b).rpartition("/")[2]
-                     for a, b in zip(columns[best][:50], columns[other][:50]))
-        if found[2] and found[:3] == hits[best][:3] and differ:
-            raise InputError(f"{path}: the columns {best} and {other} both name images: say which the labels are of, "
-                             f"--image-column {shlex.quote(best)} or --image-column {shlex.quote(other)}")
-    return best
-
-
-def _add_folders(table, columns, folder):
-    """Put the cells of a column of folders before the names of the images, if that is where these lie."""
-    some = table.ids[:50]
-    if any("/" in name or "\\" in name for name in some):
-        return
-    for title, cells in columns.items():
-        if not any(cell.rpartition("/")[2] in folder.folders for cell in set(cells[:50]) - {""}):
-            continue
-        inside = [any(f"/{file}".rpartition("/")[0].endswith(f"/{cell}") for file in folder.ends(f"{cell}/{name}"))
-                  for cell, name in zip(cells, some)]
-        if 2 * sum(inside) > len(some):
-            table.ids = [f"{cell}/{name}" if cell else name for cell, name in zip(cells, table.ids)]
-            table.notes.append(f"images: in the folders that the column {title} names")
-            return
-
-
-def _is_index(title):
-    """Return True for the index column that pandas writes."""
-    return title == "" or title.startswith("Unnamed: ")
-
-
-def _read_objects(path, table, columns, title):
-    """Take the column of --group into table.objects; an image without an object is one of its own."""
-    cells = _take(path, columns, title, "--group")
-    # pandas writes 12 as 12.0 where other cells of the column are blank
-    table.objects = ["" if cell.lower() in UNKNOWN_WORDS else re.sub(r"^(\d+)\.0+$", r"\1", cell) for cell in cells]
-    lacking = table.objects.count("")
-    if lacking:
-        table.notes.append(f"objects: {lacking} rows have no {title}, and each counts as an object of its own")
-
-
-def _read_parts(path, table, columns, values, how):
-    """Take the column that says train, val or test, if there is one, into table.parts."""
-    title = how.split_column if how.split_column != "folder" else None
-    if title is None:
-        found = [name for name, cells in columns.items() if _is_split(name, cells, values)]
-        if len(found) > 1:
-            raise InputError(f"{path}: both {found[0]} and {found[1]} may be the split: say which with "
-                             f"--split-column, and leave out the other with --ignore")
-        title = next(iter(found), None)
-    if title is None:
-        return
-
-    cells = _take(path, columns, title, "--split-column")
-    true = PART_WORDS.get(title.lower().removeprefix("is_"))  # of a column such as is_valid
-    flags = (true, "train" if true == "val" else "") if true else None
-    table.parts = []
-    for origin, cell in zip(table.origins, cells):
-        if flags and values[cell] in (0, 1):
-            table.parts.append(flags[0] if values[cell] else flags[1])
-        elif cell.lower() not in PART_WORDS and cell.lower() not in UNKNOWN_WORDS:
-            raise InputError(f"{origin}: {cell!r} in the column {title} is not train, val or test")
-        else:
-            table.parts.append(PART_WORDS.get(cell.lower(), ""))
-    meaning = f", where true means {flags[0]} and false {flags[1] or 'not yet divided'}" if flags else ""
-    table.notes.append(f"split: from the column {title}{meaning}")
-
-
-def _is_split(title, cells, values):
-    """Tell whether a column says the split: train and val or test, or true and false under a title such as is_valid."""
-    distinct = {cell.lower() for cell in set(cells)} - UNKNOWN_WORDS
-    parts = {PART_WORDS.get(word) for word in distinct}
-    if title.lower() == "split":
-        return bool(parts - {None})  # other words are then an error
-    if title.lower().startswith("is_") and title.lower().removeprefix("is_") in PART_WORDS:
-        return bool(distinct) and {values[cell] for cell in distinct} <= {0, 1}
-    return None not in parts and "train" in parts and len(parts) > 1
+    return {title: flat[i :: len(titles)] for i, title in enumerate(titles)}
 
 
 def _first_repeated(names):
@@ -773,14 +735,289 @@ def _refuse_repeated(place, names):
         raise InputError(f"{place}: {repeated} is there twice: rename one")
 
 
-# Tables: what the cells mean
+# ---------------------------------------------------------------------------------------------------------------------
+# Which column is what: first images, objects and the split, then the labels
+
+
+# Titles of columns that name images. They win over columns whose cells look like files.
+ID_TITLES = ("id", "image_id", "imageid", "image", "images", "image_name", "image name", "image index",
+             "filename", "file_name", "file name", "file", "path", "filepath", "file_path",
+             "image_path", "img", "name", "fname")
+
+# Titles over names of labels. Where there is one of the first kind, no other columns hold labels.
+LIST_TITLE = re.compile(r"label|tag|class|categor|finding|choice|attribute", re.IGNORECASE)
+SUBJECT_TITLE = re.compile(r"genre|target|defect|component|disease|diagnos|object|species",
+                           re.IGNORECASE)
+
+# Titles of columns that hold no labels even where their cells are 0 and 1: an index, ids, people.
+OTHER_TITLE = re.compile(r"|Unnamed: [\d.]+|__index_level_\d+__|(.*[_ .-])?(id|uuid|guid|annotators?|"
+                         r"labell?ers?|raters?|reviewers?|inspectors?|\w+ed[_ ](by|at))", re.IGNORECASE)
+
+# Titles that are unlikely for a class, but possible: such a class brings a warning.
+UNLIKELY_TITLE = re.compile(r"(.*[_ .-])?(fold|split|set|subset|partition|date|time|timestamp|idx|index|"
+                            r"operator|author|user|username|worker|source|url)", re.IGNORECASE)
+
+# Titles of columns whose words are not names of labels.
+TEXT_TITLES = {"caption", "text", "description", "comment", "comments", "remarks", "note", "notes",
+               "confidence"}
+
+# Titles of a number beside a label name: 1 if the label is present, 0 if it is absent.
+VALUE_TITLES = {"confidence", "value", "present", "is_present", "presence", "exists", "score",
+                "probability", "prob"}
+
+
+def _find_image_column(file):
+    """Return the title of the column that names the images.
+
+    Titles such as filename win; then the column with most names of files, then the one with most
+    stems, since 1, 2, 3 may be stems of other images by chance. A column of 0 and 1 names no images
+    unless its title says so, even if there is a file 0.jpg. Raises InputError if two columns are
+    equally good and name different images.
+    """
+    images = file.data.images
+    hits = {}
+    for title, cells in file.cells.items():
+        some = cells[:50]  # enough to recognise a column; the folder is searched for each
+        titled = title.lower() in ID_TITLES
+        names = sum(bool(_image_suffix(cell)[1]) or cell in images.names for cell in some)
+        labels = not titled and all(file.values[cell] is not None for cell in cells)
+        stems = 0 if labels else sum(map(images.names_image, some))
+        is_index = title == "" or title.startswith("Unnamed: ")  # as pandas writes it
+        # Compared from left to right: the first item that differs decides.
+        hits[title] = (stems > 0 and titled, names, stems, titled, not is_index)
+    best = max(hits, key=hits.get)
+
+    for other, found in hits.items():
+        differ = any(_plain_path(a).rpartition("/")[2] != _plain_path(b).rpartition("/")[2]
+                     for a, b in zip(file.cells[best][:50], file.cells[other][:50]))
+        if found[2] and found[:3] == hits[best][:3] and differ:
+            raise InputError(f"{file.path}: the columns {best} and {other} both name images: say "
+                             f"whose labels these are, --image-column {shlex.quote(best)} or "
+                             f"--image-column {shlex.quote(other)}")
+    return best
+
+
+def _add_folders(file):
+    """Prefix the image names with a column of folders, if that is where the images are."""
+    table, images = file.table, file.data.images
+    some = table.ids[:50]
+    if any("/" in name or "\\" in name for name in some):
+        return
+
+    # Most columns are ruled out quickly, as none of their cells is the name of a folder.
+    for title, cells in file.cells.items():
+        if not any(cell.rpartition("/")[2] in images.folders for cell in set(cells[:50]) - {""}):
+            continue
+        # A column such as site counts as folders if most images are found in them.
+        inside = 0
+        for cell, name in zip(cells, some):
+            folders = [f"/{found}".rpartition("/")[0] for found in images.ends(f"{cell}/{name}")]
+            inside += any(found.endswith(f"/{cell}") for found in folders)
+        if 2 * inside > len(some):
+            table.ids = [f"{cell}/{name}" if cell else name for cell, name in zip(cells, table.ids)]
+            table.notes.append(f"images: in the folders that the column {title} names")
+            return
+
+
+def _read_objects(file, title):
+    """Move the column of --group into table.objects; an image without one is an object of its own."""
+    cells = file.take(title, "--group")
+    objects = ["" if cell.lower() in UNKNOWN_WORDS else cell for cell in cells]
+    # pandas writes 12 as 12.0 if other cells of the column are blank.
+    file.table.objects = [re.sub(r"^(\d+)\.0+$", r"\1", name) for name in objects]
+    lacking = objects.count("")
+    if lacking:
+        file.notes.append(f"objects: {lacking} rows have no {title}, so each is an object of its own")
+
+
+def _read_parts(file):
+    """Move the column with train, val or test, if there is one, into table.parts."""
+    title = file.data.how.split_column
+    if title in (None, "folder"):
+        found = [name for name in file.cells if _is_split(name, file)]
+        if len(found) > 1:
+            raise InputError(f"{file.path}: both {found[0]} and {found[1]} may be the split: say "
+                             "which with --split-column, and leave out the other with --ignore")
+        title = next(iter(found), None)
+    if title is None:
+        return
+
+    # Under is_valid, false means train. Under is_train and is_test it may mean two parts: left open.
+    cells = file.take(title, "--split-column")
+    true = PART_WORDS.get(title.lower().removeprefix("is_"))
+    flags = {1: true, 0: "train" if true == "val" else ""} if true else {}
+    parts = file.table.parts = []
+    for origin, cell in zip(file.table.origins, cells):
+        if flags and file.values[cell] in (0, 1):
+            parts.append(flags[file.values[cell]])
+        elif cell.lower() not in PART_WORDS and cell.lower() not in UNKNOWN_WORDS:
+            raise InputError(f"{origin}: {cell!r} in the column {title} is not train, val or test")
+        else:
+            parts.append(PART_WORDS.get(cell.lower(), ""))
+    meaning = ""
+    if flags:
+        meaning = f", where true means {flags[1]} and false {flags[0] or 'not yet divided'}"
+    file.notes.append(f"split: from the column {title}{meaning}")
+
+
+def _is_split(title, file):
+    """Return True for a column of train, val and test, or of true and false below is_valid."""
+    distinct = {cell.lower() for cell in set(file.cells[title])} - UNKNOWN_WORDS
+    parts = {PART_WORDS.get(word) for word in distinct}
+    if title.lower() == "split":
+        return bool(parts - {None})  # any other word is reported as an error later
+    if title.lower().startswith("is_") and title.lower().removeprefix("is_") in PART_WORDS:
+        return bool(distinct) and {file.values[cell] for cell in distinct} <= {0, 1}
+    return None not in parts and "train" in parts and len(parts) > 1
+
+
+def _choose_kind(file, images_known):
+    """Decide how a file holds its labels: as a "table", as "lists" or as "vectors".
+
+    A table has a column of 1, 0 and NA per class:        image,rust,crack / a.jpg,1,0
+    Lists have names of labels, several in a cell:        image,labels     / a.jpg,rust;crack
+    Vectors have all 1, 0 and NA of an image in a cell:   image,labels     / a.jpg,"[1, 0]"
+
+    images_known: True if the image column is certain. Raises InputError where two kinds fit.
+    """
+    columns = file.columns
+    flags = [column for column in columns if column.holds_flags() and not column.is_other]
+    vectors = [column for column in columns if column.vectors and not column.is_other]
+    listed = [column for column in columns if column.holds_list() and column not in vectors]
+    if flags or listed:  # beside labels, digits such as 010 are the number of a room
+        vectors = [column for column in vectors if not all(map(str.isdecimal, column.vectors))]
+
+    # First what the user says, by label_groups.json or an option, and vectors, which stand out.
+    if any(column.title in file.data.groups and column.words for column in columns):
+        return "lists"
+    if vectors:
+        others = vectors[1:] + flags + listed
+        if others:
+            raise _ambiguous(file, "0 and 1 for each class in one cell", vectors[0], others[0])
+        return "vectors"
+    if file.data.how.separator is not None:
+        return "lists"
+
+    # Names beside 1 and 0: both may say the same, or the number may be the value of the name.
+    if listed:
+        # A column such as fold may hold 0 and 1, but hardly labels.
+        flags = [column for column in flags if not UNLIKELY_TITLE.fullmatch(column.title)]
+        if flags and _say_the_same(listed, flags):
+            return "table"
+        if len(flags) > 1 or (flags and flags[0].title.lower() not in VALUE_TITLES):
+            raise _ambiguous(file, "names", listed[0], flags[0])
+        return "lists"
+
+    # Nothing certain: numbers are taken for a table, which then reports what is wrong with them.
+    if flags or any(column.is_soft() or column.holds_mistakes() for column in columns):
+        return "table"
+    return "lists" if images_known and any(column.holds_names() for column in columns) else "table"
+
+
+def _ambiguous(file, what, column, other):
+    return InputError(f"{file.path}: the column {column.title} holds {what}, and the column "
+                      f"{other.title} may hold labels too: leave one out, --ignore "
+                      f"{shlex.quote(other.title)} or --ignore {shlex.quote(column.title)}")
+
+
+def _say_the_same(listed, flags):
+    """Return True if columns of names repeat columns of 1 and 0; a word such as none is all 0."""
+    # Row by row, a name must be listed exactly where its column has a 1.
+    titles = {column.title.casefold() for column in flags}
+    same = False
+    for column in listed:
+        for row, cell in enumerate(column.cells):
+            names = {name.casefold() for name in _words_of(cell)}
+            if not names <= titles and titles & {*cell.casefold().split()}:
+                names = {*cell.casefold().split()}
+            values = {flag.title.casefold(): flag.labels[flag.cells[row]] for flag in flags}
+
+            if any((name in names) != value for name, value in values.items() if value in (0, 1)):
+                return False
+            if names - titles and 1 in values.values():
+                return False
+            same = same or bool(names & titles)
+    return same
+
+
+class Column:
+    """Hold a column and what its cells can be read as; decisions about labels are based on this."""
+
+    def __init__(self, title, cells, values):
+        self.title = title
+        self.cells = cells
+        self.distinct = set(cells)
+        self.labels = _label_meanings(self.distinct, values)  # {cell: 1.0, 0.0, NaN, or None for no label}
+        numbers = {cell: values.number(cell) for cell in self.distinct}
+        self.numbers = set(numbers.values())
+
+        # Cells that are no labels are numbers, dates or words; words can be names of labels.
+        odd = [cell for cell in self.distinct if self.labels[cell] is None]
+        self.odd_numbers = [numbers[cell] for cell in odd]
+        self.words = {cell for cell in odd if numbers[cell] is None and not DATE.match(cell)}
+        self.is_other = bool(OTHER_TITLE.fullmatch(title)) and not (self.words and LIST_TITLE.search(title))
+        self.vectors = _read_vector_cells(self.distinct, values) if odd else {}
+
+    @cached_property
+    def counts(self):
+        """Return how many cells are a known label, and how many are no label."""
+        counts = Counter(self.cells)
+        known = sum(count for cell, count in counts.items() if self.labels[cell] in (0, 1))
+        return known, sum(count for cell, count in counts.items() if self.labels[cell] is None)
+
+    def holds_flags(self):
+        """Return True if the cells are 1, 0 and NA, and not all of them NA."""
+        meanings = self.labels.values()
+        return None not in meanings and not all(math.isnan(value) for value in meanings)
+
+    def is_soft(self):
+        """Return True if there are no words, and some cells are labels or numbers from 0 to 1."""
+        known = any(value in (0, 1) for value in self.labels.values())
+        return not self.words and not self.is_other and (known or any(
+            number is not None and 0 <= number <= 1 for number in self.numbers))
+
+    def holds_mistakes(self):
+        """Return True if most cells are labels, but some are not."""
+        return not self.is_other and None in self.labels.values() and self.counts[0] >= self.counts[1]
+
+    def holds_names(self):
+        """Return True if the cells may be label names: words that are repeated, or only blanks."""
+        # Free text hardly repeats. Up to 20 rows, names may be all different too.
+        repeated = len(self.cells) <= 20 or len(self.distinct) < 0.9 * len(self.cells)
+        if self.is_other or self.title.lower() in TEXT_TITLES or UNLIKELY_TITLE.fullmatch(self.title):
+            return False
+        meanings = self.labels.values()
+        blank = all(value is not None and math.isnan(value) for value in meanings)
+        return repeated and (bool(self.words) or blank)
+
+    def holds_list(self):
+        """Return True if the cells are surely lists, by their title or by ; or | in names."""
+        several = self.holds_names() and any(";" in word or "|" in word for word in self.words)
+        titled = LIST_TITLE.search(self.title) or SUBJECT_TITLE.search(self.title)
+        if self.is_other or not (several or titled):
+            return False
+
+        # Numbers under such a title may be class numbers, but not if they are fractions, or only 0 and 1.
+        known, other = self.counts
+        numbers = [number for number in self.odd_numbers if number is not None]
+        fractions = not all(map(float.is_integer, numbers))
+        if not self.words and (len(self.distinct) < 3 or fractions):
+            return False
+        return other > known or any(re.fullmatch(r"\d+([\s;|,]+\d+)+", cell) for cell in self.words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells: 1, 0, NA, or no label
 
 
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 DATE = re.compile(r"\d+[-./]\d+[-./]\d")
-UNKNOWN_WORDS = {"", "na", "n/a", "#n/a", "<na>", "n.a.", "nan", "none", "null", "nil", "?", "-", "--", "unknown"}
-MARKS = {"x", "✓", "✔", "√", "☑", "✅", "•"}  # present, beside cells that are blank
-PAIRS = ({"1", "0", "true", "false", "yes", "no"},  # these may be mixed in a column
+UNKNOWN_WORDS = {"", "na", "n/a", "#n/a", "<na>", "n.a.", "nan", "none", "null", "nil", "?", "-", "--",
+                 "unknown"}
+MARKS = {"x", "✓", "✔", "√", "☑", "✅", "•"}  # present, where absent cells are blank
+
+# Words for present and absent. Only those of one set may be in a column: x and y are names.
+PAIRS = ({"1", "0", "true", "false", "yes", "no"},
          {"t", "f"}, {"y", "n"}, {"positive", "negative"}, {"pos", "neg"}, {"present", "absent"}, {"+", "-"},
          {"on", "off"}, {"✓", "✗"}, {"✔", "✘"}, {"☑", "☐"}, {"✅", "❌"}, MARKS)
 PRESENT_WORDS = {"true", "yes", "t", "y", "positive", "pos", "present", "+", "on", *MARKS}
@@ -788,30 +1025,25 @@ LABEL_WORDS = (dict.fromkeys(set().union(*PAIRS), 0.0) | dict.fromkeys(PRESENT_W
                | dict.fromkeys(UNKNOWN_WORDS, math.nan))
 
 
-def _is_word(cell, words):
-    """Tell whether a cell is one of the words of --positive, --negative or --unknown."""
-    return cell.lower() in {word.lower() for word in ([words] if isinstance(words, str) else words or ())}
-
-
 class LabelValues(dict):
-    """What a cell means, {cell: 1.0, 0.0, math.nan, or None for no label}; filled as cells are asked for."""
+    """Map each cell of a file to 1.0, 0.0, NaN, or None for no label; computed when first needed."""
 
     def __init__(self, how, decimal_comma=False):
         self.how = how
         self.decimal_comma = decimal_comma
-        self.said = []  # (word, the number that it is or None, what an option says that it means)
+        self.said = []  # [(word, its number or None, the meaning that an option gives it), ...]
         for words, value in ((how.positive, 1.0), (how.negative, 0.0), (how.unknown, math.nan)):
-            for word in [words] if isinstance(words, str) else words or ():
-                self.said.append((word.lower(), self.number(word), value))
+            self.said += [(word, self.number(word), value) for word in words]
         word = _first_repeated(word for word, *_ in self.said)
         if word is not None:
-            raise InputError(f"{word!r} is given twice for --positive, --negative and --unknown: give it once")
+            raise InputError(f"{word!r} is given twice for --positive, --negative and --unknown")
 
     def __missing__(self, cell):
         self[cell] = self._value(cell)
         return self[cell]
 
     def _value(self, cell):
+        # What the user says goes first, then the usual meaning of numbers, then that of words.
         number = self.number(cell)
         said = self.meaning_said(cell)
         if said is not None:
@@ -823,7 +1055,7 @@ class LabelValues(dict):
         return number if number in (0, 1) else LABEL_WORDS.get(cell.lower())
 
     def meaning_said(self, cell):
-        """Return what --positive, --negative or --unknown says that a cell means, or None."""
+        """Return the meaning that --positive, --negative or --unknown gives a cell, or None."""
         number = self.number(cell)
         for word, word_number, value in self.said:
             if cell.lower() == word or (number is not None and number == word_number):
@@ -838,10 +1070,7 @@ class LabelValues(dict):
 
 
 def _label_meanings(distinct, values):
-    """Return {cell: 1.0, 0.0, NaN, or None for no label} for the distinct cells of one column.
-
-    Words of two pairs, such as x and y, are names of something else.
-    """
+    """Return {cell: 1.0, 0.0, NaN, or None} of a column, whose words must be of one set in PAIRS."""
     meanings = {cell: values[cell] for cell in distinct}
     words = {cell.lower() for cell, value in meanings.items()
              if value in (0, 1) and values.number(cell) is None and values.meaning_said(cell) is None}
@@ -850,171 +1079,207 @@ def _label_meanings(distinct, values):
     return meanings
 
 
-def _read_absent(table, columns, values, first):
-    """Let "-" beside "+" mean absent, and a blank cell beside marks such as x, in all columns of all files."""
-    absent = set(first.absent) if first else set()
-    words = {cell.lower() for column in columns for cell, value in column.labels.items() if value in (0, 1)}
-    if "+" in words:
-        absent.add("-")
-    if words and words <= MARKS:
-        absent.add("")
-    for cell in sorted(absent):
-        if values.meaning_said(cell) is None and any(cell in column.labels for column in columns):
-            table.notes.append(f"labels: {repr(cell) if cell else 'a blank cell'} means absent")
-            for column in columns:
-                if cell in column.labels:
-                    column.labels[cell] = 0.0
+# ---------------------------------------------------------------------------------------------------------------------
+# Format "table": a column of 1, 0 and NA per class
 
 
-def _read_table(path, table, columns, values, how, first):
+def _read_table(file, columns):
     """Set classes and targets from columns of 1, 0 and NA, and return these columns."""
-    chosen = []
-    for column in columns:
-        if not column.is_other and _holds_labels(path, table, column, values):
-            chosen.append(column)
+    table = file.table
+    chosen = [column for column in columns if not column.is_other and _holds_labels(file, column)]
     table.classes = [column.title for column in chosen]
     if not chosen:
         titles = ", ".join(column.title for column in columns)
-        raise NoLabels(f"{path}: no labels (0, 1 or NA) in {titles or 'any column'}; for lists of names give "
-                       "--image-column; for other words for present and absent --positive and --negative")
-    _check_signs(path, table, chosen, values, how)
+        raise NoLabels(f"{file.path}: no labels (0, 1 or NA) in {titles or 'any column'}; for "
+                       "lists of names give --image-column; for other words for present and "
+                       "absent --positive and --negative")
+
+    _check_signs(file, chosen)
     table.notes.append(f"labels: a table with {len(chosen)} columns of 1, 0 and NA")
-    _read_absent(table, chosen, values, first)
+    _read_absent(file, chosen)
     for column in chosen:
         if len(chosen) > 1 and UNLIKELY_TITLE.fullmatch(column.title):
-            table.warnings.append(f"the column {column.title} is read as a class: if it is none, leave it out with "
-                                  f"--ignore {shlex.quote(column.title)}")
+            table.warnings.append(f"the column {column.title} is read as a class; if it is not "
+                                  f"one, leave it out with --ignore {shlex.quote(column.title)}")
 
     table.targets = np.empty((len(table), len(chosen)), np.float32)
     for c, column in enumerate(chosen):
-        table.targets[:, c] = np.fromiter(map(column.labels.__getitem__, column.cells), np.float32, len(table))
+        labels = map(column.labels.__getitem__, column.cells)
+        table.targets[:, c] = np.fromiter(labels, np.float32, len(table))
     return chosen
 
 
-def _holds_labels(path, table, column, values):
-    """Tell whether the known cells of a column are labels; raise an InputError when only some are."""
+def _holds_labels(file, column):
+    """Return True if all cells are labels, False if few are. Raises InputError in between."""
     if None not in column.labels.values():
         return True
     if all(number is not None and 0 < number < 1 for number in column.odd_numbers):
-        raise InputError(f"{path}: {column.title} holds numbers from 0 to 1: give --label-threshold T, or --ignore it")
-    known, _, other = column.counts
+        raise InputError(f"{file.path}: {column.title} holds numbers from 0 to 1: give "
+                         "--label-threshold T, or --ignore it")
+    known, other = column.counts
     if known < other or UNLIKELY_TITLE.fullmatch(column.title):
         return False
     row = next(row for row, cell in enumerate(column.cells) if column.labels[cell] is None)
-    raise InputError(f"{table.origins[row]}: {column.cells[row]!r} in the column {column.title} is not 0, 1 or NA: "
-                     "correct it, say what it means with --positive, --negative or --unknown, or leave the column out "
-                     f"with --ignore {shlex.quote(column.title)}")
+    raise InputError(f"{file.table.origins[row]}: {column.cells[row]!r} in the column "
+                     f"{column.title} is not 0, 1 or NA: correct it, say what it means with "
+                     "--positive, --negative or --unknown, or leave the column out with --ignore "
+                     f"{shlex.quote(column.title)}")
 
 
-def _check_signs(path, table, columns, values, how):
-    """Refuse -1 where it may mean absent: without a 0, or commoner than 0 and in every column."""
-    if any(number == -1 for _, number, _ in values.said) or not any(-1 in column.numbers for column in columns):
+def _check_signs(file, columns):
+    """Raise InputError if -1 may mean absent: without a 0, or commoner than 0 and in every column."""
+    values = file.values
+    said = any(number == -1 for _, number, _ in values.said)
+    if said or not any(-1 in column.numbers for column in columns):
         return
+
+    # Where -1 means absent, it is in every column, and commoner than 0, which then means NA.
     minus = []
     zeros = 0
     for column in columns:
         counts = Counter(column.cells)
         minus.append(sum(count for cell, count in counts.items() if values.number(cell) == -1))
         zeros += sum(count for cell, count in counts.items() if values[cell] == 0)
-    if sum(minus) > zeros and (zeros == 0 or min(minus)) and len(table) > 1:
-        raise InputError(f"{path}: -1 can mean absent or unknown here: say which with --negative -1 (and --unknown 0 "
-                         "where 0 means unknown) or with --unknown -1")
-    table.notes.append(f"labels: -1 was read as NA, {sum(minus)} times")
+    if sum(minus) > zeros and (zeros == 0 or min(minus)) and len(file.table) > 1:
+        raise InputError(f"{file.path}: -1 can mean absent or unknown here: say which with "
+                         "--negative -1 (and --unknown 0 where 0 means unknown) or with --unknown "
+                         "-1")
+    file.notes.append(f"labels: -1 was read as NA, {sum(minus)} times")
 
 
-# Vectors: all of an image's 1, 0 and NA in one cell, such as [0, 1, 0], "0 1 0" or 010
+def _read_absent(file, columns):
+    """Let "-" beside "+" mean absent, and a blank cell beside marks such as x, in all columns."""
+    absent = set(file.data.first.absent) if file.data.first else set()
+    meanings = chain(*(column.labels.items() for column in columns))
+    words = {cell.lower() for cell, value in meanings if value in (0, 1)}
+    if "+" in words:
+        absent.add("-")
+    if words and words <= MARKS:
+        absent.add("")
+    for cell in sorted(absent):
+        if file.values.meaning_said(cell) is None and any(cell in column.labels for column in columns):
+            file.notes.append(f"labels: {repr(cell) if cell else 'a blank cell'} means absent")
+            for column in columns:
+                if cell in column.labels:
+                    column.labels[cell] = 0.0
 
 
-def _read_vector_cells(cells, values):
-    """Return {cell: its label values} if all cells are vectors of one length, else {}; a blank cell is []."""
-    vectors = {}
-    for cell in cells:
-        text = re.sub(r"^[A-Za-z_.]+(?=[\[(])|\w+=[^,)]+", "", cell)  # np.array(...), tensor(..., dtype=...)
-        parts = [part.strip("'\"") for part in re.findall(r"[^\s,;|\[\](){}]+", text)]
-        if re.fullmatch("[01]{2,}", cell):
-            parts = list(cell)
-        decimal = values.decimal_comma and values.number(cell) is not None and "," in cell  # 0,1 is a tenth
-        if decimal or any(values[part] is None for part in parts):
-            return {}
-        vectors[cell] = parts if cell.lower() not in UNKNOWN_WORDS else []
-    lengths = {len(parts) for parts in vectors.values() if parts}
-    digits = all(cell.isdecimal() for cell, parts in vectors.items() if parts)
-    if len(lengths) != 1 or lengths == {1} or (digits and not any(cell.startswith("0") for cell in cells)):
-        return {}  # 10 and 11 are numbers, 010 and 011 are not
-    return vectors
+# ---------------------------------------------------------------------------------------------------------------------
+# Format "vectors": all 1, 0 and NA of an image in one cell, such as [0, 1, 0], "0 1 0" or 010
 
 
-def _read_vectors(path, table, columns, values, how, first, class_names):
+def _read_vectors(file, columns):
     """Set classes and targets from the column of vectors, and return that column."""
     column = next((column for column in columns if column.vectors and not column.is_other), None)
     if not column:
-        raise NoLabels(f"{path}: no column holds vectors of 1, 0 and NA")
+        raise NoLabels(f"{file.path}: no column holds vectors of 1, 0 and NA")
     width = max(map(len, column.vectors.values()))
-    titles = list(class_names.values()) or [f"Attr{c + 1}" for c in range(width)]
+    titles = list(file.data.class_names.values()) or [f"Attr{c + 1}" for c in range(width)]
     if len(titles) != width:
-        raise InputError(f"{path}: the column {column.title} has {width} labels in a cell, but {len(titles)} "
-                         "classes are named: correct the file of class names")
+        raise InputError(f"{file.path}: the column {column.title} has {width} labels in a cell, "
+                         f"but {len(titles)} classes are named: correct the file of class names")
 
+    # The vectors, split into a column per class, are a table.
     rows = [column.vectors[cell] or ["NA"] * width for cell in column.cells]
-    parts = [Column(title, list(cells), values) for title, cells in zip(titles, zip(*rows))]
+    parts = [Column(title, list(cells), file.values) for title, cells in zip(titles, zip(*rows))]
     for part in parts:
-        part.is_other = False  # whatever a class is called
-    _read_table(path, table, parts, values, how, first)
-    table.notes.append(f"labels: all of an image in one cell of the column {column.title}")
+        part.is_other = False  # a class may have any name
+    _read_table(file, parts)
+    file.notes.append(f"labels: all of an image in one cell of the column {column.title}")
     column.labels = {cell: value for part in parts for cell, value in part.labels.items()}
     return [column]
 
 
-# Lists: names of labels, several in a cell
+def _read_vector_cells(cells, values):
+    """Return {cell: its values} if all cells are vectors of one length, else {}; a blank one is []."""
+    vectors = {}
+    for cell in cells:
+        # np.array([0, 1]) and tensor([0, 1], dtype=torch.int8) become [0, 1].
+        text = re.sub(r"^[A-Za-z_.]+(?=[\[(])|\w+=[^,)]+", "", cell)
+        parts = [part.strip("'\"") for part in re.findall(r"[^\s,;|\[\](){}]+", text)]
+        if re.fullmatch("[01]{2,}", cell):
+            parts = list(cell)
+        # Where the comma is the decimal point, 0,1 is a tenth.
+        decimal = values.decimal_comma and values.number(cell) is not None and "," in cell
+        if decimal or any(values[part] is None for part in parts):
+            return {}
+        vectors[cell] = parts if cell.lower() not in UNKNOWN_WORDS else []
+
+    # Digits without blanks are vectors only if one starts with 0, as in 010; 10 may be a number.
+    lengths = {len(parts) for parts in vectors.values() if parts}
+    digits = all(cell.isdecimal() for cell, parts in vectors.items() if parts)
+    if len(lengths) != 1 or lengths == {1} or (digits and not any(cell.startswith("0") for cell in cells)):
+        return {}
+    return vectors
 
 
-def _read_lists(path, table, columns, groups, values, how, first, class_names):
+# ---------------------------------------------------------------------------------------------------------------------
+# Format "lists": names of labels, several in a cell
+
+
+def _read_lists(file, columns):
     """Set classes, targets and groups from columns of names, and return these columns."""
-    chosen = _list_columns(path, columns, groups, first)
+    table, class_names = file.table, file.data.class_names
+    chosen = _list_columns(file, columns)
     titles = [column.title for column in chosen]
     cells = set().union(*(column.distinct for column in chosen))
-    separator = how.separator or _find_separator(path, cells)
+    separator = file.data.how.separator or _find_separator(file.path, cells)
     names, dropped = _split_cells(cells, separator, titles)
     own = {column.title: _in_order(set(chain(*map(names.get, column.distinct)))) for column in chosen}
-    _check_names(path, own, chosen, groups, values, how, class_names)
-    renamed = _class_numbers(own, class_names)
-    if renamed:
+    _check_names(file, own, chosen)
+
+    # Class numbers get their names; so a class that no row names is known too.
+    every = set(chain(*own.values()))
+    renamed = {name: class_names.get(str(int(name))) if name.isdecimal() else None for name in every}
+    if all(renamed.values()):
         names = {cell: [renamed[name] for name in found] for cell, found in names.items()}
         own = {title: [renamed[name] for name in found] for title, found in own.items()}
-        table.notes.append("labels: class numbers were replaced by the names in the file of class names")
-    table.classes = list(dict.fromkeys(chain(class_names.values() if renamed else (), *own.values(),
-                                             *groups.values())))  # some may never be seen
+        table.notes.append("labels: class numbers were replaced by the names in the class file")
+        table.classes = list(class_names.values())
+    table.classes = list(dict.fromkeys(chain(table.classes, *own.values(), *file.data.groups.values())))
     table.groups = own if len(own) > 1 else {}
 
-    table.absent = 0.0
     table.notes.append(f"labels: lists of names in {', '.join(titles)}, "
                        + (f"separated by {separator!r}" if separator else "one in a cell"))
     if dropped:
         table.notes.append(f"labels: no label is meant by {', '.join(sorted(dropped))}")
+    _set_listed_targets(file, chosen, names, [column for column in columns if column not in chosen])
+    return chosen
+
+
+def _set_listed_targets(file, chosen, names, others):
+    """Set the targets: 1 for the names in a row and 0 for other classes, unless a column has values.
+
+    With a column such as confidence, rust,0 means that rust is absent; classes not named are NA.
+    """
+    table = file.table
     stated = [1.0] * len(table)
-    others = [column for column in columns if column not in chosen]
-    confidence = next((column for column in others if column.title.lower() in VALUE_TITLES
-                       and all(number is not None and 0 <= number <= 1 for number in column.odd_numbers)), None)
-    if confidence:
-        stated = [values[cell] for cell in confidence.cells]
+    table.absent = 0.0
+    column = next((column for column in others if column.title.lower() in VALUE_TITLES
+                   and all(number is not None and 0 <= number <= 1 for number in column.odd_numbers)), None)
+    if column:
+        stated = [file.values[cell] for cell in column.cells]
         table.absent = math.nan
-        table.notes.append(f"labels: {confidence.title.lower()} 0 means absent, and a label that is not listed is "
-                           "unknown")
+        table.notes.append(f"labels: {column.title.lower()} 0 means absent, and a label that is "
+                           "not listed is unknown")
+
     table.targets = np.full((len(table), len(table.classes)), table.absent, np.float32)
     index = {name: c for c, name in enumerate(table.classes)}
     for row, value in enumerate(stated):
         if value is None:
-            raise InputError(f"{table.origins[row]}: {confidence.cells[row]} is not 0 or 1: give --label-threshold T")
-        for column in chosen:
-            for name in names[column.cells[row]]:
+            raise InputError(f"{table.origins[row]}: {column.cells[row]} is not 0 or 1: give "
+                             "--label-threshold T")
+        for listed in chosen:
+            for name in names[listed.cells[row]]:
                 table.targets[row, index[name]] = value
-    return chosen
 
 
-def _list_columns(path, columns, groups, first):
-    """Return the columns that hold names: those of the groups, or of the first file, or those that look like it."""
+def _list_columns(file, columns):
+    """Return the columns of names: by the groups, by the first file, or by what they look like."""
+    groups, first = file.data.groups, file.data.first
     if groups:
-        chosen = [column for column in columns if column.title in groups or column.title.lower() == "labels"]
+        chosen = [column for column in columns
+                  if column.title in groups or column.title.lower() == "labels"]
         lacking = f"no column is named labels, or like one of the groups {', '.join(groups)}"
     elif first:
         chosen = [column for column in columns if column.title in first.titles]
@@ -1022,40 +1287,47 @@ def _list_columns(path, columns, groups, first):
     else:
         names = [column for column in columns if column.holds_names() or column.holds_list()]
         chosen = [column for column in names if LIST_TITLE.search(column.title)] or names
-        lacking = f"no column holds names of labels: it has {', '.join(column.title for column in columns)}"
+        titles = ", ".join(column.title for column in columns)
+        lacking = f"no column holds names of labels: it has {titles}"
+
     if not chosen:
-        raise NoLabels(f"{path}: {lacking}")
+        raise NoLabels(f"{file.path}: {lacking}")
     return chosen
 
 
 def _find_separator(path, cells):
-    """Return what separates the names of a cell, the first of ; | and , that is there, or None.
+    """Return the separator of the names in a cell, the first of ; | , that occurs, or None.
 
-    Raises InputError if something else may: crack dent beside crack, or rust/dent beside rust.
+    Raises InputError if something else may be one, as in `crack dent` or `rust/dent` beside `dent`.
     """
     plain = {cell for cell in cells if _names_in(cell) is None}
     for separator in (";", "|", ",", "\n"):
         if any(separator in cell for cell in plain):
             return separator
+
     seen = Counter(word for cell in plain for word in set(cell.split()))
+    # Long cells come first, as they make the clearest examples in the message.
     for cell in sorted(plain, key=lambda cell: (-len(cell.split()), cell)):
         words = cell.split()
         parts = re.split(r"\s*[/&+:]\s*", cell)
+        mark = None
         if len(words) > 1 and any(seen[word] > 1 for word in words):
-            raise InputError(f'{path}: {cell!r} can be one label or several: say --separator " " or --separator ";"')
-        if len(parts) > 1 and any(part in plain for part in parts):
+            mark = " "
+        elif len(parts) > 1 and any(part in plain for part in parts):
             mark = re.search(r"[/&+:]", cell)[0]
-            raise InputError(f'{path}: {cell!r} can be one label or several: say --separator "{mark}" or '
-                             '--separator ";"')
+        if mark:
+            raise InputError(f'{path}: {cell!r} can be one label or several: say --separator '
+                             f'"{mark}" or --separator ";"')
     return None
 
 
 def _split_cells(cells, separator, titles):
-    """Return ({cell: the names in it}, the parts of cells that are no names)."""
+    """Split cells into names. Returns ({cell: its names}, the words that mean no label, like NA)."""
     placeholders = set(UNKNOWN_WORDS - {"unknown", "nil"})
-    for title in titles:
+    for title in titles:  # inspectors write "defect" under the title defects if there is none
         stem = title.lower().removesuffix("s")
         placeholders |= {stem, stem + "s"}
+
     names = {}
     dropped = set()
     for cell in cells:
@@ -1069,11 +1341,14 @@ def _split_cells(cells, separator, titles):
 
 
 def _names_in(cell):
-    """Return the names in a cell that is JSON or a Python list, such as {"choices": ["rust"]}, or None."""
+    """Return the names in a cell of JSON or Python, such as {"choices": ["rust"]}, or None."""
     if cell[-1:] not in ("]", "}", ")"):
         return None
-    text = re.sub(r"^[A-Za-z_.]*\((?=\[)|(, dtype=\w+)?(?<!\()\)$", "", cell) if "([" in cell else cell  # array([...])
-    text = re.sub(r"""(['"])\s+(?=['"])""", r"\1, ", text)  # numpy writes no commas
+    text = cell
+    if "([" in cell:  # array(['rust', 'crack'], dtype=object) becomes ['rust', 'crack']
+        text = re.sub(r"^[A-Za-z_.]*\((?=\[)|(, dtype=\w+)?(?<!\()\)$", "", cell)
+    # numpy writes ['rust' 'crack'] without a comma.
+    text = re.sub(r"""(['"])\s+(?=['"])""", r"\1, ", text)
     if text[:1] not in ("[", "{", "("):
         return None
     for parse in (json.loads, ast.literal_eval):
@@ -1086,9 +1361,10 @@ NAME_KEY = re.compile(r".*(label|choice|taxonomy|tag|class|categor(y|ie)|name)s?
 
 
 def _strings_in(value):
-    """Return the strings and whole numbers of a list, and what objects in it call labels or names."""
+    """Return the strings and whole numbers in a list, and in objects under keys such as labels."""
     if isinstance(value, dict):
-        value = [item for key, item in value.items() if NAME_KEY.fullmatch(str(key)) and type(item) is not int]
+        value = [item for key, item in value.items()
+                 if NAME_KEY.fullmatch(str(key)) and type(item) is not int]
     if isinstance(value, (list, set, tuple)):
         return list(chain(*map(_strings_in, value)))
     return [value] if isinstance(value, str) else [str(value)] if type(value) is int else []
@@ -1100,77 +1376,78 @@ def _words_of(cell):
     return set(names if names is not None else filter(None, map(str.strip, re.split("[;|,]", cell))))
 
 
-def _check_names(path, own, columns, groups, values, how, class_names):
-    """Raise an InputError for names that are none, or that are in two columns."""
+def _check_names(file, own, columns):
+    """Raise InputError if {title: names} has values instead of names, or a name in two columns."""
+    path, groups, class_names = file.path, file.data.groups, file.data.class_names
     repeated = _first_repeated(chain(*own.values()))
     if repeated is not None and not groups:
         both = " and ".join(title for title, names in own.items() if repeated in names)
-        raise InputError(f"{path}: {repeated} is in the columns {both}: rename it in one of them, or --label-groups; "
-                         "if these are words for present and absent, say so with --positive and --negative")
+        raise InputError(f"{path}: {repeated} is in the columns {both}: rename it in one of them, "
+                         "or --label-groups; if these are words for present and absent, say so "
+                         "with --positive and --negative")
+
     every = set(chain(*own.values()))
     if not every:
         raise NoLabels(f"{path} names no labels in {', '.join(own)}")
-    if not class_names and all(values[name] is not None for name in every) and every & {"0", "1", "true", "false"}:
-        raise InputError(f"{path}: the names in {', '.join(own)} are {' and '.join(sorted(every)[:3])}, which look "
-                         "like values: give every cell a value for each class, or name the classes in classes.txt")
+    values = all(file.values[name] is not None for name in every)
+    if not class_names and values and every & {"0", "1", "true", "false"}:
+        raise InputError(f"{path}: the names in {', '.join(own)} are "
+                         f"{' and '.join(sorted(every)[:3])}, which look like values: give every "
+                         "cell a value for each class, or name the classes in classes.txt")
+
+    # Several columns of two words each, such as ja and nein, are a table in a foreign language.
     counts = {len(own[column.title]) for column in columns}
-    plain = all(not column.holds_list() and column.words <= set(own[column.title]) for column in columns)
-    if not groups and how.separator is None and plain and len(columns) > 1 and counts in ({2}, {1, 2}):
+    plain = all(not column.holds_list() and column.words <= set(own[column.title])
+                for column in columns)
+    asked = not groups and file.data.how.separator is None
+    if asked and plain and len(columns) > 1 and counts in ({2}, {1, 2}):
         words = ", ".join(chain(*own.values()))
-        raise InputError(f"{path}: the columns {', '.join(own)} hold two words each ({words}): say what they mean with "
-                         '--positive, --negative and --unknown, or that they are names with --separator ";"')
+        raise InputError(f"{path}: the columns {', '.join(own)} hold two words each ({words}): say "
+                         "what they mean with --positive, --negative and --unknown, or that they are "
+                         'names with --separator ";"')
 
 
 def _in_order(names):
-    """Return names sorted, class numbers by size."""
+    """Return names in alphabetical order, or class numbers by size."""
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
 
 
-def _class_numbers(own, class_names):
-    """Return {number: class name} if all names are numbers that the file of class names has, else {}."""
-    every = set(chain(*own.values()))
-    if not class_names or not all(name.isdecimal() and str(int(name)) in class_names for name in every):
-        return {}
-    return {name: class_names[str(int(name))] for name in every}
-
-
-# The cls format: for each image a file LABELS/**/NAME.cls with a class index per line
+# ---------------------------------------------------------------------------------------------------------------------
+# Format "cls": a file LABELS/**/NAME.cls for each image, with a class index per line
 
 
 def _read_cls(folder, data_dir):
     """Read a folder of .cls files into a LabelTable without paths."""
-    names = _read_class_names(data_dir)
-    classes = list(names.values()) or COCO_CLASSES
+    names = _read_class_names(data_dir) or dict(zip(map(str, range(len(COCO_CLASSES))), COCO_CLASSES))
     files = sorted(folder.rglob("*.cls"))
     if not files:
         raise InputError(f"{folder} holds no .cls files")
-    targets = np.zeros((len(files), len(classes)), np.float32)
-    indices = {number: c for c, number in enumerate(names or map(str, range(len(classes))))}
+
+    # An index that is not listed is absent, so an empty file is an image without any label.
+    targets = np.zeros((len(files), len(names)), np.float32)
+    indices = {number: c for c, number in enumerate(names)}
     for row, file in enumerate(files):
         for number, line in enumerate(read_lines(file), 1):
             index = line.strip()
             if index and index not in indices:
-                raise InputError(f"{file}:{number}: {index!r} is not a class index, {next(iter(indices))} to "
-                                 f"{[*indices][-1]}")
+                raise InputError(f"{file}:{number}: {index!r} is not a class index, "
+                                 f"{next(iter(indices))} to {[*indices][-1]}")
             if index:
                 targets[row, indices[index]] = 1
+
     ids = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
     source = _class_file(data_dir) or "the 80 of COCO"
     notes = [f"{folder}: {len(files)} .cls files of class indices", f"class names: {source}"]
-    return LabelTable(ids, [], targets, classes, origins=list(map(str, files)), notes=notes, absent=0.0)
+    return LabelTable(ids, [], targets, [*names.values()], origins=[*map(str, files)], notes=notes,
+                      absent=0.0)
 
 
-def _class_file(data_dir):
-    """Return the file of class names in a data folder, or None."""
-    for name in ("classes.txt", "classes.json"):
-        if (data_dir / name).is_file():
-            return data_dir / name
-    tables = (data_dir / name for name in ("classes.csv", "labels.csv"))
-    return next((path for path in tables if path.is_file() and _read_class_table(path)), None)
+# ---------------------------------------------------------------------------------------------------------------------
+# Class names and groups
 
 
 def _read_class_names(data_dir):
-    """Return {class number as text: class name}, in the order of the numbers; {} without a file of class names."""
+    """Return {class number as text: class name}, in order, or {} without a file of class names."""
     source = _class_file(data_dir)
     if not source:
         return {}
@@ -1185,15 +1462,25 @@ def _read_class_names(data_dir):
     return {str(number): name for number, name in enumerate(classes)}
 
 
-def _read_class_table(path, folder=None):
-    """Read a table of class numbers and names, such as class_id,name: return it as _read_class_names() does.
+def _class_file(data_dir):
+    """Return the file of class names in a data folder, or None."""
+    for name in ("classes.txt", "classes.json"):
+        if (data_dir / name).is_file():
+            return data_dir / name
+    tables = (data_dir / name for name in ("classes.csv", "labels.csv"))
+    return next((path for path in tables if path.is_file() and _read_class_table(path)), None)
 
-    {} if the file is something else: if a number or a name is repeated, or names an image of the ImageFolder.
+
+def _read_class_table(path, folder=None):
+    """Read a CSV file of class numbers and names, such as class_id,name, as a dict in order.
+
+    Returns {} if it is something else: if a number or name is repeated, or names an image in `folder`.
     """
     if path.suffix.lower() != ".csv":
         return {}
     try:
-        with open(path, encoding="utf-8") as file:  # so that a large table of labels is not read twice
+        # Two lines are enough to recognise most tables of labels, which can be large.
+        with open(path, encoding="utf-8") as file:
             titles, first = file.readline(1000), file.readline(1000)
         if titles.count(",") != 1 or not first.partition(",")[0].strip(' "').isdecimal():
             return {}
@@ -1210,31 +1497,8 @@ def _read_class_table(path, folder=None):
         return {}
     if folder and any(map(folder.names_image, (*numbers, *names))):
         return {}
-    return {str(int(number)): name for number, name in sorted(zip(numbers, names), key=lambda pair: int(pair[0]))}
-
-
-COCO_CLASSES = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,
-parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,
-frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,
-wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,
-potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,
-refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(",")
-
-
-# What all formats share: groups, and tables of several files
-
-
-def _read_json(path):
-    try:
-        return json.loads("\n".join(read_lines(path)))
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
-        raise InputError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON: {getattr(error, 'msg', error)}") from None
-
-
-def _is_list_of_names(value):
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    pairs = sorted(zip(map(int, numbers), names), key=lambda pair: pair[0])
+    return {str(number): name for number, name in pairs}
 
 
 def _read_groups(path):
@@ -1247,48 +1511,164 @@ def _read_groups(path):
 
 
 def _apply_groups(table, groups, path):
-    """Order the classes by their groups; those in none are dropped, and counted in a warning."""
+    """Order the classes by their groups; drop those without a group and count them in a warning."""
     column = {name: c for c, name in enumerate(table.classes)}
     groups = {group: [name for name in names if name in column] for group, names in groups.items()}
     classes = list(chain(*groups.values()))
     if not classes:
-        raise InputError(f"{path}: none of its names is a class; the classes are {', '.join(table.classes)}")
+        raise InputError(f"{path}: none of its names is a class; the classes are "
+                         f"{', '.join(table.classes)}")
+
     positives = np.nansum(table.targets, axis=0)
+    # Groups may leave classes out on purpose, but a typing error would look the same.
     dropped = [f"{name} ({positives[c]:.0f} times)" for name, c in column.items() if name not in classes]
     if dropped:
-        table.warnings.append(f"{len(dropped)} classes in no group of {path} were dropped: {', '.join(dropped)}")
+        table.warnings.append(f"{len(dropped)} classes in no group of {path} were dropped: "
+                              f"{', '.join(dropped)}")
     table.notes.append(f"groups: {', '.join(groups)}, from {path}")
     targets = table.targets[:, [column[name] for name in classes]]
     return replace(table, classes=classes, targets=targets, groups=groups)
 
 
-def _join_tables(tables):
-    """Join the tables of several label files; a class that one does not have is absent or unknown there."""
-    classes = list(dict.fromkeys(chain(*(table.classes for table in tables))))
-    targets = []
-    joined = LabelTable([], [], None, classes, tables[0].groups, absent=tables[0].absent)
-    for table in tables:
-        part = np.full((len(table), len(classes)), table.absent, np.float32)
-        part[:, [classes.index(name) for name in table.classes]] = table.targets
-        targets.append(part)
-        lacking = [name for name in classes if name not in table.classes]
-        if lacking:
-            table.warnings.append(f"{table.origins[0].rpartition(':')[0]} has no {', '.join(lacking)}")
-        for name in ("ids", "objects", "parts", "origins", "notes", "warnings"):
-            getattr(joined, name).extend(getattr(table, name))
-    joined.targets = np.concatenate(targets)
-    return joined
+def _read_json(path):
+    """Read a JSON file. Raises InputError."""
+    try:
+        return json.loads("\n".join(read_lines(path)))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
+        raise InputError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON: "
+                         f"{getattr(error, 'msg', error)}") from None
 
 
+def _is_list_of_names(value):
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+COCO_CLASSES = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,
+fire hydrant,stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,
+backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,
+baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,
+banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,
+dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,
+refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush
+""".replace("\n", "").split(",")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The images of the rows: one rule for all formats
 
 
-class ImageFolder:
-    """The files below a folder, listed once, and the rule by which a name in a label file means one of them.
+def _attach_images(table, folder, by_stem):
+    """Set the paths of a table, drop rows whose image is missing, and note how names were matched."""
+    found, how, meant = _match_by_stem(table, folder) if by_stem else _match_paths(table, folder)
+    _refuse_shared_images(table, folder, found, meant)
+    rows = np.array([row for row, image in enumerate(found) if image])
+    table.missing = list(dict.fromkeys(name for name, image in zip(table.ids, found) if not image))
+    others = _other_suffixes(table.missing, folder)
+    if len(rows) == 0:
+        source = table.origins[0].rpartition(":")[0] or folder.data_dir
+        more = f"; {others[0]}: correct the label file if they are the same" if others else ""
+        raise InputError(f"{source}: {_long_form(table.ids)}none of its {len(found)} images is in "
+                         f"{folder.root}; the first one is {table.missing[0]}: name the image "
+                         f"folder with --images{more}")
 
-    Names are relative to the folder, with "/". The rule: **two paths match if one, folder by folder,
-    is the end of the other.** A written path can be longer than the one on disk, as it comes from another
-    machine, or shorter, as it leaves out folders:
+    table.notes.append(f"images: {folder.root}")
+    for kind, count in Counter(filter(None, how)).items():
+        matched = islice((row for row, one in enumerate(how) if one == kind), 3)
+        pairs = [found[row] if kind == "full path" else f"{table.ids[row]} = {found[row]}"
+                 for row in matched]
+        table.notes.append(f"matched by {kind}: {count} rows, such as {', '.join(pairs)}")
+
+    # Images without a row are no error, as part of a data set may be unlabelled.
+    used = set(found)
+    unused = [name for name in folder.names
+              if name not in used and _image_suffix(name)[1] in IMAGE_SUFFIXES]
+    if unused:
+        table.notes.append(f"images without a row: {len(unused)}, such as "
+                           f"{', '.join(heapq.nsmallest(3, unused))}")
+    if others:
+        table.warnings.append(f"{len(others)} images are missing, but there with another suffix "
+                              "(correct the label file if they are the same): "
+                              f"{'; '.join(others[:3])}")
+    table.paths = [f"{folder.root}/{image}" for image in found]
+    return table.subset(rows)
+
+
+def _match_paths(table, folder):
+    """Find the file of each row by its path.
+
+    Returns the files, how each was matched, and the path that each row means; None if it is missing.
+    """
+    found = []
+    places = {}  # label file -> (its folder, the part it belongs to, starts of relative paths)
+    for row, (name, origin) in enumerate(zip(table.ids, table.origins)):
+        source = origin.rpartition(":")[0]
+        if source not in places:
+            inside = os.path.relpath(source, folder.data_dir).replace(os.sep, "/")
+            word = os.path.splitext(inside)[0].lower().removesuffix("_metadata")
+            place = os.path.dirname(source) or "."
+            starts = tuple(start for start, _ in folder.starts_from(place))
+            places[source] = place, PART_WORDS.get(word) or _part_of_folder(inside), starts
+        place, part, starts = places[source]
+
+        # Most names need no search: they are paths from the image folder, and nothing else.
+        if name in folder.names and not name.startswith(starts):
+            found.append((name, "full path", name))
+        else:
+            found.append(folder.find(name, origin, place, table.parts[row] if table.parts else part))
+    return zip(*found)
+
+
+def _match_by_stem(table, folder):
+    """Find the image of each label file, by its path without the suffix. Returns as _match_paths().
+
+    The rule for paths goes first. If it finds nothing, since labels/train and images/train-resized
+    have different names, the image with the same stem is taken that no other label file has: one in
+    a folder of the same split, or else one in a folder of no split.
+    """
+    found = [folder.find(name, origin, folder.root)[0]
+             for name, origin in zip(table.ids, table.origins)]
+    # An image that matches a label file by its path is not given to another one.
+    taken = set(found)
+    folders = {os.path.dirname(name) for name in table.ids} - {""}
+    for row, name in enumerate(table.ids):
+        if found[row]:
+            continue
+
+        stem = name.rpartition("/")[2]
+        own = _part_of_folder(name)
+        images = {*folder.tails(1, True).get(stem, ()), *folder.tails(0, True).get(stem, ())} - taken
+        # A folder that has label files of its own keeps its images for them.
+        images = {image for image in images if os.path.dirname(image) not in folders}
+        same = [image for image in images if own and _part_of_folder(image) == own]
+        fitting = sorted(same or (image for image in images if not own or not _part_of_folder(image)))
+        if len(fitting) > 1:
+            raise InputError(f"{table.origins[row]}: its image can be {fitting[0]} or "
+                             f"{fitting[1]}: give the folders of labels and of images the same "
+                             "names")
+        found[row] = fitting[0] if fitting else None
+    return found, [image and "stem" for image in found], table.ids
+
+
+def _refuse_shared_images(table, folder, found, meant):
+    """Raise InputError if rows of different paths share a file: one of their images is missing."""
+    first = {}  # file -> its first row
+    for row, image in enumerate(found):
+        other = first.setdefault(image, row)
+        if image and meant[other] != meant[row]:
+            raise InputError(f"{table.origins[row]}: {table.ids[row]} and, at "
+                             f"{table.origins[other]}, {table.ids[other]} would both be "
+                             f"{folder.root}/{image}, which can be the image of only one of them: "
+                             "add the other image, or correct its path")
+
+
+class ImageFolder:
+    """List the files below a folder once, and find the one that a name in a label file means.
+
+    Names are relative to the folder, with "/". The rule: **two paths match if one, folder by
+    folder, is the end of the other.** A written path can be longer than the one on disk, as it
+    comes from another machine, or shorter, as it leaves out folders:
 
         written in the label file      on disk          match
         /home/eva/data/siteA/1.jpg     siteA/1.jpg      yes: the end of what is written
@@ -1298,67 +1678,54 @@ class ImageFolder:
         siteA/1                        siteA/1.jpg      yes: a suffix counts only where one is written
         siteA/1.png                    siteA/1.jpg      no
 
-    A full path goes first: one that leads to a file from the image folder, from the folder of the label
-    file, from the data folder or from the working directory. Several matches are an error, and so
-    are two rows with different paths that would share a file: see _attach_images().
+    A full path goes first: one that leads to a file from the image folder, from the folder of the
+    label file, from the data folder or from the working directory. Several matches are an error,
+    and so are two rows with different paths that would share a file: see _refuse_shared_images().
     """
 
     def __init__(self, root, data_dir, guessed=False):
         self.root = str(root)
-        self.guessed = guessed  # whether it was found by looking, so that another folder may be meant
+        self.guessed = guessed  # True if no option names it, so that another folder may be meant
         self.real_root = os.path.realpath(root)
         self.data_dir = str(data_dir)
         self.names = set()
         self.folders = set()  # names of the folders below it
-        self._tails = {}  # see tails()
-        self._starts = {}  # folder of a label file -> how its relative paths start, see starts_from()
-        self._elsewhere = {}  # folder -> (its place in the image folder or None, the names in it)
-        visited = set()
+        self._tails = {}  # cache of tails()
+        self._starts = {}  # cache of starts_from()
+        self._elsewhere = {}  # cache of _look_elsewhere()
+
+        visited = set()  # symlinks are followed, but not in circles
         for folder, folders, names in os.walk(self.root, followlinks=True):
             visited.add(os.path.realpath(folder))
             self.folders.update(folders)
-            folders[:] = [name for name in folders if os.path.realpath(f"{folder}/{name}") not in visited]
+            folders[:] = [name for name in folders
+                          if os.path.realpath(f"{folder}/{name}") not in visited]
             inside = os.path.relpath(folder, self.root).replace(os.sep, "/")
             prefix = "" if inside == "." else inside + "/"
             self.names.update(prefix + name for name in names if not name.startswith("._"))
 
-    def tails(self, depth, stems):
-        """Return the index {the last `depth` parts of a path: the files that end so}; depth 0: {whole path: files}.
-
-        The suffixes are in lower case; with `stems` they are left out, and so are files that are not read as images.
-        """
-        if (depth, stems) not in self._tails:
-            index = {}
-            for name in self.names:
-                key, suffix = _image_suffix(name)
-                if stems and suffix not in IMAGE_SUFFIXES:
-                    continue
-                key = key if stems else key + suffix
-                if depth:
-                    start = key.rsplit("/", depth)
-                    if len(start) <= depth:
-                        continue  # shorter, or as long: the index of whole paths has it
-                    key = key[len(start[0]) + 1 :]
-                index.setdefault(key, []).append(name)
-            self._tails[depth, stems] = index
-        return self._tails[depth, stems]
-
     def names_image(self, name):
-        """Tell whether a cell is the name of an image: by its suffix, or because there is such a file."""
-        return bool(_image_suffix(name)[1]) or name in self.names or bool(self.ends(_plain_path(name).lstrip("/")))
+        """Return True if a cell names an image: by its suffix, or because there is such a file."""
+        if _image_suffix(name)[1] or name in self.names:
+            return True
+        return bool(self.ends(_plain_path(name).lstrip("/")))
 
     def find(self, name, origin, place, part=""):
         """Find the file that a row means.
 
         Args:
-            name: the path that the row has.
+            name: the path in the row.
             origin: "FILE:LINE" of the row, for errors.
             place: the folder of its label file.
-            part: the part that it belongs to, or "". Unless its path is a full one, a row of train has no image in a
-                folder called val or test, nor one of val in a folder called test; its own folder goes first.
+            part: the part of the row, or "". Unless the path is a full one, an image in a folder of
+                this part is preferred, and a row of train has no image in a folder called val or
+                test, nor one of val in test.
 
-        Returns (file, "full path", "trailing part" or "stem", the path that the row means), or three times None.
-        Raises InputError when several files match, or the path leads to a file outside the image folder.
+        Returns:
+            (file, "full path", "trailing part" or "stem", the path that is meant), or three None.
+
+        Raises:
+            InputError: several files match, or the path leads to a file outside the image folder.
         """
         path = _plain_path(name).lstrip("/")
         found = self._full_paths(name, origin, place)
@@ -1366,12 +1733,14 @@ class ImageFolder:
         if not full:
             found = self.ends(path)
             if part:
-                found = [file for file in found if LESSER_FIRST.index(_split_word(file)) <= LESSER_FIRST.index(part)]
-                found = [file for file in found if _split_word(file) == part] or found
+                rank = LESSER_FIRST.index(part)
+                found = [file for file in found if LESSER_FIRST.index(_part_of_folder(file)) <= rank]
+                found = [file for file in found if _part_of_folder(file) == part] or found
             self._check_elsewhere(name, origin, place)
+
         if len(found) > 1:
-            raise InputError(f"{origin}: {name} can be {found[0]} or {found[1]}: write its path from {self.root}, or "
-                             "name another image folder with --images")
+            raise InputError(f"{origin}: {name} can be {found[0]} or {found[1]}: write its path "
+                             f"from {self.root}, or name another image folder with --images")
         if not found:
             return None, None, None
         how = "full path" if full else "trailing part"
@@ -1379,52 +1748,52 @@ class ImageFolder:
             how = "stem"
         return found[0], how, found[0] if full else path
 
-    def starts_from(self, place):
-        """Return [(start to remove, start to put in its place), ...] of paths that are relative to other folders."""
-        if place not in self._starts:
-            starts = []
-            for base in dict.fromkeys(map(os.path.realpath, (place, self.data_dir, "."))):
-                if base.startswith(self.real_root + os.sep):
-                    starts.append(("", base[len(self.real_root) + 1 :].replace(os.sep, "/") + "/"))
-                elif self.real_root.startswith(base.rstrip(os.sep) + os.sep):
-                    inside = self.real_root[len(base.rstrip(os.sep)) + 1 :].replace(os.sep, "/")
-                    starts.append((inside + "/", ""))
-            self._starts[place] = starts
-        return self._starts[place]
-
     def _full_paths(self, name, origin, place):
-        """Return the files that a row means if its path is a full one, relative to a known folder or absolute."""
+        """Return the files that a full path means: an absolute one, or one from a known folder."""
         plain = _plain_path(name)
         if plain.startswith("../"):
-            paths = self._paths_from_outside(name, plain, origin, place)
+            bases = map(os.path.realpath, (place, self.data_dir, "."))
+            ends = [os.path.normpath(os.path.join(base, plain)) for base in bases]
+            paths = list(filter(None, (_place_below(end, self.real_root) for end in ends)))
+            if not paths:
+                raise self._outside(name, origin)
         elif os.path.isabs(name):
             folder, last = os.path.split(os.path.normpath(name))
             inside, names = self._look_elsewhere(folder)
             if inside is None and last in names:
-                raise InputError(f"{origin}: {name} lies outside the image folder {self.root}: move the image into it, "
-                                 "or name another folder with --images")
+                raise self._outside(name, origin)
             paths = [] if inside is None else [inside + last]
         else:
             starts = self.starts_from(place)
             paths = [plain, *(new + plain[len(old) :] for old, new in starts if plain.startswith(old))]
+
         found = [path for path in paths if path in self.names]
         if not found:
             found = list(chain(*map(self._whole, paths)))
         return sorted(set(found))
 
-    def _paths_from_outside(self, name, plain, origin, place):
-        """Return the places in the image folder of a relative path that starts with "..". Raises InputError."""
-        paths = []
-        for base in (place, self.data_dir, "."):
-            path = os.path.normpath(os.path.join(os.path.realpath(base), plain))
-            if path.startswith(self.real_root + os.sep):
-                paths.append(path[len(self.real_root) + 1 :].replace(os.sep, "/"))
-        if not paths:
-            raise InputError(f"{origin}: {name} lies outside the image folder {self.root}: move the image into it")
-        return paths
+    def _outside(self, name, origin):
+        return InputError(f"{origin}: {name} lies outside the image folder {self.root}: move the "
+                          "image into it, or name another folder with --images")
+
+    def starts_from(self, place):
+        """Return [(start, what replaces it), ...] for paths from the label file, DATA or the directory.
+
+        If the image folder is DATA/images, this is ("images/", "") for DATA; if the label file is
+        in the folder train of the image folder, it is ("", "train/") for the label file.
+        """
+        if place not in self._starts:
+            starts = []
+            for base in dict.fromkeys(map(os.path.realpath, (place, self.data_dir, "."))):
+                if down := _place_below(base, self.real_root):
+                    starts.append(("", down + "/"))
+                elif up := _place_below(self.real_root, base):
+                    starts.append((up + "/", ""))
+            self._starts[place] = starts
+        return self._starts[place]
 
     def _whole(self, path):
-        """Return the files with this whole path, whatever the letters of the suffix, or without it."""
+        """Return the files with this whole path; a suffix may differ in case, or not be written."""
         stem, suffix = _image_suffix(path)
         found = self.tails(0, False).get(stem + suffix, [])
         return found if suffix or found else self.tails(0, True).get(stem, [])
@@ -1442,150 +1811,87 @@ class ImageFolder:
                 tail = tail.partition("/")[2]
         return sorted(found)
 
+    def tails(self, depth, stems):
+        """Return {the last `depth` parts of a path: its files}; with depth 0, {whole path: its files}.
+
+        Suffixes are in lower case. With `stems` they are left out, and so are files that are not
+        images. For example, a/b/1.JPG is b/1.jpg in tails(2, False) and 1 in tails(1, True).
+        """
+        if (depth, stems) not in self._tails:
+            index = {}
+            for name in self.names:
+                key, suffix = _image_suffix(name)
+                if stems and suffix not in IMAGE_SUFFIXES:
+                    continue
+                key = key if stems else key + suffix
+
+                if depth:
+                    start = key.rsplit("/", depth)
+                    if len(start) <= depth:
+                        continue  # not longer than this, so the index of whole paths has it
+                    key = key[len(start[0]) + 1 :]
+                index.setdefault(key, []).append(name)
+            self._tails[depth, stems] = index
+        return self._tails[depth, stems]
+
     def _check_elsewhere(self, name, origin, place):
-        """Raise an InputError if a relative path leads to a file outside an image folder that nobody named."""
+        """Raise InputError if a relative path leads out of an image folder that no option names."""
         if not self.guessed or os.path.isabs(name):
             return
         inner, last = os.path.split(name)
         for base in dict.fromkeys((place, self.data_dir)):
             inside, names = self._look_elsewhere(os.path.join(base, inner))
             if inside is None and last in names:
-                raise InputError(f"{origin}: {os.path.join(base, name)} lies outside the image folder {self.root}: "
-                                 "move the image into it, or name another folder with --images")
+                raise self._outside(os.path.join(base, name), origin)
 
     def _look_elsewhere(self, folder):
-        """Return (the place of a folder in the image folder or None, the names in it); look once at each."""
+        """Return (the place of a folder in the image folder or None, the names in an outside one)."""
         if folder not in self._elsewhere:
             real = os.path.realpath(folder)
-            inside, names = None, frozenset()
-            if real == self.real_root:
-                inside = ""
-            elif real.startswith(self.real_root + os.sep):
-                inside = real[len(self.real_root) + 1 :].replace(os.sep, "/") + "/"
-            else:
+            inside, names = _place_below(real, self.real_root), frozenset()
+            if inside is None:
                 with contextlib.suppress(OSError, ValueError):  # ValueError: a zero byte
                     names = frozenset(os.listdir(real))
-            self._elsewhere[folder] = inside, names
+            self._elsewhere[folder] = inside and inside + "/", names
         return self._elsewhere[folder]
 
 
+def _place_below(path, root):
+    """Return the relative path from a folder to one below it, "" if they are the same, else None."""
+    start = root.rstrip(os.sep) + os.sep
+    if path == root:
+        return ""
+    return path[len(start) :].replace(os.sep, "/") if path.startswith(start) else None
+
+
 def _image_suffix(name):
-    """Split a path into (the rest, the suffix of an image in lower case), or (path, "") without one."""
+    """Split a path into (the rest, its image suffix in lower case), or (path, "") without one."""
     stem, dot, suffix = name.rpartition(".")
     suffix = dot + suffix.lower()
     return (stem, suffix) if suffix in IMAGE_SUFFIXES or suffix in OTHER_SUFFIXES else (name, "")
 
 
 def _plain_path(name):
-    """Return a path of any system with "/", without a drive, and without "." and ".." in the middle."""
+    """Return any system's path with "/", without a drive, and without "." and ".." in the middle."""
     return posixpath.normpath(re.sub(r"^[A-Za-z]:(?=/)", "", name.replace("\\", "/")))
 
 
-def _attach_images(table, folder, by_stem):
-    """Set the paths of a table; rows whose image is missing are dropped, and how names were matched is noted."""
-    found, how = _match_by_stem(table, folder) if by_stem else _match_paths(table, folder)
-    rows = np.array([row for row, image in enumerate(found) if image])
-    table.missing = list(dict.fromkeys(name for name, image in zip(table.ids, found) if not image))
-    others = _other_suffixes(table.missing, folder)
-    if len(rows) == 0:
-        source = table.origins[0].rpartition(":")[0] or folder.data_dir
-        more = f"; {others[0]}: correct the label file if they are the same" if others else ""
-        raise InputError(f"{source}: {_long_form(table.ids)}none of its {len(found)} images is in {folder.root}; the "
-                         f"first one is {table.missing[0]}: name the image folder with --images{more}")
-
-    table.notes.append(f"images: {folder.root}")
-    for kind, count in Counter(filter(None, how)).items():
-        matched = islice((row for row, one in enumerate(how) if one == kind), 3)
-        pairs = [found[row] if kind == "full path" else f"{table.ids[row]} = {found[row]}" for row in matched]
-        table.notes.append(f"matched by {kind}: {count} rows, such as {', '.join(pairs)}")
-    used = set(found)
-    unused = [name for name in folder.names if name not in used and _image_suffix(name)[1] in IMAGE_SUFFIXES]
-    if unused:
-        table.notes.append(f"images without a row: {len(unused)}, such as {', '.join(heapq.nsmallest(3, unused))}")
-    if others:
-        table.warnings.append(f"{len(others)} images are missing, but there with another suffix (correct the label "
-                              f"file if they are the same): {'; '.join(others[:3])}")
-    table.paths = [f"{folder.root}/{image}" for image in found]
-    return table.subset(rows)
+# Words that say nothing about the part, as in train-images-resized.
+FOLDER_WORDS = {"", "images", "image", "imgs", "img", "jpg", "jpeg", "png", "resized", "small", "data",
+                "set", "labels"}
 
 
-def _match_paths(table, folder):
-    """Find the file of each row by its path: return (files or None, how each was matched).
-
-    Raises InputError when two rows with different paths share a file: one of their images is missing.
-    """
-    found = []
-    how = []
-    first = {}  # file -> (the path that its first row means, that row)
-    places = {}  # label file -> (its folder, the part that its name or its folder says, how relative paths may start)
-    for row, (name, origin) in enumerate(zip(table.ids, table.origins)):
-        source = origin.rpartition(":")[0]
-        if source not in places:
-            inside = os.path.relpath(source, folder.data_dir).replace(os.sep, "/")
-            word = os.path.splitext(inside)[0].lower().removesuffix("_metadata")
-            place = os.path.dirname(source) or "."
-            starts = tuple(start for start, _ in folder.starts_from(place))
-            places[source] = place, PART_WORDS.get(word) or _split_word(inside), starts
-        place, part, starts = places[source]
-        if name in folder.names and not name.startswith(starts):  # by far the most: no other reading is possible
-            image, kind, path = name, "full path", name
-        else:
-            image, kind, path = folder.find(name, origin, place, table.parts[row] if table.parts else part)
-        found.append(image)
-        how.append(kind)
-        before, other = first.setdefault(image, (path, row))
-        if before != path:
-            raise InputError(f"{origin}: {name} and, at {table.origins[other]}, {table.ids[other]} would both be "
-                             f"{folder.root}/{image}, which can be the image of one of them at most: add the other "
-                             "image, or correct its path")
-    return found, how
-
-
-def _match_by_stem(table, folder):
-    """Find the image of each label file, whose ID is its path without the suffix: return as _match_paths() does.
-
-    It is the one that matches as a path. Else, since the folders of labels and images may have different names
-    (labels/train and images/train-resized), it is the one with the same stem that no other label file has:
-    in a folder of the same split, and otherwise anywhere but in a folder of another split.
-    """
-    found = [folder.find(name, origin, folder.root)[0] for name, origin in zip(table.ids, table.origins)]
-    taken = set(found)
-    folders = {os.path.dirname(name) for name in table.ids} - {""}
-    for row, name in enumerate(table.ids):
-        if found[row]:
-            continue
-        stem = name.rpartition("/")[2]
-        own = _split_word(name)
-        images = {*folder.tails(1, True).get(stem, ()), *folder.tails(0, True).get(stem, ())} - taken
-        images = {image for image in images if os.path.dirname(image) not in folders}  # of other label files
-        same = [image for image in images if own and _split_word(image) == own]
-        fitting = sorted(same or (image for image in images if not own or not _split_word(image)))
-        if len(fitting) > 1:
-            raise InputError(f"{table.origins[row]}: its image can be {fitting[0]} or {fitting[1]}: give the folders "
-                             "of labels and of images the same names")
-        found[row] = fitting[0] if fitting else None
-
-    first = {}
-    for row, image in enumerate(found):
-        other = first.setdefault(image, row)
-        if image and other != row:
-            raise InputError(f"{table.origins[row]}: both {table.ids[row]} and {table.ids[other]} would have the image "
-                             f"{folder.root}/{image}: give the folders of labels and of images the same names")
-    return found, [image and "stem" for image in found]
-
-
-def _split_word(path):
-    """Return the part that a folder of a path names, as train, train-resized and val2017 do, or ""."""
+def _part_of_folder(path):
+    """Return the part that a folder in a path names, as train-resized and val2017 do, or ""."""
     for folder in reversed(path.lower().split("/")[:-1]):
-        words = set(re.split(r"[^a-z]+", folder)) - {"", "images", "image", "imgs", "img", "jpg", "jpeg", "png",
-                                                     "resized", "small", "data", "set", "labels"}
+        words = set(re.split(r"[^a-z]+", folder)) - FOLDER_WORDS
         if len(words) == 1 and words <= PART_WORDS.keys():
             return PART_WORDS[words.pop()]
     return ""
 
 
 def _other_suffixes(names, folder):
-    """Return texts about missing names that are there with another suffix: perhaps the same images, converted."""
+    """Describe missing images that are there with another suffix, as they may have been converted."""
     pairs = []
     for name in names:
         stem, suffix = os.path.splitext(_plain_path(name).lstrip("/"))
@@ -1596,28 +1902,32 @@ def _other_suffixes(names, folder):
 
 
 def _long_form(names):
-    """Return what to say first where names are IMAGE_CLASS, with a row for each image and class, or ""."""
+    """Return the start of a message if there is a row IMAGE_CLASS for each image and class, or ""."""
     pairs = [name.rpartition("_")[::2] for name in names]
     images, classes = map(set, zip(*pairs))
     if "" in images or len(classes) < 2 or len(images) * len(classes) != len(set(names)):
         return ""
-    return (f"its rows seem to name an image and a class, {names[0]}: make it a table with a row for each image and a "
-            f"column for each class ({', '.join(sorted(classes)[:3])}); as it stands, ")
+    return (f"its rows seem to name an image and a class, {names[0]}: make it a table with a row for "
+            f"each image and a column for each class ({', '.join(sorted(classes)[:3])}); as it stands, ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Identical images, overlapping parts, and rows of the same image
 
 
 def _find_copies(table):
-    """Set `copies` where two rows have the same image, by its path or by its bytes."""
+    """Set `copies` if two rows have the same image, by its path or by its bytes."""
+    # Rows of the same path share a file, which is read only once.
     first_of_path = {}
     for row, path in enumerate(table.paths):
         first_of_path.setdefault(path, row)
     sizes = {}
     for path in first_of_path:
-        try:
+        with contextlib.suppress(OSError):  # training reports it
             sizes[path] = os.path.getsize(path)
-        except OSError:  # training reports it
-            continue
-    shared = Counter(sizes.values())
 
+    # Only files of the same size can have the same bytes, so few of them are read.
+    shared = Counter(sizes.values())
     first_of_bytes = {}
     original = {}  # path -> the first row with the same bytes
     for path, size in sizes.items():
@@ -1626,31 +1936,35 @@ def _find_copies(table):
                 digest = hashlib.sha256(Path(path).read_bytes()).digest()
                 original[path] = first_of_bytes.setdefault(digest, first_of_path[path])
     rows = [original.get(path, first_of_path[path]) for path in table.paths]
-    if any(row != other for row, other in enumerate(rows)):
-        table.copies = [table.paths[row] for row in rows]
-        pairs = []
-        for row, other in enumerate(rows):
-            same_path = table.paths[row] == table.paths[other]
-            if not same_path and (table.targets[row] + table.targets[other] == 1).any():
-                names = table.ids if table.ids[other] != table.ids[row] else table.paths
-                pairs.append(f"{names[other]} and {names[row]}")
-        if pairs:
-            table.warnings.append(f"{len(pairs)} pairs of identical images disagree: {'; '.join(pairs[:5])}")
+    if all(row == other for row, other in enumerate(rows)):
+        return table
+
+    table.copies = [table.paths[row] for row in rows]
+    pairs = []
+    for row, other in enumerate(rows):
+        same_path = table.paths[row] == table.paths[other]
+        if not same_path and (table.targets[row] + table.targets[other] == 1).any():
+            names = table.ids if table.ids[other] != table.ids[row] else table.paths
+            pairs.append(f"{names[other]} and {names[row]}")
+    if pairs:
+        table.warnings.append(f"{len(pairs)} pairs of identical images disagree: "
+                              f"{'; '.join(pairs[:5])}")
     return table
 
 
-LESSER_FIRST = ("", *PARTS)  # of an image in two parts --drop-overlap keeps the row in the later one
+LESSER_FIRST = ("", *PARTS)  # --drop-overlap keeps the rows of an image in the last of its parts
 
 
 def _separate_parts(table, drop):
-    """Let no image and no object be in two parts of divided data.
+    """Make sure that no image and no object is in two parts of an existing split.
 
-    Returns the table, with `drop` without the rows of an image (or object) in lesser parts than its
-    last one. Raises InputError without it.
+    Returns the table; with `drop`, without the rows of an image (or object) that has other rows in
+    a later part. Raises InputError without `drop`.
     """
     if not any(table.parts):
         return table
     units = _units(table)
+    # Later parts rank higher: a test image must not be trained on, but a train image can be spared.
     rank = np.array([LESSER_FIRST.index(part) for part in table.parts])
     last = np.zeros(units.max() + 1, int)
     np.maximum.at(last, units, rank)
@@ -1661,40 +1975,51 @@ def _separate_parts(table, drop):
     if drop:
         counts = Counter(table.parts[row] or "rows to be divided" for row in lesser)
         text = ", ".join(f"{count} from {part}" for part, count in counts.items())
-        table.warnings.append(f"rows were removed since their image or object is in a later part too: {text}")
+        table.warnings.append("rows were removed since their image or object is in a later part "
+                              f"too: {text}")
         return table.subset(np.setdiff1d(np.arange(len(table)), lesser))
+
+    # Each message needs a row of the other part: the first one of the highest rank.
     highest = {units[row]: row for row in np.flatnonzero(rank == last[units])[::-1]}
     pairs = []
     for row in lesser[:3]:
         other = highest[units[row]]
-        pairs.append(f"{table.ids[row]} ({table.parts[row] or 'to be divided'}, {table.origins[row]}) and "
-                     f"{table.ids[other]} ({table.parts[other]}, {table.origins[other]})")
+        pairs.append(f"{table.ids[row]} ({table.parts[row] or 'to be divided'}, "
+                     f"{table.origins[row]}) and {table.ids[other]} ({table.parts[other]}, "
+                     f"{table.origins[other]})")
     what = "images or objects" if table.objects else "images"
-    raise InputError(f"{len(set(units[lesser]))} {what} are in two parts: {'; '.join(pairs)}: correct the split, or "
-                     "let --drop-overlap remove them from the lesser part, train before val before test")
+    raise InputError(f"{len(set(units[lesser]))} {what} are in two parts: {'; '.join(pairs)}: correct "
+                     "the split, or let --drop-overlap remove them from the lesser part, train before "
+                     "val before test")
 
 
 def _merge_rows(table):
-    """Merge the rows of an image; raise an InputError where they contradict each other."""
+    """Merge the rows of an image. Raises InputError where they contradict each other."""
     first = {}
     for row, path in enumerate(table.paths):
         other = first.setdefault(path, row)
         if other == row:
             continue
+
+        # 1 and 0 add up to 1, which nothing else does. In lists, a name in one row is enough.
         conflicts = np.flatnonzero(table.targets[row] + table.targets[other] == 1)
         if len(conflicts) and table.absent != 0:
             place = table.origins[other].rpartition(":")[2]
             raise InputError(f"{table.origins[row]}: {table.ids[row]} has another label for "
-                             f"{table.classes[conflicts[0]]} than in line {place}: remove one of the two lines")
+                             f"{table.classes[conflicts[0]]} than in line {place}: remove one of "
+                             "the two lines")
         table.targets[other] = np.fmax(table.targets[row], table.targets[other])
+
         if table.objects and table.objects[row] != table.objects[other]:
             if table.objects[row] and table.objects[other]:
-                raise InputError(f"{table.origins[row]}: {table.ids[row]} shows {table.objects[row]}, but "
-                                 f"{table.objects[other]} at {table.origins[other]}: correct the column of --group")
+                raise InputError(f"{table.origins[row]}: {table.ids[row]} shows "
+                                 f"{table.objects[row]}, but {table.objects[other]} at "
+                                 f"{table.origins[other]}: correct the column of --group")
             table.objects[other] = table.objects[other] or table.objects[row]
+
     table.merged = len(table) - len(first)
     if table.merged and table.absent != 0:
-        table.warnings.append(f"{table.merged} rows name an image again and were merged with its first row")
+        table.warnings.append(f"{table.merged} rows of an image were merged with its first row")
     return table.subset(np.array(list(first.values())))
 
 
@@ -1703,18 +2028,25 @@ def _merge_rows(table):
 
 
 def split(table, ratios=(0.7, 0.15, 0.15), method="stratified", seed=0):
-    """Divide a table -> three ascending arrays of row numbers: train, val, test.
+    """Divide a table into train, val and test; rows of one object and identical images stay together.
 
-    Rows of one object, and images with the same bytes, stay together. ratios: three numbers >= 0,
-    taken relative to their sum; train and val must not be 0. method: "stratified" is the iterative
-    stratification of Sechidis, Tsoumakas & Vlahavas (2011), "On the Stratification of Multi-Label
-    Data", on the known positives, so that rare classes reach every split; "random" shuffles. Rows
-    with a part of their own (table.parts) keep it: others are divided among the splits that have
-    none, and val is taken from train when the data has no val. Raises InputError.
+    Args:
+        table: a LabelTable. An existing split (table.parts) is kept: rows without a part are
+            divided among the splits that have none, and val is taken from train if the data has no
+            val.
+        ratios: three numbers >= 0, relative to their sum; only that of test may be 0.
+        method: "stratified" is the iterative stratification of Sechidis, Tsoumakas & Vlahavas
+            (2011), "On the Stratification of Multi-Label Data", on the known positives, so that
+            rare classes reach every split; "random" shuffles.
+        seed: random seed.
+
+    Returns three ascending arrays of row numbers. Raises InputError.
     """
     ratios = np.array(ratios, float)
     if len(ratios) != 3 or not np.isfinite(ratios).all() or ratios.min() < 0 or ratios[:2].min() == 0:
         raise InputError("--split takes three ratios, train, val and test; only the last may be 0")
+
+    # -1 stands for a row without a part, which is to be divided.
     part = np.array([PARTS.index(name) if name else -1 for name in table.parts or [""] * len(table)])
     free = np.flatnonzero(part < 0)
     named = set(part[part >= 0].tolist())
@@ -1725,47 +2057,58 @@ def split(table, ratios=(0.7, 0.15, 0.15), method="stratified", seed=0):
     open_parts = [k for k in range(3) if k not in named and ratios[k] > 0] or [0, 1, 2]
     if len(free):
         part[free] = np.array(open_parts)[divide(table.subset(free), ratios[open_parts], method, seed)]
+
     rows = [np.flatnonzero(part == k) for k in range(3)]
     for name, chosen in zip(PARTS[:2], rows):
         if len(chosen) == 0:
-            raise InputError(f"the data's own split has no {name} images: add some, or leave the split out")
+            raise InputError(f"the data's own split has no {name} images: add some, or leave the "
+                             "split out")
     return rows
 
 
 def divide(table, ratios, method="stratified", seed=0):
-    """Divide a table as split() does, into any number of parts -> the part of each row (N,)."""
+    """Return the part of each row (N,), dividing as split() does, but into any number of parts."""
     ratios = np.asarray(ratios, float) / np.sum(ratios)
     units = _units(table)
     sizes = np.bincount(units)
     wanted = np.flatnonzero(ratios)
     if len(sizes) < len(wanted):
         what = "objects" if table.objects else "images"
-        raise InputError(f"{len(sizes)} {what} are too few for {len(wanted)} splits: add some, or change --split or "
-                         "--folds")
+        raise InputError(f"{len(sizes)} {what} are too few for {len(wanted)} splits: add some, or "
+                         "change --split or --folds")
+
+    # From here on units are divided, not rows.
     rng = np.random.default_rng(seed)
     if method == "random":
         order = rng.permutation(len(sizes))
+        # A unit goes to the part in which its middle falls on a line of all images.
         done = (np.cumsum(sizes[order]) - sizes[order] / 2) / sizes.sum()
         part = np.empty(len(sizes), int)
         part[order] = np.searchsorted(np.cumsum(ratios)[:-1], done, side="right")
     else:
+        # Unknown labels count as absent here: only known positives are spread.
         positives = np.zeros((len(sizes), table.targets.shape[1]))
         np.add.at(positives, units, np.nan_to_num(table.targets))
         part = _stratified_parts(positives, sizes, ratios, rng)
-    for empty in set(wanted) - set(part):  # tiny data: every split asked for gets something
+
+    # With tiny data a split may be empty: it gets a unit of the largest one.
+    for empty in set(wanted) - set(part):
         part[rng.choice(np.flatnonzero(part == np.bincount(part).argmax()))] = empty
     return part[units]
 
 
 def _units(table):
-    """Number the groups of rows that must stay in one split: those of an object, and identical images.
+    """Number the groups of rows that must stay in one split: of one object, or identical images.
 
-    Returns an int array (N,). If a and b are one object, and b and c the same picture, then a, b and c are one
-    group: so rows that share a key take the lowest number among them, until nothing changes.
+    For example, if rows 0 and 1 show one object, and rows 1 and 2 are the same picture, then 0, 1
+    and 2 are one unit. Rows that share an object or a picture take the lowest number among them,
+    until nothing changes: 0 1 2 becomes 0 0 2 by the object, and 0 0 0 by the picture. Returns an
+    int array (N,).
     """
     keys = []
     if table.objects:
-        keys.append([name or row for row, name in enumerate(table.objects)])  # without an object: one of its own
+        # A row without a name is an object of its own, so its key is its number.
+        keys.append([name or row for row, name in enumerate(table.objects)])
     if table.copies:
         keys.append(table.copies)
 
@@ -1782,23 +2125,32 @@ def _units(table):
 
 
 def _stratified_parts(positives, sizes, ratios, rng):
-    """The label with the fewest units left goes first, to the splits that still want most of it."""
+    """Assign units to parts: those of the rarest label first, to the part that still lacks it most.
+
+    For example, with 4 cracks, 90 rusts and ratios 0.75 and 0.25, the cracks are assigned 3 and 1
+    while every part still has room; had the rusts gone first, the four units might all have landed
+    in one part.
+    """
     part = np.full(len(sizes), -1)
-    wanted = ratios[:, None] * positives.sum(axis=0)  # (K, C) positives that each split still wants
-    room = ratios * sizes.sum()  # (K,) images that each split still wants
+    wanted = ratios[:, None] * positives.sum(axis=0)  # (K, C) positives that each part still lacks
+    room = ratios * sizes.sum()  # (K,) images that each part still lacks
+    # A part of ratio 0 must get nothing, even if all others have more than they want.
     allowed = np.where(ratios > 0, 0.0, -np.inf)
     order = rng.permutation(len(sizes))
     has = positives > 0
     left = has.sum(axis=0)
     while left.any():
         label = np.argmin(np.where(left > 0, left, np.inf))
+        # Among parts that lack the label equally, the one with most room takes the unit.
         for unit in order[has[order, label] & (part[order] < 0)]:
             k = max(range(len(ratios)), key=lambda k: (wanted[k, label] + allowed[k], room[k]))
             part[unit] = k
             wanted[k] -= positives[unit]
             room[k] -= sizes[unit]
         left = has[part < 0].sum(axis=0)
-    for unit in order[part[order] < 0]:  # units without a positive
+
+    # Units without a positive fill what room is left.
+    for unit in order[part[order] < 0]:
         k = np.argmax(room + allowed)
         part[unit] = k
         room[k] -= sizes[unit]
@@ -1811,22 +2163,30 @@ def _stratified_parts(positives, sizes, ratios, rng):
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-EXIF_TRANSPOSE = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}  # EXIF orientation -> what makes it upright
-TRANSIENT_ERRORS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ETIMEDOUT}  # that may not come again
+EXIF_TRANSPOSE = {  # EXIF orientation -> what makes an image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+# Errors that are worth a second try: network drives, and too many open files.
+TRANSIENT_ERRORS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ETIMEDOUT}
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is an error, and reported as one
+# Pillow warns of images over 89 megapixels. Those of twice that size are errors, which is enough.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def load_image(image, size=None, within=None):
-    """An image -> PIL image in mode RGB, upright by its EXIF orientation.
+    """Return an image as a PIL image in mode RGB, upright by its EXIF orientation.
 
-    image: a path, a file object, bytes, a PIL image, or a uint8 array (H, W, 3). size: the result
-    is resized to (size, size). within: it is shrunk, in its proportions, so that no side is longer.
-    JPEG files are then decoded at a smaller scale. Transparent pixels are laid on white; 16-bit and
-    float images keep their contrast; of an animation the first frame is taken. Only IMAGE_FORMATS
-    are decoded. Raises ImageError.
+    Transparent pixels are laid on white, 16-bit and float images keep their contrast, and of an
+    animation the first frame is taken.
+
+    Args:
+        image: a path, a file object, bytes, a PIL image, or a uint8 array (H, W, 3). Files must
+            have one of IMAGE_FORMATS.
+        size: resize the result to (size, size).
+        within: shrink the result, keeping its proportions, so that no side is longer.
+
+    Raises ImageError.
     """
     try:
         try:
@@ -1834,11 +2194,11 @@ def load_image(image, size=None, within=None):
         except OSError as error:
             if error.errno not in TRANSIENT_ERRORS:
                 raise
-            time.sleep(0.1)
+            time.sleep(0.1)  # long enough for another thread to close a file, too short to be noticed
             return _load_image(image, size, within)
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
+    except Exception as error:  # Pillow's decoders raise anything when the bytes are broken
         raise ImageError(f"{image_name(image)}: {_reason(error)}") from error
 
 
@@ -1850,21 +2210,26 @@ def _reason(error):
 
 
 def image_name(image):
-    """What to call an image in a message."""
+    """Return what messages call an image."""
     if isinstance(image, (str, os.PathLike)):
         return str(image)
     return getattr(image, "filename", "") or f"an image given as {type(image).__name__}"
 
 
 def _load_image(image, size, within):
+    """Load an image as load_image() does, but raise whatever Pillow raises."""
     image = _open_image(image)
     turn = EXIF_TRANSPOSE.get(image.getexif().get(0x0112))
+
+    # A JPEG is decoded at a fraction of its size, which is faster; twice the side loses nothing.
     drafted = None
-    if side := size or within:  # twice that, so that the scale of the decoding does not show
+    if side := size or within:
         drafted = image.draft("RGB", (2 * side, 2 * side))
     image = _to_rgb(image)
+
     if size:
-        box = drafted[1] if drafted else None  # the last row and column may be a part of a pixel
+        # At a fraction of the size, the last row and column may hold only part of a pixel.
+        box = drafted[1] if drafted else None
         image = image.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=3.0)
     elif within:
         image.thumbnail((within, within), Image.Resampling.BILINEAR, reducing_gap=3.0)
@@ -1872,6 +2237,7 @@ def _load_image(image, size, within):
 
 
 def _open_image(image):
+    """Open what load_image() accepts as a PIL image, which need not be decoded yet."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an array must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
@@ -1881,10 +2247,11 @@ def _open_image(image):
     if not isinstance(image, Image.Image):
         return Image.open(image, formats=readable_formats())
 
-    # The user's own image is not touched: while it is not decoded, its file is opened once more.
+    # The caller's image must not change: if it is not decoded yet, its file is opened once more.
     if getattr(image, "tile", None) and getattr(image, "fp", None):
         if image.format not in IMAGE_FORMATS:
-            raise ValueError(f"{image.format} images are not decoded here: call its load() first, or convert it to PNG")
+            raise ValueError(f"{image.format} images are not decoded here: call its load() first, or "
+                             "convert it to PNG")
         image.fp.seek(0)
         return Image.open(image.fp, formats=readable_formats())
     return image.copy()
@@ -1894,15 +2261,18 @@ def _open_image(image):
 def readable_formats():
     """Return the names in IMAGE_FORMATS that this version of Pillow can open.
 
-    Pillow itself would look at the first bytes of a file, whatever its name, and try all its formats. Some of them
-    run programs: for a PostScript file called photo.jpg it starts Ghostscript.
+    Pillow itself would look at the first bytes of a file, whatever its name, and try all its
+    formats. Some of them run programs: for a PostScript file called photo.jpg it starts
+    Ghostscript.
     """
     Image.init()
     return [name for name in IMAGE_FORMATS if name in Image.OPEN]
 
 
 def _to_rgb(image):
-    if image.mode.startswith(("I", "F")):  # 16 bits and more, which Pillow's own conversion clips instead of scaling
+    """Convert an image to mode RGB, with 8 bits per channel and transparent pixels on white."""
+    # Images of 16 bits and more are scaled to 8 bits: Pillow would clip them.
+    if image.mode.startswith(("I", "F")):
         values = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0).clip(0)
         highest = values.max()
         if image.mode == "F" and highest <= 1:
@@ -1910,20 +2280,21 @@ def _to_rgb(image):
         elif highest > 255:
             values = values / 2.0 ** (int(highest).bit_length() - 8)
         image = Image.fromarray(values.astype(np.uint8))
+
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-CACHE_OVERHEAD = 4096  # bytes of memory that a cached image takes beside its pixels: they fill whole pages, in objects
+CACHE_OVERHEAD = 4096  # bytes per cached image beside its pixels: objects, and the rest of a page
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """The images of a LabelTable: [i] is (uint8 (3, size, size), targets float32 (C,), id).
+    """Serve the images of a LabelTable: [i] is (uint8 (3, size, size), targets float32 (C,), id).
 
-    Decoded images are kept in memory, up to cache_bytes of them. An image that cannot be read is
-    grey, with unknown labels, so that it is ignored, and `errors` says why: {row: message}.
+    Decoded images are kept in memory, up to cache_bytes. An image that cannot be read becomes grey,
+    with unknown labels, so that training ignores it; `errors` says why: {row: message}.
     """
 
     def __init__(self, table, size, cache_bytes=0):
@@ -1941,7 +2312,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return torch.from_numpy(self.pixels(row)).permute(2, 0, 1), self.targets[row], self.table.ids[row]
 
     def pixels(self, row):
-        """One image as uint8 (size, size, 3)."""
+        """Return one image as uint8 (size, size, 3)."""
         pixels = self._pixels.get(row)
         if pixels is None:
             try:
@@ -1949,6 +2320,7 @@ class ImageDataset(torch.utils.data.Dataset):
             except ImageError as error:
                 self.errors[row] = str(error)
                 self.targets[row] = math.nan
+                # 127 is the middle of the range, and so close to 0 after normalize().
                 pixels = np.full((self.size, self.size, 3), 127, np.uint8)
             if len(self._pixels) < self._capacity:
                 self._pixels[row] = pixels
@@ -1956,11 +2328,16 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def batches(dataset, order, workers=2, pin=False):
-    """Yield (images uint8 (B, 3, S, S), channels_last, targets (B, C), rows) for each of `order`.
+    """Yield the batches of an ImageDataset, decoded ahead by threads.
 
-    `workers` threads decode ahead, a batch each, which works as Pillow decodes and resizes without
-    holding the interpreter; 0 decodes when asked. pin: the images are put into page-locked memory,
-    from which a GPU copies in the background.
+    Args:
+        dataset: an ImageDataset.
+        order: the row numbers of each batch.
+        workers: number of threads, each of which decodes a batch; Pillow does not hold the
+            interpreter meanwhile. 0 decodes when asked.
+        pin: put images into page-locked memory, from which a GPU copies in the background.
+
+    Yields (images uint8 (B, 3, S, S), channels_last; targets (B, C); rows).
     """
 
     def load(rows):
@@ -1972,6 +2349,8 @@ def batches(dataset, order, workers=2, pin=False):
     if workers == 0:
         yield from map(load, order)
         return
+
+    # One batch more than there are threads is ahead, so that no thread waits while a batch is used.
     order = iter(order)
     with ThreadPoolExecutor(workers) as pool:
         ahead = deque(pool.submit(load, rows) for rows in islice(order, workers + 1))
@@ -1986,13 +2365,13 @@ def batches(dataset, order, workers=2, pin=False):
 
 
 def normalize(images):
-    """Images (B, 3, H, W) in 0..255 -> float32, normalised as ImageNet networks expect."""
+    """Return images (B, 3, H, W) in 0..255 as float32, normalized as ImageNet networks expect."""
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=images.device).view(2, 3, 1, 1) * 255
     return torch.addcmul(-mean / std, images.float(), 1 / std)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Augmentation, on a whole batch: every turn, shift and stretch is one matrix and one sampling
+# Augmentation of a whole batch: turns, shifts and stretches are one matrix and one sampling
 
 
 LEVELS = {"none": (), "light": ("flip", "crop"),
@@ -2003,35 +2382,50 @@ NOISE = ("flip", "vflip", "angle", "shift_x", "shift_y", "area", "ratio", "tilt_
 
 
 def read_operations(text):
-    """A level, or operations separated by commas -> names of OPERATIONS. Raises InputError."""
+    """Return the OPERATIONS that a level, or names with commas, stand for. Raises InputError."""
     names = LEVELS.get(text, tuple(text.split(",")))
     wrong = [name for name in names if name not in OPERATIONS]
     if wrong:
-        raise InputError(f"--augment {text}: {wrong[0]!r} is not one of {', '.join([*LEVELS, *OPERATIONS])}")
+        raise InputError(f"--augment {text}: {wrong[0]!r} is not one of "
+                         f"{', '.join([*LEVELS, *OPERATIONS])}")
     return names
 
 
 def draw_noise(count, seed, epoch):
-    """Random numbers for the augmentation of the `count` images of an epoch, by their places in it ->
-    (count, len(NOISE)) in [0, 1), which depend on the seed and the epoch alone, not on threads."""
-    return torch.rand(count, len(NOISE), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    """Return random numbers in [0, 1), (count, len(NOISE)), to augment the images of an epoch.
+
+    They depend on the seed and the epoch alone, so neither threads nor a resume change an image.
+    """
+    # The factor is larger than any number of epochs, so that no two pairs share a seed.
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.rand(count, len(NOISE), generator=generator)
 
 
 def augment(images, operations, noise):
-    """Images (B, 3, H, W) in 0..255, each changed in its own random way -> float32, the same range.
-    operations: names of OPERATIONS. noise: (B, len(NOISE)) of draw_noise()."""
+    """Change each image in its own random way.
+
+    Args:
+        images: (B, 3, H, W) in 0..255.
+        operations: names in OPERATIONS.
+        noise: (B, len(NOISE)) from draw_noise().
+
+    Returns images of the same shape and range, float32.
+    """
     images = images.float()
     noise = dict(zip(NOISE, noise.unbind(1)))
+
+    # A flip alone moves whole pixels; everything else that moves pixels needs sampling.
     if {"rotation", "crop", "resized_crop", "perspective"} & set(operations):
         images = _sample(images, _geometry(operations, noise))
-    else:  # whole pixels: no sampling is needed
+    else:
         for name, axis in (("flip", 3), ("vflip", 2)):
             if name in operations:
                 images = torch.where(noise[name].view(-1, 1, 1, 1) < 0.5, images.flip(axis), images)
+
     if "jitter" in operations:
         images = _jitter(images, noise)
     if "erasing" in operations:
-        images = torch.where(_boxes(noise, *images.shape[2:]), 127.0, images)
+        images = torch.where(_boxes(noise, *images.shape[2:]), 127.0, images)  # grey
     return images
 
 
@@ -2039,18 +2433,23 @@ MIXES = ("mixup", "cutmix")
 
 
 def mix(images, kind, rng):
-    """Mix each image of a batch (B, 3, H, W), float32, with the one before it -> (images, the share
-    of each in its mixture, 0 to 1).
+    """Mix each image of a batch with the one before it.
 
-    kind: "mixup" adds the pixels (Zhang et al. 2018, alpha 0.2), "cutmix" takes over a box (Yun et
-    al. 2019, alpha 1). rng: numpy's random generator; share and box are the same for the batch.
+    Args:
+        images: (B, 3, H, W), float32.
+        kind: "mixup" adds the pixels (Zhang et al. 2018, alpha 0.2); "cutmix" pastes a box (Yun et
+            al. 2019, alpha 1).
+        rng: numpy's random generator; share and box are the same for the whole batch.
+
+    Returns (images, the share of each image in its mixture, 0 to 1).
     """
     others = images.roll(1, 0)
     if kind == "mixup":
         share = rng.beta(0.2, 0.2)
         return torch.lerp(others, images, share), share
+
     height, width = images.shape[2:]
-    side = math.sqrt(rng.random())  # the box's share of the area is uniform
+    side = math.sqrt(rng.random())  # so the share of the box in the area is uniform
     box_height, box_width = round(side * height), round(side * width)
     top = rng.integers(height - box_height + 1)
     left = rng.integers(width - box_width + 1)
@@ -2061,7 +2460,12 @@ def mix(images, kind, rng):
 
 
 def _geometry(operations, noise):
-    """(B, 3, 3): where in the input, in [-1, 1], each point of the output comes from."""
+    """Return matrices (B, 3, 3) that map points of the output, in [-1, 1], to the input.
+
+    The operations are multiplied in the order in which the input undergoes them: a crop, then a
+    turn of the cropped image, then a flip of the turned one. Since it is one matrix, the image is
+    sampled, and so blurred, only once.
+    """
     signed = {name: 2 * values - 1 for name, values in noise.items()}
     one = torch.ones_like(noise["flip"])
     zero = torch.zeros_like(one)
@@ -2069,22 +2473,24 @@ def _geometry(operations, noise):
     def matrix(a=one, b=zero, x=zero, c=zero, d=one, y=zero, p=zero, q=zero):
         return torch.stack([a, b, x, c, d, y, p, q, one], dim=1).view(-1, 3, 3)
 
-    def crop(width, height):  # anywhere
-        return matrix(a=width, d=height, x=(1 - width) * signed["shift_x"], y=(1 - height) * signed["shift_y"])
+    def crop(width, height):  # anywhere in the image
+        return matrix(a=width, x=(1 - width) * signed["shift_x"],
+                      d=height, y=(1 - height) * signed["shift_y"])
 
     total = matrix()
-    if "resized_crop" in operations:  # 50 to 100 % of the area, sides 3:4 to 4:3
+    if "resized_crop" in operations:  # at least half of the area, to keep labels visible
         area = 0.5 + 0.5 * noise["area"]
         ratio = (4 / 3) ** signed["ratio"]
         total = total @ crop((area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1))
-    if "crop" in operations:  # 224 of 256 pixels
+    if "crop" in operations:  # 224 of 256 pixels, as AlexNet and ResNet did
         total = total @ crop(one * 224 / 256, one * 224 / 256)
-    if "rotation" in operations:  # up to 10 degrees
+    if "rotation" in operations:  # up to 10 degrees, as a photographer may tilt the camera
         angle = signed["angle"] * math.radians(10)
         total = total @ matrix(a=angle.cos(), b=-angle.sin(), c=angle.sin(), d=angle.cos())
-    if "perspective" in operations:  # half of the images, one side up to 1.5 times as long as the other
+    if "perspective" in operations:  # in half of the images, one side is up to 1.5 times as long
         strength = 0.2 * (noise["perspective"] < 0.5)
         total = total @ matrix(p=strength * signed["tilt_x"], q=strength * signed["tilt_y"])
+
     if "flip" in operations:
         total = total @ matrix(a=torch.where(noise["flip"] < 0.5, -one, one))
     if "vflip" in operations:
@@ -2093,12 +2499,13 @@ def _geometry(operations, noise):
 
 
 def _sample(images, matrix):
-    """Images (B, 3, H, W) seen through a matrix (B, 3, 3) of _geometry()."""
+    """Return images (B, 3, H, W) as seen through matrices (B, 3, 3) of _geometry()."""
     batch, _, height, width = images.shape
-    x = (torch.arange(width, device=images.device) * 2 + 1) / width - 1
+    x = (torch.arange(width, device=images.device) * 2 + 1) / width - 1  # the middles of the pixels
     y = (torch.arange(height, device=images.device) * 2 + 1) / height - 1
-    points = torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(height, width, device=images.device)], -1)
-    points = points.view(1, -1, 3)
+    ones = torch.ones(height, width, device=images.device)
+    points = torch.stack([*torch.meshgrid(x, y, indexing="xy"), ones], -1).view(1, -1, 3)
+
     grid = points @ matrix[:, :2].transpose(1, 2)
     grid /= points @ matrix[:, 2:].transpose(1, 2)
     grid = grid.view(batch, height, width, 2)
@@ -2107,8 +2514,8 @@ def _sample(images, matrix):
 
 def _jitter(images, noise):
     """Scale saturation, contrast and brightness, each by 0.8 to 1.2."""
-    saturation, contrast, brightness = (
-        (0.8 + 0.4 * noise[name]).view(-1, 1, 1, 1) for name in ("saturation", "contrast", "brightness"))
+    names = ("saturation", "contrast", "brightness")
+    saturation, contrast, brightness = ((0.8 + 0.4 * noise[name]).view(-1, 1, 1, 1) for name in names)
     grey = images.mean(dim=1, keepdim=True)
     images = torch.lerp(grey, images, saturation)
     images = torch.lerp(images.mean(dim=(1, 2, 3), keepdim=True), images, contrast)
@@ -2116,11 +2523,11 @@ def _jitter(images, noise):
 
 
 def _boxes(noise, height, width):
-    """For a quarter of the images a box of 2 to 20 % of the area -> boolean (B, 1, H, W)."""
+    """Return masks (B, 1, H, W), bool: in a quarter of the images a box of 2 to 20 % of the area."""
     area = 0.02 + 0.18 * noise["box_area"]
-    ratio = 3 ** (2 * noise["box_ratio"] - 1)
+    ratio = 3 ** (2 * noise["box_ratio"] - 1)  # sides 1:3 to 3:1, alike in both directions
 
-    def inside(pixels, size, place):  # (B, pixels): those between the two edges of the box
+    def inside(pixels, size, place):  # (B, pixels): True between the two edges of the box
         start = ((1 - size) * place)[:, None]
         middles = (torch.arange(pixels, device=size.device) + 0.5) / pixels
         return (middles >= start) & (middles < start + size[:, None])
@@ -2132,17 +2539,17 @@ def _boxes(noise, height, width):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sheet and summary: what is in a data folder
+# Summary and sheet: what a data folder holds
 
 
 BLACK, GREY, GREEN, RED, BLUE = "#222222", "#767676", "#1b7837", "#b2182b", "#1f4e9c"
 FONTS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf", "msyh.ttc",
-         "malgun.ttf", "arial.ttf")  # of the system, for letters that Pillow's own font has not
+         "malgun.ttf", "arial.ttf")  # system fonts for letters that Pillow's own font lacks
 
 
 @cache
 def load_font(size, text=""):
-    """A font of `size` pixels with the letters of `text`: Pillow's own, or one of the system."""
+    """Return a font of `size` pixels with the letters of `text`: Pillow's own or a system font."""
     fonts = [ImageFont.load_default(size)]
     if not has_letters(fonts[0], text):
         for name in FONTS:
@@ -2152,29 +2559,33 @@ def load_font(size, text=""):
 
 
 def has_letters(font, text):
-    """Whether a font can draw every letter of a text."""
-    box = bytes(font.getmask("\uffff"))  # what it draws for a letter that it has not
-    return all(letter.isspace() or bytes(font.getmask(letter)) != box for letter in set(text) if ord(letter) > 126)
+    """Return True if a font can draw every letter of a text."""
+    box = bytes(font.getmask("\uffff"))  # no font has this letter: this is how missing ones look
+    letters = [letter for letter in set(text) if ord(letter) > 126 and not letter.isspace()]
+    return all(bytes(font.getmask(letter)) != box for letter in letters)
 
 
 def picture_names(classes):
-    """Class names as pictures show them: "class 3", with a warning, where no font has the
-    letters."""
-    names = [name if has_letters(load_font(13, name), name) else f"class {c}" for c, name in enumerate(classes)]
+    """Return class names for pictures: "class 3", with a warning, where no font has the letters."""
+    names = [name if has_letters(load_font(13, name), name) else f"class {c}"
+             for c, name in enumerate(classes)]
     lacking = [name for name, shown in zip(classes, names) if name != shown]
     if lacking:
-        print_text(f"warning: no font here has the letters of {', '.join(lacking[:3])}: pictures show their numbers",
-                   file=sys.stderr)
+        print_text(f"warning: no font here has the letters of {', '.join(lacking[:3])}: "
+                   "pictures show their numbers", file=sys.stderr)
     return names
 
 
 def draw_sheet(cells, title, columns=6, width=200):
-    """Pictures in rows with words under them -> PIL image. cells: (PIL image, [(text, colour)])."""
+    """Draw pictures in rows with words under them. cells: [(PIL image, [(text, colour)]), ...]."""
     columns = max(1, min(columns, len(cells)))
-    gap = 14
+    gap = 14  # pixels, the height of a line
     total = columns * (width + gap) + gap
+    # Letters are 17 pixels high in the heading and 13 under pictures, which is easy to read.
     heading = _draw_words([(title, BLACK)], total - 2 * gap, 17)
     pasted = [(heading, gap, 10)]  # (image, left, top)
+
+    # The pictures of a row stand on one line, as the words under them must be at the same height.
     bottom = heading.height + 16
     for start in range(0, len(cells), columns):
         row = cells[start : start + columns]
@@ -2186,6 +2597,8 @@ def draw_sheet(cells, title, columns=6, width=200):
             pasted.append((picture, left + (width - picture.width) // 2, middle - picture.height))
             pasted.append((part, left, middle + 5))
         bottom = middle + max(part.height for part in words) + gap + 12
+
+    # Only now the height of the sheet is known.
     sheet = Image.new("RGB", (total, bottom), "white")
     for image, left, top in pasted:
         sheet.paste(image, (left, top))
@@ -2193,7 +2606,7 @@ def draw_sheet(cells, title, columns=6, width=200):
 
 
 def _draw_words(lines, width, size):
-    """Lines of text [(text, colour), ...], wrapped -> PIL image of that width."""
+    """Return an image of this width with lines [(text, colour), ...], each wrapped to four at most."""
     wrapped = []
     for text, colour in lines:
         parts = textwrap.wrap(text, max(8, int(width / size * 2)), max_lines=4, placeholder=" ...")
@@ -2206,20 +2619,23 @@ def _draw_words(lines, width, size):
 
 
 def list_names(names, chosen):
-    """The names of the chosen classes (C,), boolean, as text."""
+    """Return the names of the chosen classes, boolean (C,), as text."""
     return ", ".join(names[c] for c in np.flatnonzero(chosen))
 
 
 def label_sheet(table, count=24, seed=0):
-    """A random sample of a table's images with their labels -> PIL image."""
+    """Return a PIL image with a random sample of a table's images and their labels."""
+    # A fixed seed, so that the sheet is the same each time and can be compared after a correction.
     rows = np.random.default_rng(seed).permutation(len(table))[:count]
     names = picture_names(table.classes)
     cells = []
     for row in sorted(rows):
-        lines = [(table.ids[row], BLACK), (list_names(names, table.targets[row] == 1) or "no label", GREEN)]
+        present = list_names(names, table.targets[row] == 1)
+        lines = [(table.ids[row], BLACK), (present or "no label", GREEN)]
         unknown = np.isnan(table.targets[row])
         if unknown.any():
             lines.append((f"NA: {list_names(names, unknown)}", GREY))
+
         try:
             picture = load_image(table.paths[row], within=200)
         except ImageError as error:
@@ -2230,8 +2646,7 @@ def label_sheet(table, count=24, seed=0):
 
 
 def distinct_names(paths):
-    """A file name for each path: its own, or with the folder's name or a number where another has
-    the same stem."""
+    """Return a file name for each path, with its folder or a number if another has the same stem."""
     taken = set()
     names = []
     for path in map(Path, paths):
@@ -2246,11 +2661,12 @@ def distinct_names(paths):
 
 
 def summary(table, title="data", most=30):
-    """A LabelTable as text: how its files were read, and per class positives, negatives, NA,
-    prevalence, and a bar of # positives, - negatives, blank NA. Of more than `most` classes those
-    with fewest and most positives."""
-    positives = np.count_nonzero(table.targets == 1, axis=0)
-    negatives = np.count_nonzero(table.targets == 0, axis=0)
+    """Describe a LabelTable as text: how its files were read, and the labels of each class.
+
+    A class has its positives, negatives, NA, prevalence, and a bar of # for positives, - for
+    negatives and blank for NA. Of more than `most` classes, those with the fewest and the most
+    positives are shown.
+    """
     rows = len(table) + table.merged + len(table.missing)
     merged = f"{table.merged} merged with another row of the image, " if table.merged else ""
     lines = [f"{title}: {rows} rows, {len(table)} images, {len(table.missing)} missing, {merged}"
@@ -2258,73 +2674,83 @@ def summary(table, title="data", most=30):
     lines += [f"  {note}" for note in table.notes]
     if table.parts:
         counts = Counter(part or "to be divided" for part in table.parts)
-        lines.append("  the data's own split: " + ", ".join(f"{count} {part}" for part, count in counts.items()))
+        text = ", ".join(f"{count} {part}" for part, count in counts.items())
+        lines.append(f"  the data's own split: {text}")
     if table.missing:
         lines.append(f"missing: {shortened(table.missing)}")
     lines += [f"warning: {warning}" for warning in table.warnings + single_valued_classes(table)]
+    return "\n".join(lines + _class_lines(table, most))
 
+
+def _class_lines(table, most):
+    """Return the lines of summary() that are a table of the classes."""
+    positives = np.count_nonzero(table.targets == 1, axis=0)
+    negatives = np.count_nonzero(table.targets == 0, axis=0)
     group_of = {name: group for group, names in table.groups.items() for name in names}
     width = max(5, *map(len, table.classes))
     header = f"{'class':{width}} {'positives':>9} {'negatives':>9} {'NA':>7} {'prevalence':>10}"
-    lines.append(f"{header}  {'':20}  group" if group_of else header)
     rows = []
     for name, positive, negative in zip(table.classes, positives, negatives):
         known = positive + negative
         share = f"{positive / known:10.1%}" if known else f"{'n/a':>10}"
-        full = math.ceil(20 * positive / len(table))
+        full = math.ceil(20 * positive / len(table))  # rounded up, so that a single positive shows
         bar = "#" * full + "-" * (math.ceil(20 * known / len(table)) - full)
         rows.append(f"{name:{width}} {positive:9} {negative:9} {len(table) - known:7} {share}  {bar:20}  "
                     f"{group_of.get(name, '')}".rstrip())
+
     if len(rows) > most:
         order = np.argsort(positives, kind="stable")
         half = most // 2
         between = f"... {len(rows) - 2 * half} classes between the rarest and the most frequent"
         rows = [*(rows[c] for c in order[:half]), between, *(rows[c] for c in order[-half:])]
-    return "\n".join(lines + rows)
+    return [f"{header}  {'':20}  group" if group_of else header, *rows]
 
 
 def single_valued_classes(table):
-    """Warnings of the classes of a table that have no known positive, or no known negative."""
+    """Return warnings about classes without a known positive or without a known negative."""
     lines = []
     for value, word in ((1, "positive"), (0, "negative")):
         lacking = ~(table.targets == value).any(axis=0)
         if lacking.any():
-            lines.append(f"no known {word}: {shortened([table.classes[c] for c in np.flatnonzero(lacking)])}")
+            lines.append(f"no known {word}: "
+                         f"{shortened([table.classes[c] for c in np.flatnonzero(lacking)])}")
     return lines
 
 
 def shortened(names, most=10):
-    """Names as text, the first `most` of them."""
+    """Return names as text, but only the first `most` of them and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def pairs_summary(table, most=10):
-    """The pairs of classes that are most often positive together, as text."""
+    """Return the pairs of classes that are most often positive together, as text."""
     positive = (table.targets == 1).astype(np.float32)
     first, second = np.triu_indices(len(table.classes), k=1)
     together = (positive.T @ positive)[first, second]
     lines = []
     for pair in np.argsort(-together, kind="stable")[:most]:
         if together[pair]:
-            lines.append(f"{int(together[pair]):9}  {table.classes[first[pair]]} + {table.classes[second[pair]]}")
+            lines.append(f"{int(together[pair]):9}  {table.classes[first[pair]]} + "
+                         f"{table.classes[second[pair]]}")
     return "\n".join(["most frequent pairs:", *lines]) if lines else "no two classes are positive together"
 
 
 def images_summary(table, most=1000):
-    """Describe the sizes, modes and formats of a table's images, or of `most` of them, by their headers.
+    """Describe the sizes, modes and formats of about `most` of a table's images, by their headers.
 
-    Raises InputError if none of them can be opened; --check is what lists single bad images.
+    Raises InputError if none of them can be opened; single bad images are listed by --check.
     """
     sizes = []
     kinds = Counter()
     errors = []
+    # Of more than `most` images, every n-th one is opened, as a network drive may be slow.
     for path in table.paths[:: -(-len(table) // most)]:
         try:
             with _open_image(path) as image:
                 sizes.append(image.size)
                 kinds[f"{image.mode} {image.format}"] += 1
-        except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
+        except Exception as error:  # Pillow's decoders raise anything when the bytes are broken
             errors.append(f"{path}: {_reason(error)}")
     if not sizes:
         raise InputError(f"none of {len(errors)} images can be opened, such as {errors[0]}: "
@@ -2337,7 +2763,7 @@ def images_summary(table, most=1000):
 
 
 def find_bad_images(table, workers):
-    """Decode every image -> messages of those that cannot be read."""
+    """Decode every image and return a message for each that cannot be read."""
 
     def problem(path):
         try:
@@ -2355,13 +2781,15 @@ def find_bad_images(table, workers):
 
 DEMO_GROUPS = {"parts": ["bolt", "bracket", "ring"], "defects": ["rust", "crack", "hole"]}
 DEMO_LABELS = [*DEMO_GROUPS["parts"], *DEMO_GROUPS["defects"]]
-DEMO_SIZE = 128  # pixels; drawn at twice that
+DEMO_SIZE = 128  # pixels; drawn at twice that size and reduced, which smooths edges
 DARK = (25, 25, 25)
 
 
 def write_demo(folder, seed=0, count=1000):
-    """Write `count` drawn photographs and their labels, of which 8 % are NA: the same for a seed.
-    Raises InputError when the folder holds something else."""
+    """Write `count` drawn photographs and their labels, of which 8 % are NA; a seed fixes them all.
+
+    Raises InputError if the folder holds something else.
+    """
     folder = Path(folder)
     marker = folder / "label_groups.json"
     used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
@@ -2369,55 +2797,66 @@ def write_demo(folder, seed=0, count=1000):
         raise InputError(f"{folder} is not empty, and not demo data: name a new folder")
     write_json(marker, DEMO_GROUPS)
     (folder / "images").mkdir(exist_ok=True)
+
     lines = [" ".join(["image", *DEMO_LABELS])]
     for i in range(count):
+        # Each image has its own generator, so image i does not depend on how many are written.
         rng = np.random.default_rng([seed, i])
         labels = draw_demo_labels(rng)
         draw_demo_image(labels, rng)[0].save(folder / "images" / f"part_{i:04}.jpg", quality=88)
         cells = [str(int(name in labels)) if rng.random() >= 0.08 else "NA" for name in DEMO_LABELS]
         lines.append(" ".join([f"part_{i:04}.jpg", *cells]))
-    write_text(folder / "labels.txt", lines)  # the last: with it the folder is complete
+    write_text(folder / "labels.txt", lines)  # written last: once it is there, the folder is complete
 
 
 def draw_demo_labels(rng):
-    """A random set of labels: rust likes bolts, cracks like brackets, holes are rare."""
+    """Return random labels: rust is common on bolts, cracks on brackets, and holes are rare."""
     chances = {"bolt": 0.45, "bracket": 0.4, "ring": 0.35}
     parts = {name for name, chance in chances.items() if rng.random() < chance}
-    chances = {"rust": 0.5 if "bolt" in parts else 0.15, "crack": 0.45 if "bracket" in parts else 0.15, "hole": 0.055}
+    chances = {"rust": 0.5 if "bolt" in parts else 0.15,
+               "crack": 0.45 if "bracket" in parts else 0.15, "hole": 0.055}
     return parts | {name for name, chance in chances.items() if rng.random() < chance}
 
 
 def draw_demo_image(labels, rng):
-    """Draw a photograph with these labels -> (PIL image, {label: (left, top, right, bottom)})."""
+    """Draw a photograph with these labels. Returns (image, {label: (left, top, right, bottom)})."""
+    # Grain, and clutter that is no label; without it, a network could just count edges.
     side = 2 * DEMO_SIZE
     grain = _smooth_noise(rng, (side, 12), 7) + _smooth_noise(rng, (6, 6), 14)
     image = _to_image(np.array(_colour(rng)) + grain[..., None])
     pen = ImageDraw.Draw(image)
-    for _ in range(rng.integers(2, 6)):  # clutter that is no label
+    for _ in range(rng.integers(2, 6)):
         corners = rng.normal(0, rng.uniform(4, 18), (rng.integers(2, 6), 2))
         _polygon(pen, *rng.integers(0, side, 2), corners, 0, _colour(rng, 10, 245), outline=None)
-    places = rng.permutation([(x, y) for x in (50, 128, 206) for y in (50, 128, 206)]) + rng.integers(-20, 21, (9, 2))
+
+    # Each label has its own cell of a 3 x 3 grid; parts are drawn first, and defects over them.
+    # Cells are 78 pixels apart and shifted by up to 20, so labels may touch but do not hide each other.
+    grid = [(x, y) for x in (50, 128, 206) for y in (50, 128, 206)]
+    places = rng.permutation(grid) + rng.integers(-20, 21, (9, 2))
     boxes = {}
-    for label, (x, y) in zip(DEMO_LABELS, places):  # parts first, defects over them
+    for label, (x, y) in zip(DEMO_LABELS, places):
         if label in labels:
             box = _draw_label(label, pen, x, y, rng)
             boxes[label] = tuple(int(min(max(edge / 2, 0), DEMO_SIZE)) for edge in box)
+
+    # Light from one side, then blur and noise, as a camera adds them.
     angle = rng.uniform(0, 2 * math.pi)
     axis = np.linspace(-1, 1, side)
     slope = math.cos(angle) * axis[None, :] + math.sin(angle) * axis[:, None]
-    light = rng.uniform(0.65, 1.15) * (1 + rng.uniform(0, 0.35) * slope)  # from one side
+    light = rng.uniform(0.65, 1.15) * (1 + rng.uniform(0, 0.35) * slope)
     image = _to_image(np.asarray(image) * light[..., None])
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2))).reduce(2)
-    return _to_image(np.asarray(image) + rng.normal(0, rng.uniform(2, 8), (DEMO_SIZE, DEMO_SIZE, 3))), boxes
+    noise = rng.normal(0, rng.uniform(2, 8), (DEMO_SIZE, DEMO_SIZE, 3))
+    return _to_image(np.asarray(image) + noise), boxes
 
 
 def _colour(rng, low=40, high=215):
-    """A random, not very saturated colour."""
+    """Return a random colour that is not very saturated."""
     return tuple((rng.integers(low, high) + rng.integers(-50, 51, 3)).clip(0, 255).tolist())
 
 
 def _smooth_noise(rng, cells, strength):
-    """Noise around 0, (side, side), from a coarse grid of `cells` (rows, columns)."""
+    """Return noise around 0, (side, side), from a coarse grid of `cells` (rows, columns)."""
     grid = Image.fromarray(rng.normal(0, strength, cells).astype(np.float32))
     return np.asarray(grid.resize((2 * DEMO_SIZE, 2 * DEMO_SIZE), Image.Resampling.BICUBIC))
 
@@ -2427,7 +2866,7 @@ def _to_image(values):
 
 
 def _polygon(pen, x, y, corners, angle, fill, outline=DARK, line=0):
-    """Draw a polygon (or a line of that width) turned by `angle` around (x, y) -> its box."""
+    """Draw a polygon, or a line of width `line`, turned around (x, y), and return its box."""
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     corners = np.asarray(corners, float) @ turn + (x, y)
     points = [tuple(corner) for corner in corners.tolist()]
@@ -2439,13 +2878,13 @@ def _polygon(pen, x, y, corners, angle, fill, outline=DARK, line=0):
 
 
 def _star(radii):
-    """Corners at the given distances from the middle, all around."""
+    """Return the corners at the given distances from the middle, all around."""
     angles = np.arange(len(radii)) * 2 * math.pi / len(radii)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.asarray(radii)[:, None]
 
 
 def _draw_label(label, pen, x, y, rng):
-    """Draw a part or a defect around (x, y) -> its box."""
+    """Draw a part or a defect around (x, y) and return its box."""
     if label == "bolt":  # a hexagonal head with a slot, and a shadow
         radius = rng.uniform(26, 38)
         angle = rng.uniform(0, math.pi)
@@ -2453,6 +2892,7 @@ def _draw_label(label, pen, x, y, rng):
         box = _polygon(pen, x, y, _star([radius] * 6), angle, _colour(rng, 60, 230))
         _polygon(pen, x, y, _star([radius * 0.6] * 24), angle, _colour(rng, 60, 230))
         _polygon(pen, x, y, [(-radius / 2, 0), (radius / 2, 0)], angle, DARK, line=6)
+
     elif label == "bracket":  # an angle plate with two holes
         size = rng.uniform(30, 42)
         angle = rng.uniform(0, 2 * math.pi)
@@ -2461,6 +2901,7 @@ def _draw_label(label, pen, x, y, rng):
         box = _polygon(pen, x, y, corners, angle, _colour(rng, 60, 230))
         for hole in ((-0.65, -0.6), (0.6, 0.65)):
             _polygon(pen, x, y, _star([size * 0.18] * 12) + np.array(hole) * size, angle, DARK)
+
     elif label == "ring":  # a washer: a disc that is open in the middle
         radius = rng.uniform(22, 36)
         width = int(rng.integers(10, 15))
@@ -2468,17 +2909,21 @@ def _draw_label(label, pen, x, y, rng):
         pen.ellipse((box[0] + 5, box[1] + 6, box[2] + 5, box[3] + 6), outline=DARK, width=width)
         pen.ellipse(box, outline=_colour(rng, 60, 230), width=width)
         pen.ellipse(box, outline=DARK, width=2)
+
     elif label == "rust":  # a patch of many small brown and orange spots
         spots = rng.normal((x, y), rng.uniform(11, 17), (110, 2))
         for sx, sy in spots:
             radius = rng.uniform(1.5, 4.5)
             brown = (np.array([175, 88, 35]) * rng.uniform(0.5, 1.2)).astype(int)
-            pen.ellipse((sx - radius, sy - radius, sx + radius, sy + radius), fill=tuple(brown.tolist()))
+            box = (sx - radius, sy - radius, sx + radius, sy + radius)
+            pen.ellipse(box, fill=tuple(brown.tolist()))
         box = (*spots.min(axis=0), *spots.max(axis=0))
+
     elif label == "crack":  # a jagged dark line
         across = rng.uniform(6, 14, 9) * (-1) ** np.arange(9)
         points = np.stack([np.linspace(-45, 45, 9), across], axis=1)
         box = _polygon(pen, x, y, points, rng.uniform(0, 2 * math.pi), (15, 12, 12), line=6)
+
     else:  # a torn hole: black, with a jagged bright rim
         corners = _star(rng.uniform(24, 32) * rng.uniform(0.8, 1.2, 18) * np.tile([1.35, 0.75], 9))
         box = _polygon(pen, x, y, 1.3 * corners, 0, (235, 232, 225))
@@ -2487,7 +2932,7 @@ def _draw_label(label, pen, x, y, rng):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What all scripts share: errors, a command line that fails in one line, writing files
+# Shared by all scripts: errors, a command line that fails with one line, writing files
 
 
 class InputError(ValueError):
@@ -2498,7 +2943,7 @@ class InputError(ValueError):
 
 
 class NoLabels(InputError):
-    """A file has no column of labels: an error, unless it is a further part of divided data."""
+    """A file has no column of labels, which is allowed for later files of divided data."""
 
 
 class ImageError(ValueError):
@@ -2506,11 +2951,12 @@ class ImageError(ValueError):
 
 
 def run_command(main):
-    """Run main(); exit with 1 when it fails, 2 when the input is wrong, 130 on Ctrl-C."""
+    """Run main(), and exit with 1 if it fails, 2 if the input is wrong, or 130 after Ctrl-C."""
     try:
         main()
     except InputError as error:
         fail(error, 2)
+    # Memory errors are checked first, since OutOfMemoryError is a RuntimeError too.
     except (torch.cuda.OutOfMemoryError, MemoryError):
         fail("out of memory: try a lower -b (--batch-size), --size or --cache", 1)
     except (RuntimeError, OSError, ImageError) as error:
@@ -2526,19 +2972,20 @@ def fail(message, code):
 
 
 def print_text(text="", file=None, end="\n"):
-    """print() that a closed pipe silences; letters that a terminal lacks are escaped."""
+    """Print text; escape letters the terminal cannot show, and ignore a closed pipe."""
     file = file or sys.stdout
     try:
         print(text, file=file, end=end, flush=True)
     except UnicodeEncodeError:
         print_text(text.encode("ascii", "backslashreplace").decode(), file, end)
     except (BrokenPipeError, ValueError):  # ValueError: the stream was closed
+        # Python flushes the stream again at exit, which would fail too: now it leads nowhere.
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what follows goes nowhere, at the exit too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of every option that has one."""
+    """Show the default of every option that has one."""
 
     def _get_help_string(self, action):
         if isinstance(action.default, list) and action.default:
@@ -2548,7 +2995,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with HelpFormatter that reports a wrong option as an InputError."""
+    """Parse options with HelpFormatter, and report a wrong option as an InputError."""
 
     def __init__(self, **settings):
         super().__init__(formatter_class=HelpFormatter, **settings)
@@ -2558,7 +3005,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(kind, low=0, below=math.inf):
-    """A type= function for argparse: a number from `low` up to, but not including, `below`."""
+    """Return a type= function for argparse: a number of at least `low` and less than `below`."""
 
     def parse(text):
         value = kind(text)
@@ -2567,12 +3014,12 @@ def number(kind, low=0, below=math.inf):
             raise argparse.ArgumentTypeError(f"{text}: it must be a number from {low} up{limit}")
         return value
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # argparse's own messages show it: invalid int value
     return parse
 
 
 def refuse_to_replace(option, path, files):
-    """Raise an InputError if what an option names for writing is a folder, or one of `files`, which are read."""
+    """Raise InputError if a file to be written is a folder, or one of `files`, which are read."""
     if os.path.isdir(path):
         raise InputError(f"{option} {path} is a folder: name a file")
     if not os.path.exists(path):
@@ -2582,31 +3029,35 @@ def refuse_to_replace(option, path, files):
     for file in files:
         with contextlib.suppress(OSError):
             if os.path.samestat(own, os.stat(file)):
-                raise InputError(f"{option} {path} would replace a file that is read: name another one")
+                raise InputError(f"{option} {path} would replace a file that is read: choose another")
 
 
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
-    """Open a temporary file that takes the place of `path` when the block ends well, and is removed
-    otherwise. A link stays, and its target is replaced; what is no regular file (a pipe,
-    /dev/stdout) is written straight. Raises OSError."""
+    """Open a temporary file that replaces `path` if the block succeeds, and is removed if it fails.
+
+    Symlinks are followed. What is no regular file (a pipe, /dev/stdout) is written directly. Raises
+    OSError.
+    """
     settings = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
-    straight = str(path).startswith("/dev/") or (os.path.exists(path) and not os.path.isfile(path))
-    target = Path(path if straight else os.path.realpath(path))
-    temporary = target if straight else target.with_name(f".{target.name}.tmp")
+    direct = str(path).startswith("/dev/") or (os.path.exists(path) and not os.path.isfile(path))
+    target = Path(path if direct else os.path.realpath(path))
+    temporary = target if direct else target.with_name(f".{target.name}.tmp")
+
+    # In the same folder, since os.replace() is only atomic within a file system.
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode, **settings) as file:
             yield file
             file.flush()
-            if not straight:
-                os.fsync(file.fileno())
-        if not straight:
+            if not direct:
+                os.fsync(file.fileno())  # else a power cut could leave an empty file
+        if not direct:
             os.replace(temporary, target)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
-        if not straight:
+        if not direct:
             with contextlib.suppress(OSError):
                 temporary.unlink()
 
@@ -2624,7 +3075,8 @@ def write_text(path, lines):
 
 
 def to_json(value):
-    """A value as JSON text; what is not finite becomes null, since JSON has no NaN."""
+    """Return a value as JSON text; what is not finite becomes null, since JSON has no NaN."""
+    # Python writes NaN and Infinity as bare words, which other programs cannot read.
     finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
     return json.dumps(finite, indent=2, ensure_ascii=False)
 
@@ -2635,56 +3087,9 @@ def write_json(path, value):
 
 
 def write_png(path, image, **options):
-    """Write a PIL image as a PNG file. options: as of Image.save()."""
+    """Write a PIL image as a PNG file. options: those of Image.save()."""
     with atomic_write(path, "wb") as file:
         image.save(file, "PNG", **options)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def main(argv=None):
-    """The command line; returns the LabelTable that it summarises."""
-    parser = ArgumentParser(prog="dataset.py", description="Show what is in a data folder, or write the demo data.")
-    parser.add_argument("data", nargs="?", metavar="DATA", help="folder of labels and images (default: data)")
-    add_data_options(parser)
-    parser.add_argument("--all", action="store_true", help="show all classes, however many")
-    parser.add_argument("--sheet", metavar="FILE.png", help="draw a sample of the images with their labels")
-    parser.add_argument("--check", action="store_true", help="decode every image, and list bad and identical ones")
-    parser.add_argument("--demo", metavar="DIR", help="write the demo data into DIR")
-    parser.add_argument("--seed", type=number(int), default=0, help="of the demo data")
-    options = parser.parse_args(argv)
-    folder = next(filter(os.path.isdir, options.ignore), None)
-    if options.data is None and folder:
-        raise InputError(f"--ignore takes all names that follow it: is {folder} a column, or the folder of the data? "
-                         "Write the folder first: python dataset.py DATA --ignore COLUMN ...")
-    if options.sheet and not options.sheet.lower().endswith(".png"):
-        raise InputError(f"--sheet {options.sheet}: it is written as PNG: name a file that ends in .png")
-    options.data = options.data or "data"
-
-    if options.demo:
-        write_demo(options.demo, options.seed)
-        options.data = options.demo
-        print_text(f"drawn: {options.demo}; next: python train.py --demo --data {options.demo}\n")
-    table = read_labels(options.data, **data_options(options))
-    if options.sheet:
-        refuse_to_replace("--sheet", options.sheet, table.paths)
-    print_text(summary(table, options.data, most=10**9 if options.all else 30))
-    print_text(f"\n{pairs_summary(table)}\n\n{images_summary(table)}")
-    if options.sheet:
-        write_png(options.sheet, label_sheet(table))
-        print_text(f"drawn: {options.sheet}")
-    if options.check:
-        bad = find_bad_images(table, os.cpu_count())
-        print_text("\n".join([f"{len(table) - len(bad)} of {len(table)} images decode", *bad]))
-        if len(bad) == len(table):
-            raise InputError(f"none of {len(table)} images decodes, such as {bad[0]}: replace the damaged files")
-        name_of = dict(zip(table.paths, table.ids))
-        for path, first in zip(table.paths, table.copies):
-            if path != first:
-                print_text(f"{name_of[path]} is the same image as {name_of[first]}")
-    return table
 
 
 if __name__ == "__main__":

@@ -1416,7 +1416,7 @@ def test_columns_to_ignore_and_the_folder_may_be_given_in_any_order_that_is_clea
     capsys.readouterr()
     for call in (["--ignore", "a", "b", "."], ["--ignore", "a", "images"]):
         error = refused(capsys, dataset.main, *call)
-        assert f"is {call[-1]} a column, or the folder of the data? Write the folder first" in error
+        assert f"is {call[-1]} a column or the data folder? Write the folder first" in error
     (in_folder / "b").mkdir()
     assert dataset.main([".", "--ignore", "a", "b"]).classes == ["c"]
 
