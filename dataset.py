@@ -94,7 +94,7 @@ class LabelTable:
         return replace(self, targets=self.targets[rows], **chosen)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -159,7 +159,7 @@ def _check_images(table):
             print_text(f"{name_of[path]} is the same image as {name_of[first]}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading a data folder
 
 
@@ -271,7 +271,7 @@ def data_options(options):
     return {name: getattr(options, name) for name in ("labels", "images", *Reading.__dataclass_fields__)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which files hold the labels
 
 
@@ -349,7 +349,7 @@ def _given_file(name, data_dir):
     raise InputError(f"{name} cannot be read: No such file or directory, nor in {data_dir}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Label files: from lines of text to columns, and from columns to labels
 
 
@@ -514,7 +514,7 @@ def _require_negatives(table, data):
                          f"--unknown={shlex.quote(word)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Text files: lines, and rows of cells
 
 
@@ -609,7 +609,7 @@ def _find_delimiter(path, line):
     return delimiter
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rows and titles: after this section a label file is {title: cells}
 
 
@@ -715,6 +715,7 @@ def _columns(file, titles):
         # Between blanks, the cells that are too many may belong to a file name: my photo.jpg
         if file.delimiter == " " and extra > 0 and file.values[cells[extra]] is None:
             cells = [" ".join(cells[: extra + 1]), *cells[extra + 1 :]]
+
         if len(cells) != len(titles):
             more = "" if file.delimiter == " " or extra < 0 else (
                 f": put a cell that contains {DELIMITER_NAMES[file.delimiter]} in quotes, or separate "
@@ -735,7 +736,7 @@ def _refuse_repeated(place, names):
         raise InputError(f"{place}: {repeated} is there twice: rename one")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which column is what: first images, objects and the split, then the labels
 
 
@@ -1006,7 +1007,7 @@ class Column:
         return other > known or any(re.fullmatch(r"\d+([\s;|,]+\d+)+", cell) for cell in self.words)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Cells: 1, 0, NA, or no label
 
 
@@ -1079,7 +1080,7 @@ def _label_meanings(distinct, values):
     return meanings
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Format "table": a column of 1, 0 and NA per class
 
 
@@ -1164,7 +1165,7 @@ def _read_absent(file, columns):
                     column.labels[cell] = 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Format "vectors": all 1, 0 and NA of an image in one cell, such as [0, 1, 0], "0 1 0" or 010
 
 
@@ -1213,7 +1214,7 @@ def _read_vector_cells(cells, values):
     return vectors
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Format "lists": names of labels, several in a cell
 
 
@@ -1412,7 +1413,7 @@ def _in_order(names):
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Format "cls": a file LABELS/**/NAME.cls for each image, with a class index per line
 
 
@@ -1442,7 +1443,7 @@ def _read_cls(folder, data_dir):
                       absent=0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Class names and groups
 
 
@@ -1555,7 +1556,7 @@ refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush
 """.replace("\n", "").split(",")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The images of the rows: one rule for all formats
 
 
@@ -1911,7 +1912,7 @@ def _long_form(names):
             f"each image and a column for each class ({', '.join(sorted(classes)[:3])}); as it stands, ")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Identical images, overlapping parts, and rows of the same image
 
 
@@ -2023,7 +2024,7 @@ def _merge_rows(table):
     return table.subset(np.array(list(first.values())))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Splits
 
 
@@ -2157,7 +2158,7 @@ def _stratified_parts(positives, sizes, ratios, rng):
     return part
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Images
 
 
@@ -2370,7 +2371,7 @@ def normalize(images):
     return torch.addcmul(-mean / std, images.float(), 1 / std)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Augmentation of a whole batch: turns, shifts and stretches are one matrix and one sampling
 
 
@@ -2538,7 +2539,7 @@ def _boxes(noise, height, width):
     return chosen & rows[:, None, :, None] & columns[:, None, None, :]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Summary and sheet: what a data folder holds
 
 
@@ -2671,11 +2672,13 @@ def summary(table, title="data", most=30):
     merged = f"{table.merged} merged with another row of the image, " if table.merged else ""
     lines = [f"{title}: {rows} rows, {len(table)} images, {len(table.missing)} missing, {merged}"
              f"{len(table.classes)} classes"]
+
     lines += [f"  {note}" for note in table.notes]
     if table.parts:
         counts = Counter(part or "to be divided" for part in table.parts)
         text = ", ".join(f"{count} {part}" for part, count in counts.items())
         lines.append(f"  the data's own split: {text}")
+
     if table.missing:
         lines.append(f"missing: {shortened(table.missing)}")
     lines += [f"warning: {warning}" for warning in table.warnings + single_valued_classes(table)]
@@ -2775,7 +2778,7 @@ def find_bad_images(table, workers):
         return [message for message in pool.map(problem, table.paths) if message]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Demo data: drawn photographs of machine parts and their defects
 
 
@@ -2931,7 +2934,7 @@ def _draw_label(label, pen, x, y, rng):
     return box
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Shared by all scripts: errors, a command line that fails with one line, writing files
 
 

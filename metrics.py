@@ -45,7 +45,7 @@ JUDGED = ("f1_macro_judged", "map_judged", "roc_auc_macro_judged")
 LOWER_IS_BETTER = ("hamming_loss", "ece", "brier", "log_loss", "val_loss")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Report: all numbers of one split, as a dict and as text
 
 
@@ -255,7 +255,7 @@ def shorten(text, width):
     return text[: width - 1 - tail] + "…" + text[len(text) - tail :]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Predictions against targets
 
 
@@ -336,7 +336,7 @@ def _average(values, average, weights):
     return float(values.mean())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rankings: scores against targets
 #
 # Everything follows from two sorted lists per class: the scores of its positives and its negatives.
@@ -441,7 +441,7 @@ def precision_recall_curve(targets, scores):
     return np.append(precision, 1.0), np.append(recall, 0.0), thresholds
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Probabilities: how far to trust them, and how to calibrate them
 
 
@@ -604,7 +604,7 @@ def sigmoid(logits):
     return 0.5 + 0.5 * np.tanh(0.5 * np.asarray(logits, float))  # unlike exp, tanh cannot overflow
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Thresholds: from which score on a label counts as present
 
 FALLBACK = 0.5  # the threshold of a class that val says nothing about
@@ -741,7 +741,7 @@ def between_scores(thresholds, scores):
     return thresholds
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Intervals: how far a number may be from its value on very many images like these
 #
 # They come from the jackknife: how much does a number change when one row is left out? Resampling
@@ -922,7 +922,7 @@ def _interval(name, value, down, up):
     return [float(min(low, value)), float(max(high, value))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line: tables of runs
 
 OPTION_COLUMNS = ("preset", "backbone", "head", "size", "epochs", "batch_size", "lr", "lr_backbone",
@@ -1183,7 +1183,7 @@ def _read_numbers(path):
     return ids, header[1:], np.array(values)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Shared helpers: checked arguments, and sums that survive 0 / 0
 
 
