@@ -770,28 +770,29 @@ VALUE_TITLES = {"confidence", "value", "present", "is_present", "presence", "exi
 def _find_image_column(file):
     """Return the title of the column that names the images.
 
-    Titles such as filename win; then the column with most names of files, then the one with most
-    stems, since 1, 2, 3 may be stems of other images by chance. A column of 0 and 1 names no images
-    unless its title says so, even if there is a file 0.jpg. Raises InputError if two columns are
-    equally good and name different images.
+    Titles such as filename win; then the column with most names of files that exist, then of files,
+    then the one with most stems, since 1, 2, 3 may be stems of other images by chance. A column of
+    0 and 1 names no images unless its title says so, even if there is a file 0.jpg. Raises
+    InputError if two columns are equally good and name different images.
     """
     images = file.data.images
     hits = {}
     for title, cells in file.cells.items():
         some = cells[:50]  # enough to recognise a column; the folder is searched for each
         titled = title.lower() in ID_TITLES
-        names = sum(bool(_image_suffix(cell)[1]) or cell in images.names for cell in some)
+        names = [cell for cell in some if _image_suffix(cell)[1] or cell in images.names]
+        exist = [name for name in names if name in images.names or images.ends(_plain_path(name).lstrip("/"))]
         labels = not titled and all(file.values[cell] is not None for cell in cells)
         stems = 0 if labels else sum(map(images.names_image, some))
         is_index = title == "" or title.startswith("Unnamed: ")  # as pandas writes it
         # Compared from left to right: the first item that differs decides.
-        hits[title] = (stems > 0 and titled, names, stems, titled, not is_index)
+        hits[title] = (stems > 0 and titled, len(exist), len(names), stems, titled, not is_index)
     best = max(hits, key=hits.get)
 
     for other, found in hits.items():
         differ = any(_plain_path(a).rpartition("/")[2] != _plain_path(b).rpartition("/")[2]
                      for a, b in zip(file.cells[best][:50], file.cells[other][:50]))
-        if found[2] and found[:3] == hits[best][:3] and differ:
+        if found[3] and found[:4] == hits[best][:4] and differ:
             raise InputError(f"{file.path}: the columns {best} and {other} both name images: say "
                              f"whose labels these are, --image-column {shlex.quote(best)} or "
                              f"--image-column {shlex.quote(other)}")

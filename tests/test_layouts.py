@@ -670,6 +670,12 @@ def test_ids_that_are_stems_of_other_images_do_not_name_the_images(tmp_path):
     assert [path.rpartition("/")[2] for path in table.paths] == ["2.jpg", "0.jpg", "1.jpg"]
 
 
+def test_of_two_columns_of_names_the_one_whose_images_exist_names_them(tmp_path):
+    folder = folder_of(tmp_path, "a\n1\n0")
+    (folder / "labels.csv").write_text("image,filename,a\nIMG_7.jpg,0.jpg,1\nIMG_8.jpg,1.jpg,0\n")
+    assert dataset.read_labels(folder).ids == ["0.jpg", "1.jpg"]
+
+
 def test_two_columns_that_name_images_are_asked_about(tmp_path):
     folder = folder_of(tmp_path, "after,a\n3.jpg,1\n4.jpg,0\n5.jpg,1", "before")
     with pytest.raises(InputError, match=r"the columns before and after both name images: .*--image-column after"):
