@@ -1897,7 +1897,8 @@ def _other_suffixes(names, folder):
     pairs = []
     for name in names:
         stem, suffix = os.path.splitext(_plain_path(name).lstrip("/"))
-        others = folder.ends(stem) if re.fullmatch(r"\.[A-Za-z]\w{1,4}", suffix) else []
+        found = folder.ends(stem) if re.fullmatch(r"\.[A-Za-z]\w{1,4}", suffix) else []
+        others = [file for file in found if not file.lower().endswith(suffix.lower())]
         if others:
             pairs.append(f"{name} is not there, but {others[0]} is")
     return pairs

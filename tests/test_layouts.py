@@ -767,6 +767,7 @@ def test_a_row_has_no_image_in_the_folder_of_a_later_part(tmp_path, by, row, mis
         (tmp_path / "labels.csv").write_text(f"image,a,split\n0.jpg,1,{row}\n1.jpg,0,{row}\n")
     table = dataset.read_labels(tmp_path, labels=tmp_path / f"{row}.csv" if by == "file" else None)
     assert table.missing == (["1.jpg"] if missing else [])
+    assert not any("suffix" in line for line in table.warnings)
 
 
 def test_a_row_has_the_image_in_the_folder_of_its_own_part_first(tmp_path):
