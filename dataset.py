@@ -1221,7 +1221,7 @@ def _read_vector_cells(cells, values):
 
 def _read_lists(file, columns):
     """Set classes, targets and groups from columns of names, and return these columns."""
-    table, class_names = file.table, file.data.class_names
+    table = file.table
     chosen = _list_columns(file, columns)
     titles = [column.title for column in chosen]
     cells = set().union(*(column.distinct for column in chosen))
@@ -1232,7 +1232,8 @@ def _read_lists(file, columns):
 
     # Class numbers get their names; so a class that no row names is known too.
     every = set(chain(*own.values()))
-    renamed = {name: class_names.get(str(int(name))) if name.isdecimal() else None for name in every}
+    class_names = file.data.class_names if all(map(str.isdecimal, every)) else {}
+    renamed = {name: class_names.get(_class_number(name)) for name in every}
     if all(renamed.values()):
         names = {cell: [renamed[name] for name in found] for cell, found in names.items()}
         own = {title: [renamed[name] for name in found] for title, found in own.items()}
@@ -1380,7 +1381,7 @@ def _words_of(cell):
 
 def _check_names(file, own, columns):
     """Raise InputError if {title: names} has values instead of names, or a name in two columns."""
-    path, groups, class_names = file.path, file.data.groups, file.data.class_names
+    path, groups = file.path, file.data.groups
     repeated = _first_repeated(chain(*own.values()))
     if repeated is not None and not groups:
         both = " and ".join(title for title, names in own.items() if repeated in names)
@@ -1392,7 +1393,7 @@ def _check_names(file, own, columns):
     if not every:
         raise NoLabels(f"{path} names no labels in {', '.join(own)}")
     values = all(file.values[name] is not None for name in every)
-    if not class_names and values and every & {"0", "1", "true", "false"}:
+    if values and every & {"0", "1", "true", "false"} and not file.data.class_names:
         raise InputError(f"{path}: the names in {', '.join(own)} are "
                          f"{' and '.join(sorted(every)[:3])}, which look like values: give every "
                          "cell a value for each class, or name the classes in classes.txt")
@@ -1411,7 +1412,14 @@ def _check_names(file, own, columns):
 
 def _in_order(names):
     """Return names in alphabetical order, or class numbers by size."""
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    if not all(map(str.isdecimal, names)):
+        return sorted(names)
+    return sorted(names, key=lambda name: (len(_class_number(name)), _class_number(name), name))
+
+
+def _class_number(name):
+    """Return a class number without zeros before it; as text, since int() takes 4,300 digits at most."""
+    return name.lstrip("0") or "0"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1499,8 +1507,8 @@ def _read_class_table(path, folder=None):
         return {}
     if folder and any(map(folder.names_image, (*numbers, *names))):
         return {}
-    pairs = sorted(zip(map(int, numbers), names), key=lambda pair: pair[0])
-    return {str(number): name for number, name in pairs}
+    name_of = dict(zip(numbers, names))
+    return {_class_number(number): name_of[number] for number in _in_order(numbers)}
 
 
 def _read_groups(path):

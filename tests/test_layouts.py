@@ -813,6 +813,20 @@ def test_vectors_get_the_names_of_the_file_of_class_names(tmp_path):
         dataset.read_labels(folder)
 
 
+def test_names_need_no_file_of_class_names_whatever_is_in_it(tmp_path):
+    folder = folder_of(tmp_path, "labels\nrust;dent\nrust", classes_json='{"0": "rust"}')
+    assert values_of(dataset.read_labels(folder)) == {"dent": "10", "rust": "11"}
+
+
+def test_class_numbers_of_any_length_are_in_order(tmp_path):
+    long = "9" * 5000
+    folder = folder_of(tmp_path, f"labels\n{long};10\n10\n2\n007")
+    assert dataset.read_labels(folder).classes == ["2", "007", "10", long]
+    (folder / "classes.csv").write_text(f"class_id,name\n2,rust\n10,dent\n{long},hole\n7,dirt\n")
+    table = dataset.read_labels(folder)
+    assert values_of(table) == {"rust": "0010", "dirt": "0001", "dent": "1100", "hole": "1000"}
+
+
 @pytest.mark.parametrize("name, content", [
     ("labels.csv", "attribute_id,attribute_name\n0,rust\n1,dent\n2,hole\n"), ("classes.txt", "rust\ndent\nhole\n")])
 def test_class_numbers_get_the_names_of_the_file_of_class_names(tmp_path, name, content):
