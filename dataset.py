@@ -21,7 +21,6 @@ import contextlib
 import csv
 import errno
 import hashlib
-import heapq
 import io
 import json
 import math
@@ -39,6 +38,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import chain, islice, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -77,6 +77,8 @@ class LabelTable:
 
     # How the label files were read.
     missing: list = field(default_factory=list)  # ids of rows that were dropped for lack of an image
+    root: str = ""  # the image folder
+    unlabelled: list = field(default_factory=list)  # images without a row, as paths below `root`
     notes: list = field(default_factory=list)  # how the files were understood, one line each
     warnings: list = field(default_factory=list)  # what looks wrong in them, one line each
     merged: int = 0  # number of rows that were merged with an earlier row of the same image
@@ -1592,11 +1594,12 @@ def _attach_images(table, folder, by_stem):
 
     # Images without a row are no error, as part of a data set may be unlabelled.
     used = set(found)
-    unused = [name for name in folder.names
-              if name not in used and _image_suffix(name)[1] in IMAGE_SUFFIXES]
-    if unused:
-        table.notes.append(f"images without a row: {len(unused)}, such as "
-                           f"{', '.join(heapq.nsmallest(3, unused))}")
+    table.root = folder.root
+    table.unlabelled = sorted(name for name in folder.names
+                              if name not in used and _image_suffix(name)[1] in IMAGE_SUFFIXES)
+    if table.unlabelled:
+        table.notes.append(f"images without a row: {len(table.unlabelled)}, such as "
+                           f"{', '.join(table.unlabelled[:3])}")
     if others:
         table.warnings.append(f"{len(others)} images are missing, but there with another suffix "
                               "(correct the label file if they are the same): "
@@ -2032,6 +2035,87 @@ def _merge_rows(table):
     if table.merged and table.absent != 0:
         table.warnings.append(f"{table.merged} rows of an image were merged with its first row")
     return table.subset(np.array(list(first.values())))
+
+
+# --------------------------------------------------------------------------------------------------
+# Questions about single labels, and a person's answers to them
+
+
+ANSWER_COLUMNS = ["ID", "label", "given", "probability", "answer"]
+
+
+class Question(NamedTuple):
+    """Ask whether an image has a label: one that may be wrong, or one that is unknown."""
+
+    name: str  # the image's ID in the label file, or its path below the image folder
+    path: str
+    label: str  # a class
+    given: float  # what the label file says: 1, 0 or NaN
+    probability: float  # that the label is present, calibrated
+
+
+class Answer(NamedTuple):
+    """Hold what a person answered to a Question."""
+
+    name: str
+    label: str
+    given: float
+    answer: float  # 1, 0, or NaN if the person cannot tell
+    origin: str  # "FILE:LINE"
+
+
+def write_questions(path, questions):
+    """Write Questions as a CSV file, with an empty column for the answers."""
+    rows = [[one.name, one.label, *_cells_of([one.given]), f"{one.probability:.4f}", ""]
+            for one in questions]
+    write_csv(path, [ANSWER_COLUMNS, *rows])
+
+
+def _cells_of(targets):
+    """Return labels (1, 0 or NaN) as the cells of a label file."""
+    return ["NA" if math.isnan(target) else str(int(target)) for target in targets]
+
+
+def holds_questions(path):
+    """Return True if a file has the columns of write_questions(), answered or not."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            titles = re.split("[,;\t]", file.readline(1000).replace('"', ""))
+    except (OSError, UnicodeDecodeError):
+        return False
+    return {*ANSWER_COLUMNS} <= {title.strip() for title in titles}
+
+
+def read_answers(path):
+    """Return the Answers in a CSV file with the columns of write_questions(), possibly none.
+
+    Rows whose answer is empty are left out. Raises InputError if a column is missing, or where a
+    cell of `given` or `answer` is not 1, 0 or NA.
+    """
+    rows, _ = read_rows(Path(path))
+    titles = rows[0][1] if rows else []
+    lacking = [title for title in ANSWER_COLUMNS if title not in titles]
+    if lacking:
+        raise InputError(f"{path}: it has no column {' or '.join(lacking)}: answers are a CSV file "
+                         f"with the columns {','.join(ANSWER_COLUMNS)}")
+
+    answers = []
+    for number, cells in rows[1:]:
+        cells = dict(zip(titles, [*cells, *[""] * len(titles)]))  # empty cells at the end may be missing
+        if not cells["answer"]:
+            continue
+        origin = f"{path}:{number}"
+        given, answer = (_read_answer(cells[title], title, origin) for title in ("given", "answer"))
+        answers.append(Answer(cells["ID"], cells["label"], given, answer, origin))
+    return answers
+
+
+def _read_answer(cell, title, origin):
+    """Return 1.0, 0.0, or NaN for NA. Programs that read a column as numbers write 1.0, and no NA."""
+    values = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "NA": math.nan, "": math.nan}
+    if cell.upper() not in values:
+        raise InputError(f"{origin}: {cell!r} in the column {title}: write 1, 0 or NA")
+    return values[cell.upper()]
 
 
 # --------------------------------------------------------------------------------------------------
