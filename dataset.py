@@ -2064,6 +2064,35 @@ class Answer(NamedTuple):
     origin: str  # "FILE:LINE"
 
 
+def images_to_ask_about(table, held_out):
+    """Return the rows of a table and its images without a row, each image once, as a LabelTable.
+
+    Args: held_out: the rows of val and test. A model chooses the labels to ask for, and labels that
+        were chosen like that are no fair sample of new images.
+    Returns: a table with a row per image, in which a label is NaN if no row of the same image knows
+        it. Images that are identical to one held out, or lie in a folder of val or test, are left out.
+    """
+    count = len(table.unlabelled)
+    unknown = np.full((count, len(table.classes)), np.nan, np.float32)
+    images = LabelTable([*table.ids, *table.unlabelled],
+                        [*table.paths, *(f"{table.root}/{name}" for name in table.unlabelled)],
+                        np.concatenate([table.targets, unknown]), table.classes)
+    left_out = np.zeros(len(images), bool)
+    left_out[list(held_out)] = True
+    if any(table.parts):
+        left_out[len(table) :] = [_part_of_folder(name) in ("val", "test") for name in table.unlabelled]
+
+    # Identical images become one: the first of them, with the labels that are known of any.
+    numbers = {}
+    originals = _find_copies(images).copies or images.paths
+    group = np.array([numbers.setdefault(path, len(numbers)) for path in originals], int)
+    first = np.unique(group, return_index=True)[1]
+    known = np.full((len(first), len(table.classes)), np.nan, np.float32)
+    np.fmax.at(known, group, images.targets)
+    images.targets[first] = known
+    return images.subset(np.setdiff1d(first, first[group[left_out]]))
+
+
 def write_questions(path, questions):
     """Write Questions as a CSV file, with an empty column for the answers."""
     rows = [[one.name, one.label, *_cells_of([one.given]), f"{one.probability:.4f}", ""]
@@ -2079,11 +2108,25 @@ def _cells_of(targets):
 def holds_questions(path):
     """Return True if a file has the columns of write_questions(), answered or not."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             titles = re.split("[,;\t]", file.readline(1000).replace('"', ""))
-    except (OSError, UnicodeDecodeError):
+    except OSError:
         return False
     return {*ANSWER_COLUMNS} <= {title.strip() for title in titles}
+
+
+def refuse_answered(path):
+    """Raise InputError if the file at `path` may hold answers, and so must not be replaced."""
+    # Only a list of questions without a single answer is certain to be nobody's work.
+    if not os.path.lexists(path):
+        return
+    try:
+        answered = not holds_questions(path) or bool(read_answers(path))
+    except InputError:  # such as an answer that was mistyped
+        answered = True
+    if answered:
+        raise InputError(f"{path} holds answers, or is no list of questions: rename it, or give "
+                         "another --out")
 
 
 def read_answers(path):

@@ -45,10 +45,12 @@ from dataset import IMAGE_SUFFIXES, ImageDataset, ImageError, InputError, LabelT
 
 
 def main(argv=None):
-    """Run the command line, and return the probabilities (N, C) or the report."""
+    """Run the command line, and return the probabilities (N, C), the report or the questions."""
     options = parse_options(argv)
     if options.evaluate or options.calibrate:
         return evaluate_or_calibrate(options)
+    if options.ask:
+        return ask(options)
 
     # A wrong path should fail at once, not after the seconds that it takes to load a model.
     ids, paths = find_images(options.paths)
@@ -81,8 +83,10 @@ def parse_options(argv=None):
     """Parse the command line. Raise InputError if an option is wrong or contradicts another one."""
     parser = dataset.ArgumentParser(
         prog="inference.py",
-        usage="%(prog)s IMAGE|DIR ... | --evaluate DATA | --calibrate DATA --out FILE [options]",
-        description="Predict the labels of images, or evaluate or calibrate a model on labelled data.")
+        usage="%(prog)s IMAGE|DIR ... | --evaluate DATA | --calibrate DATA --out FILE | "
+              "--ask DATA --out FILE.csv [options]",
+        description="Predict the labels of images, evaluate or calibrate a model on labelled data, or "
+                    "ask for the labels that it would learn most from.")
     add = parser.add_argument
     add("paths", nargs="*", metavar="IMAGE|DIR", help="images, or folders to search for images")
     add("--image", action="append", default=[], metavar="IMAGE", help="same as the positional argument")
@@ -115,6 +119,11 @@ def parse_options(argv=None):
     add("--calibrate", metavar="DATA",
         help="refit calibration and thresholds on a labelled folder that the model was not trained "
              "on (the val part of the data's own split, else test), and write one model to --out")
+    add("--ask", metavar="DATA",
+        help="write the unknown labels of a folder that the model is least certain about to --out "
+             "FILE.csv, and a page on which to answer them to FILE.html; val and test are left out, "
+             "and a folder without a label file is all unknown")
+    add("--count", type=number(int, 1), default=200, metavar="N", help="with --ask: the most labels to ask for")
     dataset.add_data_options(group)
 
     add = parser.add_argument_group("system").add_argument
@@ -139,17 +148,21 @@ def _check_combinations(options):
     """Raise an InputError if options contradict each other, or if one would have no effect."""
     if options.heatmap and not options.save:
         raise InputError("--heatmap draws into the folder of --save DIR: add that option")
-    if options.evaluate and options.calibrate:
-        raise InputError("--evaluate and --calibrate are two commands: use one of them")
+    commands = [name for name in ("evaluate", "calibrate", "ask") if getattr(options, name)]
+    if len(commands) > 1:
+        raise InputError(f"--{commands[0]} and --{commands[1]} are two commands: use one of them")
 
-    labelled = options.evaluate or options.calibrate
+    labelled = bool(commands)
     if labelled and (options.paths or options.save or options.format in ("csv", "probabilities")):
-        raise InputError(f"{'--evaluate' if options.evaluate else '--calibrate'} is about its DATA: "
-                         "it takes no images and no --save, and --format table or json")
+        raise InputError(f"--{commands[0]} is about its DATA: it takes no images and no --save, and "
+                         "--format table or json")
     if options.calibrate and not options.out:
         raise InputError("--calibrate writes a model: say where with --out FILE")
     if options.calibrate and options.threshold is not None:
         raise InputError("--calibrate chooses the thresholds: leave out --threshold")
+    if options.ask and Path(options.out or "").suffix.lower() != ".csv":
+        raise InputError("--ask writes its questions to a CSV file, and a page beside it: say where "
+                         "with --out questions.csv")
 
     # `--out photo.jpg` was probably meant as --save, and would turn a photograph into a text file.
     if options.out and Path(options.out).suffix.lower() in IMAGE_SUFFIXES:
@@ -158,7 +171,7 @@ def _check_combinations(options):
 
     for name, value in dataset.data_options(options).items():
         if value and not labelled:
-            raise InputError(f"--{name.replace('_', '-')} goes with --evaluate or --calibrate DATA")
+            raise InputError(f"--{name.replace('_', '-')} goes with --evaluate, --calibrate or --ask DATA")
 
 
 def _check_outputs(options, paths):
@@ -486,6 +499,89 @@ def evaluate(classifier, table, batch_size=32, workers=None, recalibrate=False):
 
     probabilities = to_probabilities(classifier, logits)
     return metrics.report(targets, probabilities, classifier.thresholds, classifier.classes, intervals=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Questions: which unknown labels to ask a person about
+
+
+def ask(options):
+    """Run --ask: write questions, and a page on which to answer them. Returns the Questions."""
+    classifier = _load_chosen_models(options)
+    metrics = import_metrics("--ask")
+    table = dataset.read_labels(options.ask, classes=classifier.classes, **dataset.data_options(options))
+    page = Path(options.out).with_suffix(".html")
+    dataset.refuse_to_replace("--out", options.out, _files_read(options, options.ask, table))
+    dataset.refuse_answered(options.out)
+    refuse_other_page(page)
+    _note(f"{', '.join(options.model)}: {classifier}")
+
+    images, columns = _find_unknown_labels(classifier, table, options)
+    probabilities, errors = predict_all(classifier, images.paths, options.batch_size, options.workers)
+    for message in errors.values():
+        _note(f"skipped: {message}")
+    good = [row for row in range(len(images)) if row not in errors]
+    if not good:
+        raise InputError(f"{options.ask}: no label of a readable image is unknown, outside of val and "
+                         "test: there is nothing to ask")
+    images, probabilities = images.subset(good), probabilities[good][:, columns]
+
+    # Two labels of an image, or as many as it takes to use up --count; and twice the equal share of
+    # each class, since some classes are harder than others, but none should get all the questions.
+    classes = np.count_nonzero(np.isnan(images.targets).any(axis=0))
+    per_image = max(2, math.ceil(options.count / len(images)))
+    per_class = math.ceil(2 * options.count / classes)
+    chosen = metrics.choose_questions(images.targets, probabilities, options.count, per_image, per_class)
+    questions = [dataset.Question(images.ids[row], images.paths[row], images.classes[c], math.nan,
+                                  float(probabilities[row, c])) for row, c in chosen]
+
+    def heat(question):
+        return heatmaps(classifier, question.path, [classifier.classes.index(question.label)])[0]
+
+    dataset.write_questions(options.out, questions)
+    write_review(page, questions, heat, f"Questions about {options.ask}")
+    print_text(f"{options.out}: {len(questions)} questions about {len({one.path for one in questions})} "
+               f"images; answer them in {page}")
+    return questions
+
+
+def _find_unknown_labels(classifier, table, options):
+    """Return the images with labels to ask for, and the columns of their classes in the model.
+
+    The images are a LabelTable of the classes that both the model and the data know. Labels that a
+    person was asked for already are not NaN in it.
+    """
+    common = [name for name in classifier.classes if name in table.classes]
+    for names, side in ((classifier.classes, "model"), (table.classes, "data")):
+        if others := [name for name in names if name not in common]:
+            _note(f"skipped: {dataset.shortened(others)}, which only the {side} has")
+    if not common:
+        raise InputError(f"{options.ask} has no class of the model, which are "
+                         f"{dataset.shortened(classifier.classes)}")
+
+    # Val and test are the data's own, or those that train.py draws with the options of the model's
+    # run, in which folds train on val. Data with too few rows to draw them has none.
+    saved = classifier.options
+    held_out = {row for row, part in enumerate(table.parts) if part in ("val", "test")}
+    with contextlib.suppress(InputError):
+        _, val, test = dataset.split(table, saved.get("split", (0.7, 0.15, 0.15)),
+                                     saved.get("split_method", "stratified"), saved.get("seed", 0))
+        held_out.update(test if saved.get("folds") else [*val, *test])
+    if held_out:
+        _note(f"--ask: the {len(held_out)} of {len(table)} rows in val or test are left out")
+
+    images = dataset.images_to_ask_about(table, held_out)
+    images.targets = images.targets[:, [table.classes.index(name) for name in common]]
+    images.classes = common
+
+    # A person who could not tell is not asked again.
+    asked = {(one.name, one.label) for path in options.answers for one in dataset.read_answers(path)}
+    for row, (name, path) in enumerate(zip(images.ids, images.paths)):
+        for c, label in enumerate(common):
+            if {(name, label), (path.removeprefix(f"{table.root}/"), label)} & asked:
+                images.targets[row, c] = 0
+    images = images.subset(np.flatnonzero(np.isnan(images.targets).any(axis=1)))
+    return images, [classifier.classes.index(name) for name in common]
 
 
 def import_metrics(option):
@@ -1466,6 +1562,10 @@ def stack_charts(charts, columns, title=""):
         row, column = divmod(place, columns)
         image.paste(chart, (column * width, top + row * height))
     return image
+
+
+def refuse_other_page(path): pass
+def write_review(path, questions, heat=None, title=""): open(path, "w").write("page")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@
     print(metrics.format_report(metrics.report(targets, scores, thresholds, classes)))
 
 The file answers a reader's questions in order: what is in a report, how is each number computed
-(predictions, rankings, probabilities), how are thresholds and intervals found, how do runs compare?
+(predictions, rankings, probabilities), which labels are suspicious or worth asking about, how are
+thresholds and intervals found, how do runs compare?
 
 The arguments mean the same everywhere, for N rows (images) and C classes:
 
@@ -602,6 +603,63 @@ def logit(probabilities):
 def sigmoid(logits):
     """Return 1 / (1 + exp(-z)) in float64."""
     return 0.5 + 0.5 * np.tanh(0.5 * np.asarray(logits, float))  # unlike exp, tanh cannot overflow
+
+
+# --------------------------------------------------------------------------------------------------
+# Label quality: which known labels are probably wrong, and which unknown ones to ask about
+
+
+def label_quality(targets, probabilities):
+    """Return how probable each known label is, the "self-confidence" of confident learning.
+
+    It is p where a label is given as present, and 1 - p where it is given as absent: the lower, the
+    more suspicious. The model must not have been trained on these labels, or it repeats their
+    errors: take out-of-fold probabilities.
+
+    Args: targets, probabilities: (N, C).
+    Returns: (N, C) floats from 0 to 1; NaN where the label is unknown.
+    Source: Northcutt, Jiang & Chuang (2021), "Confident Learning: Estimating Uncertainty in Dataset
+    Labels".
+
+    >>> label_quality([[1, 0], [0, np.nan]], [[0.9, 0.2], [0.75, 0.5]])
+    array([[0.9 , 0.8 ],
+           [0.25,  nan]])
+    """
+    positive, known, p = _check_pair(targets, probabilities, "probabilities")
+    return np.where(known, np.where(positive, p, 1 - p), np.nan)
+
+
+def choose_questions(targets, probabilities, count, per_image, per_class):
+    """Choose the unknown labels that are most worth asking a person about.
+
+    These are the ones with probabilities closest to 0.5, of which the model is least certain. The
+    two limits keep one odd image or one hard class from using up all questions. Equally uncertain
+    labels are taken in the order of rows, then of classes.
+
+    Args:
+        targets, probabilities: (N, C).
+        count: the most labels to choose.
+        per_image, per_class: the most labels to choose of one row, and of one column.
+    Returns: (n, 2) integers, the rows and columns of n <= count labels, the most uncertain first.
+
+    >>> choose_questions([[np.nan, np.nan], [np.nan, 1]], [[0.5, 0.4], [0.8, 0.5]], 2, 1, 2)
+    array([[0, 0],
+           [1, 0]])
+    """
+    _, known, p = _check_pair(targets, probabilities, "probabilities")
+    unknown = np.argwhere(~known)
+    order = np.argsort(abs(p[~known] - 0.5), kind="stable")
+
+    chosen = []
+    of_image, of_class = np.zeros(p.shape[0], int), np.zeros(p.shape[1], int)
+    for row, column in unknown[order]:
+        if len(chosen) >= count:
+            break
+        if of_image[row] < per_image and of_class[column] < per_class:
+            of_image[row] += 1
+            of_class[column] += 1
+            chosen.append((row, column))
+    return np.array(chosen, int).reshape(-1, 2)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1497,6 +1497,9 @@ def cross_validate(options, tables):
             dataset.write_csv(out / "fold_thresholds.csv", [["ID", *table.classes], *rows])
             write_pr_curves(out, table, probabilities, classifier)
         print_once(options, format_folds(report))
+        if is_leader():
+            network_of = dict(zip(table.paths, (classifiers[k] for k in parts[good])))
+            print_once(options, write_suspects(out, table, probabilities, network_of))
         wait_for_leader()
     return report
 
@@ -1569,6 +1572,43 @@ def format_folds(report):
     return text + "\n"
 
 
+def write_suspects(out, table, probabilities, network_of):
+    """Write the known labels that are probably wrong, and a page on which to correct them.
+
+    Args: probabilities: out-of-fold, (N, C); network_of: {path: the Classifier of its fold}.
+    Returns: a text with the most suspicious ones.
+    """
+    suspects = find_suspects(table, probabilities)
+
+    def heat(suspect):  # of the network that was not trained on this label
+        label = table.classes.index(suspect.label)
+        return inference.heatmaps(network_of[suspect.path], suspect.path, [label])[0]
+
+    dataset.refuse_answered(out / "suspects.csv")
+    dataset.write_questions(out / "suspects.csv", suspects)
+    inference.write_review(out / "review.html", suspects, heat, "Suspicious labels")
+
+    lines = [f"{len(suspects)} known labels are suspicious: look at them in {out / 'review.html'}"]
+    for one in suspects[:5]:  # enough to see whether it is worth looking at more
+        given = "present" if one.given else "absent"
+        lines.append(f"  {one.name}: {one.label} is given as {given}, probability {one.probability:.3f}")
+    return "\n".join(lines)
+
+
+def find_suspects(table, probabilities, most=1000):
+    """Return a Question for each known label whose opposite is likelier, the likeliest first.
+
+    Args: probabilities: out-of-fold, (N, C); most: the most Questions to return: more than that
+        nobody checks one by one.
+    """
+    quality = metrics.label_quality(table.targets, probabilities)
+    suspicious = np.argwhere(quality < 0.5)  # NaN, for unknown labels, is not
+    order = np.argsort(quality[tuple(suspicious.T)], kind="stable")
+    return [dataset.Question(table.ids[row], table.paths[row], table.classes[c],
+                             float(table.targets[row, c]), float(probabilities[row, c]))
+            for row, c in suspicious[order][:most]]
+
+
 # --------------------------------------------------------------------------------------------------
 # Output files: what a run may replace, and what it writes
 
@@ -1576,7 +1616,7 @@ RUN_FILES = (
     "model.pth", "last.pth", "classes.json", "label_groups.json", "thresholds.json", "predictions.csv",
     "probabilities.csv", "train_metadata.csv", "val_metadata.csv", "test_metadata.csv",
     "loss_curve.png", "pr_curves.png", "reliability.png", "predictions.png", "history.csv",
-    "metrics.json", "config.json", "fold_thresholds.csv")
+    "metrics.json", "config.json", "fold_thresholds.csv", "suspects.csv", "review.html")
 HISTORY = ["epoch", "steps", "train_loss", "val_loss", *(f"val_{name}" for name in metrics.HEADLINES),
            "train_f1_macro", "train_f1_weighted", "train_map", "lr", "lr_backbone", "seconds",
            "images_per_second"]
@@ -1597,6 +1637,8 @@ def check_out(options, tables):
         for path in [*ours, *(there if folder in written else [])]:
             if what := reads.get(os.path.realpath(path)):
                 raise InputError(f"{what} lies in --out, and would be replaced: name another --out")
+            if path.name == "suspects.csv":
+                dataset.refuse_answered(path)
             if path not in ours:
                 raise InputError(f"--out {out}: {path} would be replaced, and no run of train.py "
                                  "wrote it: name another --out")

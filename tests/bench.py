@@ -10,6 +10,8 @@
     python tests/bench.py labels             # read_labels beside pandas (pip install pandas)
     python tests/bench.py cache              # peak memory with and without a cache of 2 GiB
     python tests/bench.py thresholds RUN...  # threshold methods and calibration, on the val and test splits of runs
+    python tests/bench.py suspects DATA WEIGHTS [SHARE [SEEDS]]  # are flipped labels found? beside cleanlab
+    python tests/bench.py corrections DATA WEIGHTS   # what correcting the most suspicious labels recovers
     python tests/bench.py pointing MODEL     # how often the heatmap of a demo defect is highest on the defect
 """
 
@@ -739,6 +741,141 @@ def bench_thresholds(*folders):
     print(f"\n{'on test':20} {'ece':>8} {'brier':>8} {'log loss':>8}")
     for (name, kind), values in calibration.items():
         print(f"{name + ', ' + kind:20} " + " ".join(f"{value:8.3f}" for value in np.mean(values, axis=0)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Better labels: does it find the wrong ones, and do corrections and answers pay?
+
+
+def write_labels(folder, table, targets, parts=None):
+    """Write a data folder with the images of a table and these targets, and return its path."""
+    import dataset
+
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True)
+    rows = [["image", *["split"] * bool(parts), *table.classes]]
+    for i, (path, row) in enumerate(zip(table.paths, targets)):
+        (folder / "images" / Path(path).name).symlink_to(Path(path).resolve())
+        cells = ["NA" if np.isnan(value) else int(value) for value in row]
+        rows.append([Path(path).name, *([parts[i]] if parts else []), *cells])
+    dataset.write_csv(folder / "labels.csv", rows)
+    return folder
+
+
+def train_quietly(folder, name, seed, weights, *options):
+    """Train on a data folder, and return the report and the folder of the run."""
+    import contextlib
+    import io
+
+    import train
+
+    out = folder / name
+    with contextlib.redirect_stdout(io.StringIO()):
+        report = train.main(["--data", str(folder), "--out", str(out), "--seed", str(seed), "--weights", weights,
+                             "--size", "112", "--epochs", "10", "-q", *options])
+    return report, out
+
+
+def flip(targets, share, rng, rows=None):
+    """Return targets with a share of the known labels (of some rows) flipped, and which ones: boolean (N, C)."""
+    allowed = ~np.isnan(targets)
+    if rows is not None:
+        allowed[np.setdiff1d(np.arange(len(targets)), rows)] = False
+    places = np.argwhere(allowed)
+    chosen = places[rng.permutation(len(places))[: round(share * len(places))]]
+    flipped = np.zeros(targets.shape, bool)
+    flipped[tuple(chosen.T)] = True
+    return np.where(flipped, 1 - targets, targets), flipped
+
+
+def out_of_fold(out, table):
+    """Return the out-of-fold probabilities (N, C) that a run with folds wrote, in the order of a table."""
+    import csv
+
+    with open(out / "probabilities.csv", newline="") as file:
+        rows = {row["ID"]: row for row in csv.DictReader(file)}
+    return np.array([[float(rows[Path(path).name][name]) for name in table.classes] for path in table.paths])
+
+
+def bench_suspects(data, weights, share="0.05", seeds="0,1,2", *options):
+    """Flip some of the known labels, and print how well out-of-fold predictions find them: beside cleanlab.
+
+    cleanlab (pip install cleanlab) says of each class which known labels it takes for wrong. Its precision stands beside
+    that of as many of our most suspicious labels. Further options are those of train.py.
+    """
+    from cleanlab.filter import find_label_issues
+    from sklearn.metrics import roc_auc_score
+
+    import dataset
+
+    describe_machine()
+    truth = dataset.read_labels(data)
+    for seed in map(int, seeds.split(",")):
+        given, flipped = flip(truth.targets, float(share), np.random.default_rng(seed))
+        with tempfile.TemporaryDirectory() as folder:
+            folder = write_labels(Path(folder) / "data", truth, given)
+            report, out = train_quietly(folder, "out", seed, weights, "--folds", "5", *options)
+            probabilities = out_of_fold(out, truth)
+
+        known = ~np.isnan(given)
+        quality = metrics.label_quality(given, probabilities)
+        order = np.argsort(quality[known], kind="stable")
+        hits = flipped[known][order]
+        flagged = np.zeros(given.shape, bool)
+        for c in range(given.shape[1]):
+            rows, p = known[:, c], probabilities[known[:, c], c]
+            flagged[rows, c] = find_label_issues(given[rows, c].astype(int), np.stack([1 - p, p], axis=1))
+        count = flagged.sum()
+        suspects = (quality[known] < 0.5).sum()
+        print(f"seed {seed}: {flipped.sum()} of {known.sum()} labels flipped, out-of-fold mAP {report['map']:.3f} (by the "
+              f"flipped labels); AUROC {roc_auc_score(flipped[known], -quality[known]):.3f}; truly flipped: of the first "
+              f"100 {hits[:100].mean():.2f}, of all {suspects} suspects {hits[:suspects].mean():.2f}; of the {count} that "
+              f"cleanlab flags {flipped[flagged].mean():.2f}, of as many of ours {hits[:count].mean():.2f}", flush=True)
+
+
+def bench_corrections(data, weights, share="0.1", checked="0.15", seeds="0,1,2", *options):
+    """Print the test mAP of a training with the true labels, with some of them flipped, and with suspects corrected.
+
+    A share of the training and val labels is flipped; then the most suspicious share of them, `checked`, by five folds, is
+    answered from the truth. 300 random images are for testing and 100 for val.
+    """
+    import dataset
+
+    describe_machine()
+    truth = dataset.read_labels(data)
+    order = np.random.default_rng(0).permutation(len(truth))
+    parts = ["train"] * len(truth)
+    for i, row in enumerate(order[:400]):
+        parts[row] = "test" if i < 300 else "val"
+    ours = np.sort(order[300:])
+
+    recovered = []
+    for seed in map(int, seeds.split(",")):
+        given, flipped = flip(truth.targets, float(share), np.random.default_rng(seed), ours)
+        with tempfile.TemporaryDirectory() as folder:
+            folder = write_labels(Path(folder) / "flipped", truth, given, parts)
+            noisy, _ = train_quietly(folder, "one", seed, weights, *options)
+            _, out = train_quietly(folder, "out", seed, weights, "--folds", "5", *options)
+            quality = np.full(given.shape, np.nan)
+            quality[ours] = metrics.label_quality(given[ours], out_of_fold(out, truth.subset(ours)))
+            known = np.argwhere(~np.isnan(quality))
+            suspects = known[np.argsort(quality[tuple(known.T)], kind="stable")][: round(float(checked) * len(known))]
+            corrected = given.copy()
+            corrected[tuple(suspects.T)] = truth.targets[tuple(suspects.T)]
+            found = flipped[tuple(suspects.T)].sum()
+
+            reports = {"flipped": noisy["map"]}
+            for name, targets in (("true", truth.targets), ("corrected", corrected)):
+                copy = write_labels(folder.parent / name, truth, targets, parts)
+                reports[name] = train_quietly(copy, "one", seed, weights, *options)[0]["map"]
+        cost = reports["true"] - reports["flipped"]
+        recovered.append((cost, reports["corrected"] - reports["flipped"]))
+        print(f"seed {seed}: {flipped.sum()} of {len(known)} labels flipped, {found} of them among the {len(suspects)} "
+              f"most suspicious; test mAP: true labels {reports['true']:.3f}, flipped {reports['flipped']:.3f}, "
+              f"corrected {reports['corrected']:.3f}: {recovered[-1][1] / cost:.0%} of {cost:.3f} recovered", flush=True)
+    costs, gains = np.array(recovered).T
+    print(f"mean: flipping costs {costs.mean():.3f} +- {costs.std(ddof=1):.3f}, correcting recovers {gains.mean():.3f} +- "
+          f"{gains.std(ddof=1):.3f}, {gains.sum() / costs.sum():.0%} of it")
 
 
 BENCHES = {name.removeprefix("bench_"): value for name, value in list(globals().items()) if name.startswith("bench_")}
