@@ -12,6 +12,7 @@
     python tests/bench.py thresholds RUN...  # threshold methods and calibration, on the val and test splits of runs
     python tests/bench.py suspects DATA WEIGHTS [SHARE [SEEDS]]  # are flipped labels found? beside cleanlab
     python tests/bench.py corrections DATA WEIGHTS   # what correcting the most suspicious labels recovers
+    python tests/bench.py ask DATA WEIGHTS   # single labels chosen by --ask beside random ones and whole images
     python tests/bench.py pointing MODEL     # how often the heatmap of a demo defect is highest on the defect
 """
 
@@ -828,16 +829,16 @@ def bench_suspects(data, weights, share="0.05", seeds="0,1,2", *options):
         count = flagged.sum()
         suspects = (quality[known] < 0.5).sum()
         print(f"seed {seed}: {flipped.sum()} of {known.sum()} labels flipped, out-of-fold mAP {report['map']:.3f} (by the "
-              f"flipped labels); AUROC {roc_auc_score(flipped[known], -quality[known]):.3f}; truly flipped: of the first "
-              f"100 {hits[:100].mean():.2f}, of all {suspects} suspects {hits[:suspects].mean():.2f}; of the {count} that "
-              f"cleanlab flags {flipped[flagged].mean():.2f}, of as many of ours {hits[:count].mean():.2f}", flush=True)
+              f"flipped labels); AUROC {roc_auc_score(flipped[known], -quality[known]):.3f}; truly flipped: of the "
+              f"first 100 {hits[:100].mean():.2f}, of all {suspects} suspects {hits[:suspects].mean():.2f}; of the {count} "
+              f"that cleanlab flags {flipped[flagged].mean():.2f}, of as many of ours {hits[:count].mean():.2f}", flush=True)
 
 
 def bench_corrections(data, weights, share="0.1", checked="0.15", seeds="0,1,2", *options):
-    """Print the test mAP of a training with the true labels, with some of them flipped, and with suspects corrected.
+    """Print the test mAP of a training with true labels, with some of them flipped, and with the suspects corrected.
 
-    A share of the training and val labels is flipped; then the most suspicious share of them, `checked`, by five folds, is
-    answered from the truth. 300 random images are for testing and 100 for val.
+    A share of the train and val labels is flipped; then the most suspicious share of them, `checked`, by five folds, is
+    answered from the truth. 300 random images are for testing and 100 for val. Further options are those of train.py.
     """
     import dataset
 
@@ -847,35 +848,110 @@ def bench_corrections(data, weights, share="0.1", checked="0.15", seeds="0,1,2",
     parts = ["train"] * len(truth)
     for i, row in enumerate(order[:400]):
         parts[row] = "test" if i < 300 else "val"
-    ours = np.sort(order[300:])
+    pool = np.sort(order[300:])
 
-    recovered = []
+    results = []
     for seed in map(int, seeds.split(",")):
-        given, flipped = flip(truth.targets, float(share), np.random.default_rng(seed), ours)
+        given, flipped = flip(truth.targets, float(share), np.random.default_rng(seed), pool)
         with tempfile.TemporaryDirectory() as folder:
-            folder = write_labels(Path(folder) / "flipped", truth, given, parts)
-            noisy, _ = train_quietly(folder, "one", seed, weights, *options)
-            _, out = train_quietly(folder, "out", seed, weights, "--folds", "5", *options)
+            noisy = write_labels(Path(folder) / "flipped", truth, given, parts)
+            _, out = train_quietly(noisy, "out", seed, weights, "--folds", "5", *options)
             quality = np.full(given.shape, np.nan)
-            quality[ours] = metrics.label_quality(given[ours], out_of_fold(out, truth.subset(ours)))
+            quality[pool] = metrics.label_quality(given[pool], out_of_fold(out, truth.subset(pool)))
             known = np.argwhere(~np.isnan(quality))
-            suspects = known[np.argsort(quality[tuple(known.T)], kind="stable")][: round(float(checked) * len(known))]
+            order = np.argsort(quality[tuple(known.T)], kind="stable")
+            suspects = tuple(known[order][: round(float(checked) * len(known))].T)
             corrected = given.copy()
-            corrected[tuple(suspects.T)] = truth.targets[tuple(suspects.T)]
-            found = flipped[tuple(suspects.T)].sum()
+            corrected[suspects] = truth.targets[suspects]
 
-            reports = {"flipped": noisy["map"]}
-            for name, targets in (("true", truth.targets), ("corrected", corrected)):
-                copy = write_labels(folder.parent / name, truth, targets, parts)
-                reports[name] = train_quietly(copy, "one", seed, weights, *options)[0]["map"]
-        cost = reports["true"] - reports["flipped"]
-        recovered.append((cost, reports["corrected"] - reports["flipped"]))
-        print(f"seed {seed}: {flipped.sum()} of {len(known)} labels flipped, {found} of them among the {len(suspects)} "
-              f"most suspicious; test mAP: true labels {reports['true']:.3f}, flipped {reports['flipped']:.3f}, "
-              f"corrected {reports['corrected']:.3f}: {recovered[-1][1] / cost:.0%} of {cost:.3f} recovered", flush=True)
-    costs, gains = np.array(recovered).T
-    print(f"mean: flipping costs {costs.mean():.3f} +- {costs.std(ddof=1):.3f}, correcting recovers {gains.mean():.3f} +- "
-          f"{gains.std(ddof=1):.3f}, {gains.sum() / costs.sum():.0%} of it")
+            scores = []
+            for name, targets in (("true", truth.targets), ("wrong", given), ("corrected", corrected)):
+                copy = write_labels(Path(folder) / name, truth, targets, parts)
+                scores.append(train_quietly(copy, "out", seed, weights, *options)[0]["map"])
+        results.append(scores)
+        print(f"seed {seed}: {flipped.sum()} of {len(known)} labels flipped, {flipped[suspects].sum()} of them among the "
+              f"{len(suspects[0])} most suspicious; test mAP {scores[0]:.3f} with true labels, {scores[1]:.3f} with "
+              f"flipped ones, {scores[2]:.3f} corrected", flush=True)
+    true, wrong, corrected = np.array(results).T
+    for name, values in (("flipping costs", true - wrong), ("correcting recovers", corrected - wrong)):
+        print(f"{name} {values.mean():.3f} +- {values.std(ddof=1):.3f}")
+    print(f"{(corrected - wrong).sum() / (true - wrong).sum():.0%} is recovered")
+
+
+def bench_ask(data, weights, seeds="0,1,2", steps=150):
+    """Print the test mAP after each of four rounds of 300 answers, for three ways to choose what to ask for.
+
+    "chosen" are single labels by inference.py --ask, "random" are random single labels, and "images" are random images, all
+    of whose labels are answered. 100 images are labelled from the start, 600 are not, and 300 are for testing. Every
+    training takes about as many steps, from the same weights.
+    """
+    import dataset
+
+    describe_machine()
+    truth = dataset.read_labels(data)
+    curves = {}
+    for seed in map(int, seeds.split(",")):
+        rng = np.random.default_rng(seed)
+        test, start, pool = np.split(rng.permutation(len(truth)), [300, 400])
+        pool = np.sort(pool[:600])
+        with tempfile.TemporaryDirectory() as folder:
+            rows = [*test, *start]
+            folder = write_labels(Path(folder) / "data", truth.subset(rows), truth.targets[rows],
+                                  ["test"] * 300 + ["train"] * 100)
+            for row in pool:
+                name = Path(truth.paths[row]).name
+                (folder / "images" / name).symlink_to(Path(truth.paths[row]).resolve())
+            for way in ("chosen", "random", "images"):
+                curves.setdefault(way, []).append(rounds_of_answers(folder, way, truth, pool, seed, weights, int(steps)))
+                print(f"seed {seed}, {way:7} " + " ".join(f"{score:.3f}" for score in curves[way][-1]), flush=True)
+
+    means = {way: np.mean(scores, axis=0) for way, scores in curves.items()}
+    for way, scores in curves.items():
+        print(f"mean of {len(scores)}, {way:7} " + " ".join(
+            f"{mean:.3f}+-{error:.3f}" for mean, error in zip(means[way], np.std(scores, axis=0, ddof=1))))
+    goal = means["images"][-1]
+    needed = np.interp(goal, np.maximum.accumulate(means["chosen"]), np.arange(0, 1500, 300))
+    print(f"random images reach {goal:.3f} with 1200 answers, chosen labels with {needed:.0f}: {needed / 1200:.2f} of them")
+
+
+def rounds_of_answers(folder, way, truth, pool, seed, weights, steps):
+    """Return the test mAP before, and after each of four rounds of 300 answers from the truth."""
+    import contextlib
+    import io
+
+    import dataset
+    import inference
+
+    rng = np.random.default_rng(seed)
+    row_of = {Path(path).name: row for row, path in enumerate(truth.paths)}
+    cells = [(row, c) for row in pool for c in range(len(truth.classes))]
+    if way == "random":
+        cells = [cells[i] for i in rng.permutation(len(cells))]
+    elif way == "images":
+        cells = [(row, c) for row in rng.permutation(pool) for c in range(len(truth.classes))]
+
+    scores, answers, answered = [], [], set()
+    for number in range(5):
+        images = 82 + len({row for row, _ in answered})  # val takes 18 of the first 100
+        given = [option for path in answers for option in ("--answers", str(path))]
+        report, out = train_quietly(folder, "out", seed, weights, "--epochs", str(max(1, round(16 * steps / images))),
+                                    "--sam", "0", *given)
+        scores.append(report["map"])
+        if number == 4:
+            break
+
+        if way == "chosen":
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                questions = inference.main(["--ask", str(folder), "--model", str(out / "model.pth"), "--count", "300",
+                                            "--out", str(folder.parent / "questions.csv"), *given])
+            chosen = [(row_of[Path(one.path).name], truth.classes.index(one.label)) for one in questions]
+        else:
+            chosen = cells[300 * number : 300 * (number + 1)]
+        answered.update(chosen)
+        answers.append(folder.parent / f"{way}_{number}.csv")
+        rows = [[Path(truth.paths[row]).name, truth.classes[c], "NA", "", int(truth.targets[row, c])] for row, c in chosen]
+        dataset.write_csv(answers[-1], [dataset.ANSWER_COLUMNS, *rows])
+    return scores
 
 
 BENCHES = {name.removeprefix("bench_"): value for name, value in list(globals().items()) if name.startswith("bench_")}
