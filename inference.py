@@ -1564,8 +1564,12 @@ def stack_charts(charts, columns, title=""):
     return image
 
 
-def refuse_other_page(path): pass
-def write_review(path, questions, heat=None, title=""): open(path, "w").write("page")
+def refuse_other_page(path):
+    pass
+
+
+def write_review(path, questions, heat=None, title=""):
+    Path(path).write_text("page")
 
 
 if __name__ == "__main__":

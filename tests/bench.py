@@ -801,8 +801,8 @@ def out_of_fold(out, table):
 def bench_suspects(data, weights, share="0.05", seeds="0,1,2", *options):
     """Flip some of the known labels, and print how well out-of-fold predictions find them: beside cleanlab.
 
-    cleanlab (pip install cleanlab) says of each class which known labels it takes for wrong. Its precision stands beside
-    that of as many of our most suspicious labels. Further options are those of train.py.
+    cleanlab (pip install cleanlab) says of each class which known labels it takes for wrong. Its precision stands
+    beside that of as many of our most suspicious labels. Further options are those of train.py.
     """
     from cleanlab.filter import find_label_issues
     from sklearn.metrics import roc_auc_score
@@ -828,10 +828,11 @@ def bench_suspects(data, weights, share="0.05", seeds="0,1,2", *options):
             flagged[rows, c] = find_label_issues(given[rows, c].astype(int), np.stack([1 - p, p], axis=1))
         count = flagged.sum()
         suspects = (quality[known] < 0.5).sum()
-        print(f"seed {seed}: {flipped.sum()} of {known.sum()} labels flipped, out-of-fold mAP {report['map']:.3f} (by the "
-              f"flipped labels); AUROC {roc_auc_score(flipped[known], -quality[known]):.3f}; truly flipped: of the "
-              f"first 100 {hits[:100].mean():.2f}, of all {suspects} suspects {hits[:suspects].mean():.2f}; of the {count} "
-              f"that cleanlab flags {flipped[flagged].mean():.2f}, of as many of ours {hits[:count].mean():.2f}", flush=True)
+        print(f"seed {seed}: {flipped.sum()} of {known.sum()} labels flipped, out-of-fold mAP {report['map']:.3f} (by "
+              f"the flipped labels); AUROC {roc_auc_score(flipped[known], -quality[known]):.3f}; truly flipped: of the "
+              f"first 100 {hits[:100].mean():.2f}, of all {suspects} suspects {hits[:suspects].mean():.2f}; of the "
+              f"{count} that cleanlab flags {flipped[flagged].mean():.2f}, of as many of ours {hits[:count].mean():.2f}",
+              flush=True)
 
 
 def bench_corrections(data, weights, share="0.1", checked="0.15", seeds="0,1,2", *options):
@@ -869,8 +870,8 @@ def bench_corrections(data, weights, share="0.1", checked="0.15", seeds="0,1,2",
                 copy = write_labels(Path(folder) / name, truth, targets, parts)
                 scores.append(train_quietly(copy, "out", seed, weights, *options)[0]["map"])
         results.append(scores)
-        print(f"seed {seed}: {flipped.sum()} of {len(known)} labels flipped, {flipped[suspects].sum()} of them among the "
-              f"{len(suspects[0])} most suspicious; test mAP {scores[0]:.3f} with true labels, {scores[1]:.3f} with "
+        print(f"seed {seed}: {flipped.sum()} of {len(known)} labels flipped, {flipped[suspects].sum()} of them among "
+              f"the {len(suspects[0])} most suspicious; test mAP {scores[0]:.3f} with true labels, {scores[1]:.3f} with "
               f"flipped ones, {scores[2]:.3f} corrected", flush=True)
     true, wrong, corrected = np.array(results).T
     for name, values in (("flipping costs", true - wrong), ("correcting recovers", corrected - wrong)):
@@ -881,9 +882,9 @@ def bench_corrections(data, weights, share="0.1", checked="0.15", seeds="0,1,2",
 def bench_ask(data, weights, seeds="0,1,2", steps=150):
     """Print the test mAP after each of four rounds of 300 answers, for three ways to choose what to ask for.
 
-    "chosen" are single labels by inference.py --ask, "random" are random single labels, and "images" are random images, all
-    of whose labels are answered. 100 images are labelled from the start, 600 are not, and 300 are for testing. Every
-    training takes about as many steps, from the same weights.
+    "chosen" are single labels by inference.py --ask, "random" are random single labels, and "images" are random images,
+    all of whose labels are answered. 100 images are labelled from the start, 600 are not, and 300 are for testing.
+    Every training takes about as many steps, from the same weights.
     """
     import dataset
 
@@ -901,8 +902,11 @@ def bench_ask(data, weights, seeds="0,1,2", steps=150):
             for row in pool:
                 name = Path(truth.paths[row]).name
                 (folder / "images" / name).symlink_to(Path(truth.paths[row]).resolve())
+            first = None  # the score before any answer, which all three ways share
             for way in ("chosen", "random", "images"):
-                curves.setdefault(way, []).append(rounds_of_answers(folder, way, truth, pool, seed, weights, int(steps)))
+                scores = rounds_of_answers(folder, way, truth, pool, seed, weights, int(steps), first)
+                first = scores[0]
+                curves.setdefault(way, []).append(scores)
                 print(f"seed {seed}, {way:7} " + " ".join(f"{score:.3f}" for score in curves[way][-1]), flush=True)
 
     means = {way: np.mean(scores, axis=0) for way, scores in curves.items()}
@@ -911,10 +915,10 @@ def bench_ask(data, weights, seeds="0,1,2", steps=150):
             f"{mean:.3f}+-{error:.3f}" for mean, error in zip(means[way], np.std(scores, axis=0, ddof=1))))
     goal = means["images"][-1]
     needed = np.interp(goal, np.maximum.accumulate(means["chosen"]), np.arange(0, 1500, 300))
-    print(f"random images reach {goal:.3f} with 1200 answers, chosen labels with {needed:.0f}: {needed / 1200:.2f} of them")
+    print(f"images reach {goal:.3f} with 1200 answers, chosen labels with {needed:.0f}: {needed / 1200:.2f} of it")
 
 
-def rounds_of_answers(folder, way, truth, pool, seed, weights, steps):
+def rounds_of_answers(folder, way, truth, pool, seed, weights, steps, first=None):
     """Return the test mAP before, and after each of four rounds of 300 answers from the truth."""
     import contextlib
     import io
@@ -932,11 +936,14 @@ def rounds_of_answers(folder, way, truth, pool, seed, weights, steps):
 
     scores, answers, answered = [], [], set()
     for number in range(5):
-        images = 82 + len({row for row, _ in answered})  # val takes 18 of the first 100
         given = [option for path in answers for option in ("--answers", str(path))]
-        report, out = train_quietly(folder, "out", seed, weights, "--epochs", str(max(1, round(16 * steps / images))),
-                                    "--sam", "0", *given)
-        scores.append(report["map"])
+        if number == 0 and first is not None:
+            scores.append(first)
+        else:
+            images = 82 + len({row for row, _ in answered})  # val takes 18 of the first 100
+            epochs = str(max(1, round(16 * steps / images)))
+            report, out = train_quietly(folder, "out", seed, weights, "--epochs", epochs, "--sam", "0", *given)
+            scores.append(report["map"])
         if number == 4:
             break
 
@@ -949,7 +956,8 @@ def rounds_of_answers(folder, way, truth, pool, seed, weights, steps):
             chosen = cells[300 * number : 300 * (number + 1)]
         answered.update(chosen)
         answers.append(folder.parent / f"{way}_{number}.csv")
-        rows = [[Path(truth.paths[row]).name, truth.classes[c], "NA", "", int(truth.targets[row, c])] for row, c in chosen]
+        rows = [[Path(truth.paths[row]).name, truth.classes[c], "NA", "", int(truth.targets[row, c])]
+                for row, c in chosen]
         dataset.write_csv(answers[-1], [dataset.ANSWER_COLUMNS, *rows])
     return scores
 
