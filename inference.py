@@ -123,7 +123,8 @@ def parse_options(argv=None):
         help="write the unknown labels of a folder that the model is least certain about to --out "
              "FILE.csv, and a page on which to answer them to FILE.html; val and test are left out, "
              "and a folder without a label file is all unknown")
-    add("--count", type=number(int, 1), default=200, metavar="N", help="with --ask: the most labels to ask for")
+    add("--count", type=number(int, 1), metavar="N",
+        help="with --ask: the most labels to ask for (default: 200)")
     dataset.add_data_options(group)
 
     add = parser.add_argument_group("system").add_argument
@@ -156,6 +157,10 @@ def _check_combinations(options):
     if labelled and (options.paths or options.save or options.format in ("csv", "probabilities")):
         raise InputError(f"--{commands[0]} is about its DATA: it takes no images and no --save, and "
                          "--format table or json")
+    if options.ask and (options.threshold is not None or options.format != "table"):
+        raise InputError("--ask writes probabilities to a CSV file: leave out --threshold and --format")
+    if options.count and not options.ask:
+        raise InputError("--count goes with --ask DATA")
     if options.calibrate and not options.out:
         raise InputError("--calibrate writes a model: say where with --out FILE")
     if options.calibrate and options.threshold is not None:
@@ -529,9 +534,9 @@ def ask(options):
     # Two labels of an image, or as many as it takes to use up --count; and twice the equal share of
     # each class, since some classes are harder than others, but none should get all the questions.
     classes = np.count_nonzero(np.isnan(images.targets).any(axis=0))
-    per_image = max(2, math.ceil(options.count / len(images)))
-    per_class = math.ceil(2 * options.count / classes)
-    chosen = metrics.choose_questions(images.targets, probabilities, options.count, per_image, per_class)
+    count = options.count or 200
+    per_image, per_class = max(2, math.ceil(count / len(images))), math.ceil(2 * count / classes)
+    chosen = metrics.choose_questions(images.targets, probabilities, count, per_image, per_class)
     questions = [dataset.Question(images.ids[row], images.paths[row], images.classes[c], math.nan,
                                   float(probabilities[row, c])) for row, c in chosen]
 

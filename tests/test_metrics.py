@@ -938,3 +938,47 @@ def test_columns_of_labels_in_another_order_are_matched_by_name(tmp_path):
     rows = [line.split(",") for line in (two / "test_metadata.csv").read_text().splitlines()]
     (two / "test_metadata.csv").write_text("\n".join(",".join([row[0], *row[:0:-1]]) for row in rows))
     np.testing.assert_array_equal(metrics.read_predictions(two)[2], metrics.read_predictions(one)[2])
+
+
+@CASES
+@given(problems(unknown=True))
+def test_the_quality_of_a_label_is_the_probability_of_what_is_given(problem):
+    targets, scores = problem
+    probabilities = np.clip(scores, 0, 1)
+    quality = metrics.label_quality(targets, probabilities)
+    for place in np.ndindex(targets.shape):
+        expected = {1: probabilities[place], 0: 1 - probabilities[place]}.get(targets[place], np.nan)
+        np.testing.assert_equal(quality[place], expected)
+
+
+def slow_questions(targets, probabilities, count, per_image, per_class):
+    """Choose questions as the definition says: again and again the most uncertain label that may still be asked."""
+    rows, columns = targets.shape
+    chosen = []
+    while len(chosen) < count:
+        open_labels = [
+            (abs(probabilities[r, c] - 0.5), r, c) for r in range(rows) for c in range(columns)
+            if np.isnan(targets[r, c]) and (r, c) not in chosen
+            and sum(row == r for row, _ in chosen) < per_image and sum(column == c for _, column in chosen) < per_class]
+        if not open_labels:
+            break
+        chosen.append(min(open_labels)[1:])
+    return chosen
+
+
+@CASES
+@given(problems(unknown=True), st.integers(0, 12), st.integers(1, 4), st.integers(1, 12))
+def test_questions_are_the_most_uncertain_labels_that_the_limits_allow(problem, count, per_image, per_class):
+    targets, scores = problem
+    probabilities = np.clip(scores, 0, 1)
+    chosen = metrics.choose_questions(targets, probabilities, count, per_image, per_class)
+    assert chosen.shape == (len(chosen), 2)
+    assert list(map(tuple, chosen)) == slow_questions(targets, probabilities, count, per_image, per_class)
+
+
+def test_questions_and_label_quality_take_probabilities_alone():
+    for function in (metrics.label_quality, lambda t, p: metrics.choose_questions(t, p, 1, 1, 1)):
+        with pytest.raises(ValueError, match=r"probabilities\[0, 1\] is 1.5"):
+            function([[np.nan, 1.0]], [[0.5, 1.5]])
+        with pytest.raises(ValueError, match="shape"):
+            function([[np.nan, 1.0]], [[0.5]])
