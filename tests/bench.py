@@ -805,6 +805,7 @@ def bench_suspects(data, weights, share="0.05", seeds="0,1,2", *options):
     beside that of as many of our most suspicious labels. Further options are those of train.py.
     """
     from cleanlab.filter import find_label_issues
+    from cleanlab.rank import get_self_confidence_for_each_label
     from sklearn.metrics import roc_auc_score
 
     import dataset
@@ -825,14 +826,16 @@ def bench_suspects(data, weights, share="0.05", seeds="0,1,2", *options):
         flagged = np.zeros(given.shape, bool)
         for c in range(given.shape[1]):
             rows, p = known[:, c], probabilities[known[:, c], c]
-            flagged[rows, c] = find_label_issues(given[rows, c].astype(int), np.stack([1 - p, p], axis=1))
+            labels, pairs = given[rows, c].astype(int), np.stack([1 - p, p], axis=1)
+            flagged[rows, c] = find_label_issues(labels, pairs)
+            np.testing.assert_array_equal(quality[rows, c], get_self_confidence_for_each_label(labels, pairs))
         count = flagged.sum()
         suspects = (quality[known] < 0.5).sum()
         print(f"seed {seed}: {flipped.sum()} of {known.sum()} labels flipped, out-of-fold mAP {report['map']:.3f} (by "
               f"the flipped labels); AUROC {roc_auc_score(flipped[known], -quality[known]):.3f}; truly flipped: of the "
               f"first 100 {hits[:100].mean():.2f}, of all {suspects} suspects {hits[:suspects].mean():.2f}; of the "
-              f"{count} that cleanlab flags {flipped[flagged].mean():.2f}, of as many of ours {hits[:count].mean():.2f}",
-              flush=True)
+              f"{count} that cleanlab flags {flipped[flagged].mean():.2f}, of as many of ours "
+              f"{hits[:count].mean():.2f}", flush=True)
 
 
 def bench_corrections(data, weights, share="0.1", checked="0.15", seeds="0,1,2", *options):
@@ -871,8 +874,8 @@ def bench_corrections(data, weights, share="0.1", checked="0.15", seeds="0,1,2",
                 scores.append(train_quietly(copy, "out", seed, weights, *options)[0]["map"])
         results.append(scores)
         print(f"seed {seed}: {flipped.sum()} of {len(known)} labels flipped, {flipped[suspects].sum()} of them among "
-              f"the {len(suspects[0])} most suspicious; test mAP {scores[0]:.3f} with true labels, {scores[1]:.3f} with "
-              f"flipped ones, {scores[2]:.3f} corrected", flush=True)
+              f"the {len(suspects[0])} most suspicious; test mAP {scores[0]:.3f} with true labels, {scores[1]:.3f} "
+              f"with flipped ones, {scores[2]:.3f} corrected", flush=True)
     true, wrong, corrected = np.array(results).T
     for name, values in (("flipping costs", true - wrong), ("correcting recovers", corrected - wrong)):
         print(f"{name} {values.mean():.3f} +- {values.std(ddof=1):.3f}")
