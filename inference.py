@@ -580,11 +580,11 @@ def _find_unknown_labels(classifier, table, options):
     images.classes = common
 
     # A person who could not tell is not asked again.
-    asked = {(one.name, one.label) for path in options.answers for one in dataset.read_answers(path)}
-    for row, (name, path) in enumerate(zip(images.ids, images.paths)):
-        for c, label in enumerate(common):
-            if {(name, label), (path.removeprefix(f"{table.root}/"), label)} & asked:
-                images.targets[row, c] = 0
+    row_of = {path.removeprefix(f"{table.root}/"): row for row, path in enumerate(images.paths)}
+    row_of |= {name: row for row, name in enumerate(images.ids)}
+    for answer in itertools.chain(*map(dataset.read_answers, options.answers)):
+        if answer.name in row_of and answer.label in common:
+            images.targets[row_of[answer.name], common.index(answer.label)] = 0
     images = images.subset(np.flatnonzero(np.isnan(images.targets).any(axis=1)))
     return images, [classifier.classes.index(name) for name in common]
 
