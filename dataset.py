@@ -74,6 +74,9 @@ class LabelTable:
     parts: list = field(default_factory=list)  # existing split: "train", "val", "test", or ""
     copies: list = field(default_factory=list)  # path of the first image with the same bytes
     origins: list = field(default_factory=list)  # "FILE:LINE" of the row
+    added: list = field(default_factory=list)  # True for rows that answers added to the label file
+
+    before: np.ndarray = None  # the targets before answers were merged; None if none were
 
     # How the label files were read.
     missing: list = field(default_factory=list)  # ids of rows that were dropped for lack of an image
@@ -90,9 +93,10 @@ class LabelTable:
     def subset(self, rows):
         """Return the table of the given rows (an array of row numbers), in that order."""
         chosen = {}
-        for name in ("ids", "paths", "objects", "parts", "copies", "origins"):
+        for name in ("ids", "paths", "objects", "parts", "copies", "origins", "added"):
             values = getattr(self, name)
             chosen[name] = [values[i] for i in rows] if values else []
+        chosen["before"] = None if self.before is None else self.before[rows]
         return replace(self, targets=self.targets[rows], **chosen)
 
 
@@ -181,26 +185,32 @@ class Reading:
     unknown: list = ()
     image_list: str = None
     drop_overlap: bool = False
+    answers: list = ()  # a list of files; a single file is also accepted
 
     def __post_init__(self):
+        files = [self.answers] if isinstance(self.answers, (str, os.PathLike)) else self.answers
+        self.answers = list(dict.fromkeys(map(str, files or ())))
         for name in ("positive", "negative", "unknown"):
             words = getattr(self, name)
             words = [words] if isinstance(words, str) else words or ()
             setattr(self, name, [word.lower() for word in words])
 
 
-def read_labels(data_dir, labels=None, images=None, **how):
+def read_labels(data_dir, labels=None, images=None, classes=(), **how):
     """Read a data folder and detect its label format.
 
     Args:
         data_dir: the folder with labels and images.
         labels: the label file, or the folder of .cls files; by default what find_labels() finds.
         images: the image folder; by default DATA/images, or DATA itself.
+        classes: the classes of a folder without a label file. It has no rows then, except for the
+            images that answers are about, whose labels are classes too.
         how: fields of Reading.
 
     Returns:
         A LabelTable. Rows whose image is missing are dropped and listed in `missing`; `notes` says
-        how the files were understood.
+        how the files were understood. IDs are unique: where several images share one, theirs are
+        their paths below the image folder.
 
     Raises:
         InputError: something is wrong, or the data can be read in two ways.
@@ -218,14 +228,25 @@ def read_labels(data_dir, labels=None, images=None, **how):
     groups_file = Path(how.label_groups or data_dir / "label_groups.json")
     groups = _read_groups(groups_file) if how.label_groups or groups_file.is_file() else {}
 
-    files = {"": _given_file(labels, data_dir)} if labels else find_labels(data_dir, folder)
-    by_stem = next(iter(files.values())).is_dir()
-    data = DataFolder(data_dir, folder, groups, how)
-    table = _read_cls(files[""], data_dir) if by_stem else _read_files(files, data)
+    rounds = [read_answers(_given_file(name, data_dir)) for name in how.answers]
+    classes = list(dict.fromkeys([*classes, *(answer.label for answer in chain(*rounds))]))
+    files = _choose_files(labels, data_dir, folder, required=not classes)
+    by_stem = bool(files) and next(iter(files.values())).is_dir()
+    if not files:
+        table = _images_without_labels(folder, classes, how)
+    elif by_stem:
+        table = _read_cls(files[""], data_dir)
+    else:
+        table = _read_files(files, DataFolder(data_dir, folder, groups, how))
     if groups:
         table = _apply_groups(table, groups, groups_file)
 
-    table = _attach_images(table, folder, by_stem)
+    if files:
+        table = _attach_images(table, folder, by_stem)
+    # Images that only answers are about get their rows now, but their labels last: splits must not
+    # depend on answers.
+    if any(rounds):
+        table, rounds = _add_answered(table, rounds)
     if how.split_column == "folder":
         table.parts = [_part_of_folder(path.removeprefix(folder.root)) for path in table.paths]
         if not any(table.parts):
@@ -235,7 +256,11 @@ def read_labels(data_dir, labels=None, images=None, **how):
 
     # Duplicates come first, since parts and rows can only be compared if it is known what is one image.
     table = _find_copies(table)
-    return _merge_rows(_separate_parts(table, how.drop_overlap))
+    table = _merge_rows(_separate_parts(table, how.drop_overlap))
+    _make_ids_unique(table)
+    _merge_answers(table, rounds, how.answers)
+    _compare_copies(table)
+    return table
 
 
 def add_data_options(parser):
@@ -243,6 +268,8 @@ def add_data_options(parser):
     add = parser.add_argument
     add("--labels", metavar="FILE", help="label file, or folder of .cls files (default: search DATA)")
     add("--images", metavar="DIR", help="image folder (default: DATA/images if it exists, else DATA)")
+    add("--answers", action="append", default=[], metavar="FILE", help="CSV file of answers about "
+        "single labels, to be merged into the labels; can be repeated, in the order of the answers")
 
     # What columns mean, where the titles do not tell.
     add("--label-groups", metavar="FILE",
@@ -285,20 +312,35 @@ PART_WORDS = {
 }
 
 
-def find_labels(data_dir, folder=None):
+def _choose_files(labels, data_dir, folder, required):
+    """Return the label file that --labels names, as find_labels() does, or those that it finds."""
+    if not labels:
+        return find_labels(data_dir, folder, required)
+    path = _given_file(labels, data_dir)
+    if holds_questions(path):
+        raise InputError(f"--labels {labels} holds answers about single labels, and is no label "
+                         f"file: give it as --answers {labels}")
+    return {"": path}
+
+
+def find_labels(data_dir, folder=None, required=True):
     """Find the label files of a data folder.
+
+    Files of questions and answers about single labels are never taken for label files.
 
     Args:
         data_dir: a Path.
         folder: the ImageFolder, which helps to tell a table of class names from a table of images.
+        required: False if the folder may have no label file at all, neither a table nor .cls files.
 
-    Returns {part: Path}; a single file, or the folder of .cls files, has the part "". Raises
-    InputError.
+    Returns {part: Path}; a single file, or the folder of .cls files, has the part "". Without a
+    label file it is empty. Raises InputError.
     """
     # The more specific name wins: labels.txt, then train.csv and the like, then .cls, then any table.
     for name in ("labels.txt", "labels.csv", "labels.tsv", "image_data.csv"):
-        if (data_dir / name).is_file() and not _read_class_table(data_dir / name, folder):
-            return {"": data_dir / name}
+        path = data_dir / name
+        if path.is_file() and not holds_questions(path) and not _read_class_table(path, folder):
+            return {"": path}
     divided = _find_divided(data_dir)
     if "train" in divided and len(divided) > 1:
         return divided
@@ -306,24 +348,29 @@ def find_labels(data_dir, folder=None):
         return {"": data_dir / "labels"}
 
     found = _table_files(data_dir)
-    others = re.compile(r"classes\.txt|sample.*", re.IGNORECASE)  # such as sample_submission.csv
-    tables = [path for path in found
-              if not others.fullmatch(path.name) and not _read_class_table(path, folder)]
-    if len(tables) == 1:
+    named = [path for path in found if path.name.lower() != "classes.txt"
+             and not _read_class_table(path, folder)]
+    tables = [path for path in named if not path.name.lower().startswith("sample")]
+    if len(tables) == 1:  # besides files such as sample_submission.csv
         return {"": tables[0]}
+    if not required and not named:
+        return {}
 
     names = ", ".join(path.name for path in found) or "no .txt, .csv or .tsv file"
     more = ("; for a matrix of labels beside a list of images --labels MATRIX --image-list LIST"
             if found else "")
+    if questions := [path for path in data_dir.glob("*.csv") if holds_questions(path)]:
+        more += f"; answers such as those in {questions[0].name} go with --answers {questions[0]}"
     raise InputError(f"{data_dir} has {names}: name the label file with --labels FILE, or call it "
                      f"labels.txt{more}")
 
 
 def _table_files(folder):
-    """Return the files in a folder that can be tables, sorted."""
+    """Return the files in a folder that can be tables of labels, sorted."""
     files = [path for path in folder.glob("*.*") if path.is_file()]
     return sorted(path for path in files if path.suffix.lower() in (".txt", ".csv", ".tsv")
-                  and not path.name.startswith("._"))  # macOS keeps attributes in ._NAME
+                  and not path.name.startswith("._")  # macOS keeps attributes in ._NAME
+                  and not holds_questions(path))
 
 
 def _find_divided(data_dir):
@@ -1593,10 +1640,8 @@ def _attach_images(table, folder, by_stem):
         table.notes.append(f"matched by {kind}: {count} rows, such as {', '.join(pairs)}")
 
     # Images without a row are no error, as part of a data set may be unlabelled.
-    used = set(found)
     table.root = folder.root
-    table.unlabelled = sorted(name for name in folder.names
-                              if name not in used and _image_suffix(name)[1] in IMAGE_SUFFIXES)
+    table.unlabelled = _images_except(folder, set(found))
     if table.unlabelled:
         table.notes.append(f"images without a row: {len(table.unlabelled)}, such as "
                            f"{', '.join(table.unlabelled[:3])}")
@@ -1608,21 +1653,35 @@ def _attach_images(table, folder, by_stem):
     return table.subset(rows)
 
 
+def _images_without_labels(folder, classes, how):
+    """Return the table of a folder without a label file: no rows, and all its images unlabelled."""
+    for option in ("group", "split_column"):
+        if getattr(how, option) not in (None, "folder"):
+            raise InputError(f"--{option.replace('_', '-')} {getattr(how, option)}: "
+                             f"{folder.data_dir} has no label file, and so no such column: leave "
+                             "it out")
+    notes = [f"labels: {folder.data_dir} has no label file", f"images: {folder.root}"]
+    return LabelTable([], [], np.empty((0, len(classes)), np.float32), classes, root=folder.root,
+                      unlabelled=_images_except(folder, set()), notes=notes)
+
+
+def _images_except(folder, used):
+    """Return the images of an ImageFolder that are not among `used`, sorted."""
+    return sorted(name for name in folder.names
+                  if name not in used and _image_suffix(name)[1] in IMAGE_SUFFIXES)
+
+
 def _match_paths(table, folder):
     """Find the file of each row by its path.
 
     Returns the files, how each was matched, and the path that each row means; None if it is missing.
     """
     found = []
-    places = {}  # label file -> (its folder, the part it belongs to, starts of relative paths)
+    places = {}  # label file -> what _place_of() returns
     for row, (name, origin) in enumerate(zip(table.ids, table.origins)):
         source = origin.rpartition(":")[0]
         if source not in places:
-            inside = os.path.relpath(source, folder.data_dir).replace(os.sep, "/")
-            word = os.path.splitext(inside)[0].lower().removesuffix("_metadata")
-            place = os.path.dirname(source) or "."
-            starts = tuple(start for start, _ in folder.starts_from(place))
-            places[source] = place, PART_WORDS.get(word) or _part_of_folder(inside), starts
+            places[source] = _place_of(source, folder)
         place, part, starts = places[source]
 
         # Most names need no search: they are paths from the image folder, and nothing else.
@@ -1631,6 +1690,15 @@ def _match_paths(table, folder):
         else:
             found.append(folder.find(name, origin, place, table.parts[row] if table.parts else part))
     return zip(*found)
+
+
+def _place_of(source, folder):
+    """Return the folder of a label file, the part it is for, and the starts of relative paths."""
+    inside = os.path.relpath(source, folder.data_dir).replace(os.sep, "/")
+    word = os.path.splitext(inside)[0].lower().removesuffix("_metadata")
+    place = os.path.dirname(source) or "."
+    starts = tuple(start for start, _ in folder.starts_from(place))
+    return place, PART_WORDS.get(word) or _part_of_folder(inside), starts
 
 
 def _match_by_stem(table, folder):
@@ -1954,15 +2022,6 @@ def _find_copies(table):
         return table
 
     table.copies = [table.paths[row] for row in rows]
-    pairs = []
-    for row, other in enumerate(rows):
-        same_path = table.paths[row] == table.paths[other]
-        if not same_path and (table.targets[row] + table.targets[other] == 1).any():
-            names = table.ids if table.ids[other] != table.ids[row] else table.paths
-            pairs.append(f"{names[other]} and {names[row]}")
-    if pairs:
-        table.warnings.append(f"{len(pairs)} pairs of identical images disagree: "
-                              f"{'; '.join(pairs[:5])}")
     return table
 
 
@@ -1980,9 +2039,12 @@ def _separate_parts(table, drop):
     units = _units(table)
     # Later parts rank higher: a test image must not be trained on, but a train image can be spared.
     rank = np.array([LESSER_FIRST.index(part) for part in table.parts])
+    # Rows that answers added are not in the data's own split: they follow the others later.
+    added = np.array(table.added or [False] * len(table))
+    rank[added] = 0
     last = np.zeros(units.max() + 1, int)
     np.maximum.at(last, units, rank)
-    lesser = np.flatnonzero(rank < last[units])
+    lesser = np.flatnonzero((rank < last[units]) & ~added)
     if len(lesser) == 0:
         return table
 
@@ -2034,7 +2096,29 @@ def _merge_rows(table):
     table.merged = len(table) - len(first)
     if table.merged and table.absent != 0:
         table.warnings.append(f"{table.merged} rows of an image were merged with its first row")
-    return table.subset(np.array(list(first.values())))
+    return table.subset(np.array(list(first.values()), int))
+
+
+def _make_ids_unique(table):
+    """Replace IDs that several images share by the paths of these images below the image folder."""
+    # In data divided into folders, train/1.jpg and test/1.jpg may both be called 1.jpg. A path may
+    # be the ID of another image, which is then replaced too.
+    while shared := {name for name, count in Counter(table.ids).items() if count > 1}:
+        table.ids = [path.removeprefix(f"{table.root}/") if name in shared else name
+                     for name, path in zip(table.ids, table.paths)]
+
+
+def _compare_copies(table):
+    """Add a warning if identical images have different labels."""
+    pairs = []
+    first = {}
+    for row, image in enumerate(table.copies):
+        other = first.setdefault(image, row)
+        if (table.targets[row] + table.targets[other] == 1).any():  # 1 and 0
+            pairs.append(f"{table.ids[other]} and {table.ids[row]}")
+    if pairs:
+        table.warnings.append(f"{len(pairs)} pairs of identical images disagree: "
+                              f"{'; '.join(pairs[:5])}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2162,6 +2246,179 @@ def _read_answer(cell, title, origin):
 
 
 # --------------------------------------------------------------------------------------------------
+# Answers are merged into the labels
+
+
+def _add_answered(table, rounds):
+    """Find the image of each answer, and append a row with no label yet if it has none.
+
+    Args: rounds: the Answers in each file, [[Answer, ...], ...].
+
+    Returns (table, [[(path of the image, Answer), ...] for each file]). Raises InputError.
+    """
+    by_id = {}
+    for name, path in zip(table.ids, table.paths):
+        by_id.setdefault(name, set()).add(path)
+    start = f"{table.root}/"
+    # Cells are read without the blanks around them, but the name of a file may start with one.
+    by_path = {path.removeprefix(start).strip(): path
+               for path in [*table.paths, *(start + name for name in table.unlabelled)]}
+
+    found = []
+    for answers in rounds:
+        images = [_answered_image(answer, by_id, by_path, table) for answer in answers]
+        found.append(list(zip(images, answers)))
+    labelled = set(table.paths)
+    new = {}  # image without a row -> "FILE:LINE" of its first answer
+    for path, answer in chain(*found):
+        if path not in labelled:
+            new.setdefault(path, answer.origin)
+
+    # Without a label file, the answers are the labels, so no row counts as added later.
+    if len(table):
+        table.added = [False] * len(table) + [True] * len(new)
+    table.ids = [*table.ids, *(path.removeprefix(start) for path in new)]
+    table.paths = [*table.paths, *new]
+    table.origins = [*table.origins, *new.values()]
+    for name in ("objects", "parts"):
+        if getattr(table, name):
+            getattr(table, name).extend([""] * len(new))
+    unknown = np.full((len(new), len(table.classes)), np.nan, np.float32)
+    table.targets = np.concatenate([table.targets, unknown])
+    table.unlabelled = [name for name in table.unlabelled if start + name not in new]
+    return table, found
+
+
+def _answered_image(answer, by_id, by_path, table):
+    """Return the path of the image that an answer is about. Raises InputError."""
+    paths = by_id.get(answer.name) or {by_path.get(answer.name)}
+    if len(paths) > 1:
+        both = " or ".join(sorted(path.removeprefix(f"{table.root}/") for path in paths)[:2])
+        raise InputError(f"{answer.origin}: {answer.name} is the ID of several images: write the "
+                         f"path below the image folder instead, such as {both}")
+    path = next(iter(paths))
+    if path is None and answer.name in table.missing:
+        raise InputError(f"{answer.origin}: the image of {answer.name} is missing from "
+                         f"{table.root}: put it back, or remove the line")
+    if path is None:
+        raise InputError(f"{answer.origin}: {answer.name!r} is neither an ID of the label file nor "
+                         f"an image below {table.root}: correct it, or remove the line")
+    return path
+
+
+def _merge_answers(table, rounds, files):
+    """Set the targets to what was answered, file by file, and note what became of them.
+
+    Args: rounds: as _add_answered() returns them; files: their names.
+
+    Raises InputError if an answer contradicts another one, or is about another state of the labels.
+    """
+    before = table.targets.copy()
+    if table.added:
+        _place_added(table)
+        table.before = before
+
+    earlier = {}  # (row, column) -> the Answers of earlier files
+    for file, answers in zip(files, rounds):
+        counts = Counter()
+        for key, answer in _checked_answers(table, answers, before, earlier).items():
+            counts[_kind_of_change(table.targets[key], answer.answer)] += 1
+            table.targets[key] = answer.answer
+            earlier.setdefault(key, []).append(answer)
+
+        added = len({answer.origin for _, answer in answers} & {*table.origins})
+        table.notes.append(f"answers: {file}: "
+                           + ", ".join(f"{counts[kind]} {kind}" for kind in CHANGES)
+                           + f"; {added} rows added" * (added > 0))
+
+
+def _checked_answers(table, answers, before, earlier):
+    """Return the answers of a file, checked, as a dict {(row, column of targets): Answer}.
+
+    Args: as in _merge_answers(); before: the targets without any answers.
+    """
+    row_of = {path: row for row, path in enumerate(table.paths)}
+    column_of = {name: c for c, name in enumerate(table.classes)}
+    checked = {}
+    for path, answer in answers:
+        if path not in row_of:
+            raise InputError(f"{answer.origin}: --drop-overlap removed the row of {answer.name}: "
+                             "remove this line too")
+        if answer.label not in column_of:
+            raise InputError(f"{answer.origin}: {answer.label!r} is no class (the classes are "
+                             f"{shortened(table.classes)}): correct it, or remove the line")
+        row = row_of[path]
+        key = row, column_of[answer.label]
+        first = checked.setdefault(key, answer)
+        place = "without a row" if not table.added or table.added[row] else table.origins[row]
+        _check_answer(answer, first, earlier.get(key, []), before[key], place)
+    return checked
+
+
+def _check_answer(answer, first, earlier, before, place):
+    """Raise InputError if an answer contradicts another one, or is about another given label.
+
+    Args:
+        first: the first answer in the same file about this label.
+        earlier: the answers about it in earlier files.
+        before: the label without any answers.
+        place: "FILE:LINE" of that label.
+    """
+    # The question may have been asked before or after the answers of earlier files were merged.
+    given, said, old, *made = _cells_of([answer.given, answer.answer, before,
+                                         *(one.answer for one in earlier)])
+    if given not in (old, *made):
+        raise InputError(f"{answer.origin}: {answer.label} of {answer.name} was {given} when the "
+                         f"question was asked, but is {[old, *made][-1]} now ({place}): answer it "
+                         "again, or remove the line")
+
+    # An earlier answer may be changed only by someone who was shown it.
+    shown = made and given == made[-1] != old
+    for other in [first] if shown or not made else [first, earlier[-1]]:
+        [also] = _cells_of([other.answer])
+        if said != also:
+            raise InputError(f"{answer.origin}: {answer.label} of {answer.name} is answered "
+                             f"{said}, but {also} at {other.origin}: remove one of the two lines")
+
+
+CHANGES = ("confirmed", "changed", "filled in", "set to unknown")
+
+
+def _kind_of_change(old, new):
+    """Return which of CHANGES an answer is."""
+    old, new = _cells_of([old, new])
+    if old == new:
+        return "confirmed"
+    if old == "NA":
+        return "filled in"
+    return "set to unknown" if new == "NA" else "changed"
+
+
+def _place_added(table):
+    """Set the parts of the rows that answers added, if the data has a split of its own.
+
+    Such a row is in the part of an identical image, or that its folder names, or in train.
+    """
+    if any(table.parts):
+        images = table.copies or table.paths
+        parts = [_part_of_folder(image.removeprefix(table.root)) or "train" if added else part
+                 for image, part, added in zip(images, table.parts, table.added)]
+        table.parts = _follow_copies(table, np.array(parts)).tolist()
+
+
+def _follow_copies(table, parts):
+    """Return the parts (N,), but for rows that answers added that of an identical older image."""
+    images = table.copies or table.paths
+    part_of = {image: part for image, part, added in zip(images, parts, table.added) if not added}
+    return np.array([part_of.get(image, part) if added else part
+                     for image, part, added in zip(images, parts, table.added)])
+
+
+# --------------------------------------------------------------------------------------------------
+# Splits
+
+
+# --------------------------------------------------------------------------------------------------
 # Splits
 
 
@@ -2171,7 +2428,8 @@ def split(table, ratios=(0.7, 0.15, 0.15), method="stratified", seed=0):
     Args:
         table: a LabelTable. An existing split (table.parts) is kept: rows without a part are
             divided among the splits that have none, and val is taken from train if the data has no
-            val.
+            val. Answers change nothing: labels count as they were before, and rows that answers
+            added join train, or the split of an identical image.
         ratios: three numbers >= 0, relative to their sum; only that of test may be 0.
         method: "stratified" is the iterative stratification of Sechidis, Tsoumakas & Vlahavas
             (2011), "On the Stratification of Multi-Label Data", on the known positives, so that
@@ -2183,6 +2441,13 @@ def split(table, ratios=(0.7, 0.15, 0.15), method="stratified", seed=0):
     ratios = np.array(ratios, float)
     if len(ratios) != 3 or not np.isfinite(ratios).all() or ratios.min() < 0 or ratios[:2].min() == 0:
         raise InputError("--split takes three ratios, train, val and test; only the last may be 0")
+    if any(table.added):
+        old = np.flatnonzero(~np.array(table.added))
+        part = np.array([PARTS.index(name or "train") for name in table.parts or [""] * len(table)])
+        for k, rows in enumerate(split(table.subset(old), ratios, method, seed)):
+            part[old[rows]] = k
+        part = _follow_copies(table, part)
+        return [np.flatnonzero(part == k) for k in range(3)]
 
     # -1 stands for a row without a part, which is to be divided.
     part = np.array([PARTS.index(name) if name else -1 for name in table.parts or [""] * len(table)])
@@ -2205,7 +2470,16 @@ def split(table, ratios=(0.7, 0.15, 0.15), method="stratified", seed=0):
 
 
 def divide(table, ratios, method="stratified", seed=0):
-    """Return the part of each row (N,), dividing as split() does, but into any number of parts."""
+    """Return the part of each row (N,), dividing as split() does, but into any number of parts.
+
+    Rows that answers added are in no part, -1, unless an identical image is in one.
+    """
+    if any(table.added):
+        old = np.flatnonzero(~np.array(table.added))
+        part = np.full(len(table), -1)
+        part[old] = divide(table.subset(old), ratios, method, seed)
+        return _follow_copies(table, part)
+
     ratios = np.asarray(ratios, float) / np.sum(ratios)
     units = _units(table)
     sizes = np.bincount(units)
@@ -2225,8 +2499,9 @@ def divide(table, ratios, method="stratified", seed=0):
         part[order] = np.searchsorted(np.cumsum(ratios)[:-1], done, side="right")
     else:
         # Unknown labels count as absent here: only known positives are spread.
-        positives = np.zeros((len(sizes), table.targets.shape[1]))
-        np.add.at(positives, units, np.nan_to_num(table.targets))
+        targets = table.targets if table.before is None else table.before
+        positives = np.zeros((len(sizes), targets.shape[1]))
+        np.add.at(positives, units, np.nan_to_num(targets))
         part = _stratified_parts(positives, sizes, ratios, rng)
 
     # With tiny data a split may be empty: it gets a unit of the largest one.
@@ -2833,8 +3108,9 @@ def _class_lines(table, most):
     for name, positive, negative in zip(table.classes, positives, negatives):
         known = positive + negative
         share = f"{positive / known:10.1%}" if known else f"{'n/a':>10}"
-        full = math.ceil(20 * positive / len(table))  # rounded up, so that a single positive shows
-        bar = "#" * full + "-" * (math.ceil(20 * known / len(table)) - full)
+        # Rounded up, so that a single positive shows. A folder without labels has no rows.
+        full = math.ceil(20 * positive / max(1, len(table)))
+        bar = "#" * full + "-" * (math.ceil(20 * known / max(1, len(table))) - full)
         rows.append(f"{name:{width}} {positive:9} {negative:9} {len(table) - known:7} {share}  {bar:20}  "
                     f"{group_of.get(name, '')}".rstrip())
 

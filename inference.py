@@ -473,7 +473,8 @@ def _held_out(table, parts):
 
 def _files_read(options, data, table):
     """List the files that --evaluate and --calibrate read, which --out must not replace."""
-    named = [name for name in (options.labels, options.label_groups, options.image_list) if name]
+    named = [options.labels, options.label_groups, options.image_list, *options.answers]
+    named = [name for name in named if name]
     names = [*named, "label_groups.json", "classes.txt", "classes.json"]  # may be inside DATA
     label_files = {origin.rpartition(":")[0] for origin in table.origins}
     models = [] if options.calibrate else options.model  # a model may be recalibrated in place

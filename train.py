@@ -1314,7 +1314,8 @@ def save_state(run):
     classifier = run.classifier
     content = {
         "format": inference.FORMAT, "options": classifier.options, "classes": classifier.classes,
-        "splits": splits_digest(run.tables), "precision": precision_name(classifier.precision),
+        "splits": splits_digest(run.tables), "images": images_digest(run.tables),
+        "precision": precision_name(classifier.precision),
         "state": dict(vars(run.state)), "fresh": list(run.fresh),
         "trained_on": classifier.trained_on, "network": run.member.network.state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -1335,6 +1336,14 @@ def splits_digest(tables):
     return digest.hexdigest()
 
 
+def images_digest(tables):
+    """Return a fingerprint of which image is in which split, whatever its labels."""
+    # Rows that answers added do not count: without these answers the splits are the same.
+    names = [[name for row, name in enumerate(table.ids) if not (table.added and table.added[row])]
+             for table in tables.values()]
+    return hashlib.sha256(repr(names).encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def read_state(options, tables):
     """Return the content of last.pth, and warn about options that differ from those in it.
 
@@ -1346,7 +1355,11 @@ def read_state(options, tables):
     content = inference.read_checkpoint(path)
     names = ("state", "optimizer", "scaler", "network", "random", "precision")
     inference.check_content(path, content, names, "last.pth")
-    if content["classes"] != tables["train"].classes or content["splits"] != splits_digest(tables):
+    before = {"answers": []} | content["options"]  # older versions had no --answers
+    same_classes = content["classes"] == tables["train"].classes
+    if not same_classes or content["splits"] != splits_digest(tables):
+        if same_classes and content.get("images") == images_digest(tables):
+            raise other_labels(options, before, path)
         raise InputError(f"--resume: {path} is of other splits or labels: "
                          "give the same data and seed, or a new --out")
     if "fresh" not in content:
@@ -1354,7 +1367,7 @@ def read_state(options, tables):
                          "layers without weights: resume it with that version, or start again "
                          "without --resume")
 
-    before, epoch = content["options"], content["state"]["epoch"]
+    epoch = content["state"]["epoch"]
     changed = {name: value for name, value in vars(options).items() if before.get(name) != value}
     for name in ("backbone", "head"):
         if name in changed:
@@ -1372,6 +1385,19 @@ def read_state(options, tables):
     if epoch > options.epochs:
         print_warning(f"--epochs {options.epochs}: {epoch} epochs are trained already")
     return content
+
+
+def other_labels(options, before, path):
+    """Return the InputError of a run that is resumed with other labels of the same images.
+
+    Args: before: the options of the run so far; path: its last.pth.
+    """
+    then, now = (" ".join(files) or "none" for files in (before["answers"], options.answers))
+    what, again = "", "the same labels"
+    if then != now:
+        what, again = f" (--answers {then} then, {now} now)", "the same answers"
+    return InputError(f"--resume: the labels are not those that {path} was trained with{what}: "
+                      f"give {again}, or start again without --resume, or in another --out")
 
 
 def check_comparable(options, before, path):
@@ -1448,7 +1474,7 @@ def cross_validate(options, tables):
     pool, out = tables["train"], Path(options.out)
     folders = [out / f"fold_{k + 1}" for k in range(options.folds)]
     parts = dataset.divide(pool, [1] * options.folds, options.split_method, options.seed)
-    sizes = np.bincount(parts)
+    sizes = np.bincount(parts[parts >= 0])  # all folds train on rows that answers added, in part -1
     check_batches(options, len(pool) - sizes.max(), sizes.min())
     for k in range(options.folds):
         check_val(options, pool.targets[parts == k])
@@ -1660,11 +1686,12 @@ def files_read(options, tables, names):
         paths.update(str(path) for path in table.paths if os.path.basename(path) in names)
     reads = {os.path.realpath(path): f"{path}, which the run reads," for path in paths}
 
-    given = ["labels", "label_groups", "image_list"]
+    given = [(name, getattr(options, name)) for name in ("labels", "label_groups", "image_list")]
+    given += [("answers", name) for name in options.answers]
     if options.folds or not options.resume:  # a resumed run does not read them
-        given.append("weights")
-    for option in given:
-        if value := getattr(options, option):  # a label file may be given relative to DATA
+        given.append(("weights", options.weights))
+    for option, value in given:
+        if value:  # a label file may be given relative to DATA
             path = Path(value) if option == "weights" or Path(value).exists() else data / value
             reads[os.path.realpath(path)] = f"--{option.replace('_', '-')} {value}"
     return reads
