@@ -1335,7 +1335,7 @@ REVIEW_CARDS = 200  # as many as a person answers in a quarter of an hour
 REVIEW_BYTES = 5_000_000  # of the page: it can be sent by mail, and a phone opens it at once
 REVIEW_SIDES = (960, 640, 480, 360, 280, 200, 140)  # pixels of the longer side of the images
 REVIEW_GENERATOR = "inference.py, review page"  # by which a file says that write_review() wrote it
-GLOW_SIDE = 28  # pixels of a heatmap on the page: four for each cell of the 7 x 7 that it comes from
+GLOW_SIDE = 28  # pixels of heatmaps on the page, which come from 7 x 7 cells
 
 
 def write_review(path, questions, heat=None, title="Review labels"):
@@ -1367,7 +1367,7 @@ def write_review(path, questions, heat=None, title="Review labels"):
         known = "NA" if math.isnan(given) else str(int(given))
         rows.append([name, label, known, f"{probability:.4f}", places[file]])
 
-    # The browser keeps the answers under this key, so that they never answer another page's questions.
+    # The browser keeps the answers under this key, so that they never meet another page's questions.
     key = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
     if heat:
         for row, card in zip(rows, cards):
@@ -1489,7 +1489,8 @@ REVIEW_PAGE = r"""<!DOCTYPE html>
 /* The stage takes what the rest leaves. The frame is the largest box in it that has the shape of
    the image; the heatmap, which is square, is stretched to it. */
 .lr-stage { flex: 1; min-height: 120px; display: grid; place-items: center; container-type: size; }
-.lr-frame { position: relative; aspect-ratio: var(--ratio); width: min(100cqw, 100cqh * var(--ratio)); }
+.lr-frame { position: relative; aspect-ratio: var(--ratio);
+  width: min(100cqw, 100cqh * var(--ratio)); }
 .lr-frame img { position: absolute; width: 100%; height: 100%; }
 .lr-gray { filter: grayscale(1); }
 .lr-frame p { height: 100%; display: grid; place-items: center; padding: 16px; text-align: center;
@@ -1514,7 +1515,7 @@ REVIEW_PAGE = r"""<!DOCTYPE html>
 @media (max-width: 900px) { .lr-head h1 { display: none; } }
 @media (max-width: 600px) {
   .lr-page .lr-head p, .lr-page .lr-head button { font-size: 14px; }
-  .lr-head select { order: 1; flex: 1 0 40%; }
+  .lr-head select { order: 1; flex: 1 0 40%; min-width: 0; }
 }
 @media (max-height: 520px) and (min-width: 600px) {  /* a phone on its side */
   .lr-alone .lr-body { flex-direction: row; }
@@ -1537,7 +1538,9 @@ REVIEW_PAGE = r"""<!DOCTYPE html>
 
   <div class="lr-body">
     <div class="lr-stage">
-      <div class="lr-frame"><img class="lr-photo"><img class="lr-heat"><p class="lr-reason"></p></div>
+      <div class="lr-frame">
+        <img class="lr-photo"><img class="lr-heat"><p class="lr-reason"></p>
+      </div>
     </div>
     <div class="lr-end">
       <h2 class="lr-result" aria-live="polite"></h2>
@@ -1776,8 +1779,10 @@ python train.py --data DATA --answers answers.csv</pre>
     });
   }
 
-  window.addEventListener("storage", () => { load(); render(); });  // the page in another tab
-  window.addEventListener("beforeunload", event => { if (unsaved && !kept) event.preventDefault(); });
+  window.addEventListener("storage", () => { load(); render(); });  // answers in another tab
+  window.addEventListener("beforeunload", event => {
+    if (unsaved && !kept) event.preventDefault();
+  });
   start();
 })();
 </script>
