@@ -14,10 +14,12 @@ To deploy a model, copy dataset.py, inference.py and model.pth. --evaluate and -
 metrics.py.
 """
 
+import base64
 import contextlib
 import copy
 import csv
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -28,6 +30,7 @@ import re
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -1358,9 +1361,8 @@ def draw_heatmap(image, heat):
     grey = image.convert("L").convert("RGB")
     heat = Image.fromarray(heat).resize(image.size, Image.Resampling.BILINEAR)
     values = np.asarray(heat).clip(0, 1)
-    glow = ImageOps.colorize(Image.fromarray((255 * values).astype(np.uint8)), "yellow", "red")
-    opacity = Image.fromarray((170 * values).astype(np.uint8))  # up to 170 of 255: two thirds
-    grey.paste(glow, mask=opacity)
+    glow = _glow(values)
+    grey.paste(glow, mask=glow)
 
     if values.any():
         y, x = np.unravel_index(values.argmax(), values.shape)
@@ -1368,6 +1370,13 @@ def draw_heatmap(image, heat):
         ring = (x - radius, y - radius, x + radius, y + radius)
         ImageDraw.Draw(grey).ellipse(ring, outline="white", width=max(1, round(radius / 4)))
     return grey
+
+
+def _glow(values):
+    """Return a heatmap (H, W) as an RGBA image: the higher, the redder and the less transparent."""
+    glow = ImageOps.colorize(Image.fromarray((255 * values).astype(np.uint8)), "yellow", "red")
+    glow.putalpha(Image.fromarray((170 * values).astype(np.uint8)))  # up to 170 of 255: two thirds
+    return glow
 
 
 def mistakes_sheet(table, probabilities, thresholds, count=24):
@@ -1418,6 +1427,470 @@ def _describe_mistakes(table, row, names, probabilities, predicted, mistakes):
     if np.isnan(targets).any():
         lines.append((f"NA: {dataset.list_names(names, np.isnan(targets))}", dataset.GREY))
     return lines
+
+
+# --------------------------------------------------------------------------------------------------
+# The review page
+
+
+REVIEW_CARDS = 200  # as many as a person answers in a quarter of an hour
+REVIEW_BYTES = 5_000_000  # of the page: it can be sent by mail, and a phone opens it at once
+REVIEW_SIDES = (960, 640, 480, 360, 280, 200, 140)  # pixels of the longer side of the images
+REVIEW_GENERATOR = "inference.py, review page"  # by which a file says that write_review() wrote it
+GLOW_SIDE = 28  # pixels of heatmaps on the page, which come from 7 x 7 cells
+
+
+def write_review(path, questions, heat=None, title="Review labels"):
+    """Write a page on which a person answers questions about single labels, as one HTML file.
+
+    The page contains the images, and needs no other file and no network. It hands out the answers
+    as a file answers.csv for dataset.read_answers().
+
+    Args:
+        path: the HTML file. Of existing files, only an earlier review page is replaced.
+        questions: a list of dataset.Question, of which the first REVIEW_CARDS are on the page.
+        heat: None, or a function that takes a Question and returns a heatmap, float32 (S, S) from
+            0 to 1, or all 0 if no region was found. It is called once per card.
+        title: the heading of the page.
+
+    Raises InputError if another file would be replaced.
+    """
+    if os.path.isdir(path) or (os.path.isfile(path) and not is_review(path)):
+        raise InputError(f"{path} exists and is not a review page: name another --out")
+
+    # An image is embedded once, even if several cards show it.
+    cards = questions[:REVIEW_CARDS]
+    places = {file: i for i, file in enumerate(dict.fromkeys(card.path for card in cards))}
+    with ThreadPoolExecutor(default_workers()) as pool:
+        images = list(pool.map(_encode_image, places))
+
+    rows = []
+    for name, file, label, given, probability in cards:
+        known = "NA" if math.isnan(given) else str(int(given))
+        rows.append([name, label, known, f"{probability:.4f}", places[file]])
+
+    # The browser keeps the answers under this key, so that they never meet another page's questions.
+    key = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    if heat:
+        for row, card in zip(rows, cards):
+            _, readable, _ = images[places[card.path]]
+            row.append(_encode_heat(heat(card)) if readable else "")
+
+    # Images are as large as the limit allows. Photographs of 200 cards mostly get 360 pixels, and
+    # noise, which compresses worst, 280, so the smallest sizes are a reserve.
+    data = {"title": title, "key": key, "total": len(questions), "cards": rows}
+    for side in REVIEW_SIDES:
+        data["images"] = [{"ratio": ratio, "file": files.get(side), "reason": reason}
+                          for ratio, files, reason in images]
+        page = REVIEW_PAGE.replace("{{GENERATOR}}", REVIEW_GENERATOR)
+        page = page.replace("{{DATA}}", _to_script(data))
+        if len(page) <= REVIEW_BYTES:
+            break
+    dataset.write_text(path, [page])
+
+
+def is_review(path):
+    """Return True if a file is a page that write_review() wrote."""
+    try:
+        with open(path, "rb") as file:
+            return f'name="generator" content="{REVIEW_GENERATOR}"'.encode() in file.read(1000)
+    except OSError:
+        return False
+
+
+def _encode_image(path):
+    """Encode an image as JPEG files of all REVIEW_SIDES, or tell why it cannot be read.
+
+    Returns: width / height, {side: base64}, which is empty if it cannot be read, and the reason.
+    """
+    try:
+        image = dataset.load_image(path, within=REVIEW_SIDES[0])
+    except ImageError as error:
+        reason = str(error).removeprefix(f"{dataset.image_name(path)}: ")
+        return 4 / 3, {}, reason
+
+    ratio = image.width / image.height
+    files = {}
+    for side in REVIEW_SIDES:
+        image.thumbnail((side, side), Image.Resampling.BILINEAR)
+        files[side] = _to_base64(image, "JPEG", quality=75, comment="")  # Pillow keeps comments
+    return ratio, files, ""
+
+
+def _encode_heat(heat):
+    """Encode a heatmap as a small transparent PNG file in base64, or as "" if it is all 0."""
+    if not heat.any():
+        return ""
+    small = Image.fromarray(heat).resize((GLOW_SIDE, GLOW_SIDE), Image.Resampling.BILINEAR)
+    return _to_base64(_glow(np.asarray(small)), "PNG", optimize=True)
+
+
+def _to_base64(image, kind, **options):
+    """Return a PIL image as an image file in base64. options: those of Image.save()."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _to_script(value):
+    """Return a value as ASCII JSON that no browser takes for markup, whatever the names in it."""
+    text = json.dumps(value)
+    for letter in "<>&":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return text
+
+
+# The placeholders are {{GENERATOR}} and {{DATA}}. In a notebook the page is part of another
+# document, so its classes start with lr-, and it has no ids and no styles for html or body.
+REVIEW_PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="generator" content="{{GENERATOR}}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+ style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>Review labels</title>
+<style>
+.lr-page {
+  --ink: #1b1e22; --muted: #59616b; --paper: #fff; --panel: #f1f3f5; --line: #c9ced4;
+  --accent: #1a5fb4; --on-accent: #fff;
+  color-scheme: light dark; box-sizing: border-box; height: 680px; padding: 10px 16px;
+  display: flex; flex-direction: column; gap: 8px; outline: none;
+  font: 16px/1.4 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+}
+@media (prefers-color-scheme: dark) {
+  .lr-page { --ink: #e7eaee; --muted: #a3acb7; --paper: #15181b; --panel: #22262b; --line: #454c54;
+    --accent: #8ab8f2; --on-accent: #10151b; }
+}
+/* A page of its own fills the window; the frames of notebooks grow with their content instead. */
+.lr-alone { position: fixed; inset: 0; height: auto; overflow: auto; }
+
+.lr-page * { box-sizing: border-box; }
+.lr-page [hidden] { display: none; }
+.lr-page p, .lr-page h1, .lr-page h2 { margin: 0; }
+.lr-page button, .lr-page select { min-height: 44px; padding: 0 14px; border: 1px solid var(--line);
+  border-radius: 8px; font: inherit; color: var(--ink); background: var(--panel); }
+.lr-page button { cursor: pointer; touch-action: manipulation; }
+.lr-page button:disabled { opacity: .45; cursor: default; }
+.lr-page button[aria-pressed=true], .lr-end button {
+  color: var(--on-accent) !important; background: var(--accent) !important; }
+.lr-page :focus-visible:not(main) { outline: 3px solid var(--accent); outline-offset: 2px; }
+.lr-page kbd { margin-left: 8px; padding: 0 4px; border: 1px solid; border-radius: 4px;
+  font: 12px ui-monospace, monospace; color: inherit; background: none; pointer-events: none; }
+@media (pointer: coarse) { .lr-page kbd { display: none; } }
+
+.lr-head { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 12px; }
+.lr-head h1 { font-size: 16px; font-weight: 600; }
+.lr-head select { max-width: 13em; text-overflow: ellipsis; }
+.lr-head .lr-progress { margin-right: auto; }
+.lr-track { height: 3px; flex: none; background: var(--line); }
+.lr-bar { height: 100%; background: var(--accent); }
+.lr-body { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: 8px; }
+
+/* The stage takes what the rest leaves. The frame is the largest box in it that has the shape of
+   the image; the heatmap, which is square, is stretched to it. */
+.lr-stage { flex: 1; min-height: 120px; display: grid; place-items: center; container-type: size; }
+.lr-frame { position: relative; aspect-ratio: var(--ratio);
+  width: min(100cqw, 100cqh * var(--ratio)); }
+.lr-frame img { position: absolute; width: 100%; height: 100%; }
+.lr-gray { filter: grayscale(1); }
+.lr-frame p { height: 100%; display: grid; place-items: center; padding: 16px; text-align: center;
+  background: var(--panel); }
+
+.lr-side { display: flex; flex-direction: column; justify-content: center; gap: 8px; }
+.lr-card { text-align: center; overflow-wrap: anywhere; }
+.lr-card h2 { font-size: 22px; font-weight: 400; line-height: 1.25; }
+.lr-card span { display: inline-block; margin: 0 8px; color: var(--muted); }
+.lr-card b { font-weight: 600; white-space: nowrap; color: var(--ink); }
+.lr-card .lr-name { font-size: 13px; color: var(--muted); }
+.lr-row { display: flex; gap: 8px; width: 100%; max-width: 640px; margin: 0 auto; }
+.lr-row button { flex: 1 0 0; padding: 0 2px; }
+.lr-answers button { min-height: 54px; font-weight: 600; }
+.lr-side footer { font-size: 12px; text-align: center; color: var(--muted); }
+
+.lr-end { flex: 1; display: flex; flex-direction: column; align-items: center;
+  justify-content: center; gap: 14px; text-align: center; }
+.lr-end pre { margin: 0; padding: 12px; max-width: 100%; text-align: left; white-space: pre-wrap;
+  font: 13px/1.6 ui-monospace, monospace; color: var(--ink); background: var(--panel); }
+
+@media (max-width: 900px) { .lr-head h1 { display: none; } }
+@media (max-width: 600px) {
+  .lr-page .lr-head p, .lr-page .lr-head button { font-size: 14px; }
+  .lr-head select { order: 1; flex: 1 0 40%; min-width: 0; }
+}
+@media (max-height: 520px) and (min-width: 600px) {  /* a phone on its side */
+  .lr-alone .lr-body { flex-direction: row; }
+  .lr-alone .lr-body > * { flex: 1; }
+}
+</style>
+</head>
+<body>
+<main class="lr-page" tabindex="-1" data-lm-suppress-shortcuts="true">
+  <header class="lr-head">
+    <h1 class="lr-title"></h1>
+    <p class="lr-progress" role="status"></p>
+    <select class="lr-kind" aria-label="kind"></select>
+    <select class="lr-class" aria-label="class"></select>
+    <button type="button" data-do="download">Download answers.csv</button>
+  </header>
+  <noscript>This page needs JavaScript: open the file in a browser.</noscript>
+  <div class="lr-track"><div class="lr-bar"></div></div>
+  <p class="lr-note" role="note">This browser keeps nothing: download before you close the page.</p>
+
+  <div class="lr-body">
+    <div class="lr-stage">
+      <div class="lr-frame">
+        <img class="lr-photo"><img class="lr-heat"><p class="lr-reason"></p>
+      </div>
+    </div>
+    <div class="lr-end">
+      <h2 class="lr-result" aria-live="polite"></h2>
+      <button type="button" data-do="download">Download answers.csv</button>
+      <p>Merge the answers into a new label file, or train with them at once:</p>
+      <pre>python dataset.py DATA --answers answers.csv --out labels_new.csv
+python train.py --data DATA --answers answers.csv</pre>
+    </div>
+
+    <div class="lr-side">
+      <div class="lr-card" aria-live="polite">
+        <h2>Is there <strong class="lr-label"></strong>?</h2>
+        <p><span>the file says: <b class="lr-given"></b></span>
+          <span>the network says: <b class="lr-guess"></b></span></p>
+        <p class="lr-name"></p>
+      </div>
+      <div class="lr-row lr-answers">
+        <button type="button" data-do="present">present<kbd>1</kbd></button>
+        <button type="button" data-do="absent">absent<kbd>0</kbd></button>
+        <button type="button" data-do="unknown">unknown<kbd>u</kbd></button>
+      </div>
+      <div class="lr-row">
+        <button type="button" data-do="back">back<kbd>&larr;</kbd></button>
+        <button type="button" data-do="clear">clear<kbd>c</kbd></button>
+        <button type="button" data-do="heatmap">heatmap<kbd>h</kbd></button>
+        <button type="button" data-do="skip">skip<kbd>&rarr;</kbd></button>
+      </div>
+      <footer>This file contains the images. <span class="lr-total"></span></footer>
+    </div>
+  </div>
+  <script type="application/json" class="lr-data">{{DATA}}</script>
+</main>
+<script>
+(() => {
+  "use strict";
+
+  // A notebook may show several pages, and runs the script of each after adding its elements.
+  const page = [...document.querySelectorAll(".lr-page:not(.lr-started)")].pop();
+  const alone = page.parentElement === document.body;
+  page.classList.add("lr-started", ...(alone ? ["lr-alone"] : []));
+  const find = name => page.querySelector(".lr-" + name);
+  const button = name => page.querySelector(`[data-do=${name}]`);
+
+  const data = JSON.parse(find("data").textContent);
+  const cards = data.cards.map(([name, label, given, probability, image, heat]) =>
+    ({name, label, given, probability, image: data.images[image], heat, answer: ""}));
+  const kindOf = one => one.given === "NA" ? "questions" : "suspects";
+  const words = new Map([["1", "present"], ["0", "absent"], ["NA", "unknown"]]);
+
+  let shown = cards;  // the cards that the filters let through
+  let card = null;  // the current card; null on the end screen
+  let trail = [];  // the cards that were current before it
+  let heated = false;  // true while heatmaps are wanted
+  let kept = false;  // true if the browser keeps the answers
+  let unsaved = false;  // true if there are answers that were not downloaded
+
+  function start() {
+    find("title").textContent = data.title;
+    if (alone) document.title = data.title;
+    if (data.total > cards.length) {
+      find("total").textContent = `It asks the first ${cards.length} of ${data.total} questions.`;
+    }
+    addOptions(find("kind"), "all kinds", cards.map(kindOf));
+    addOptions(find("class"), "all classes", cards.map(one => one.label));
+    find("kind").hidden = new Set(cards.map(kindOf)).size < 2;
+    button("heatmap").hidden = !cards.some(one => one.heat);
+
+    load();
+    save();  // tells whether the browser keeps anything
+    filter();
+    render();
+    if (alone) page.focus();  // in a notebook, the focus belongs to somebody else
+  }
+
+  function addOptions(select, all, values) {
+    select.append(new Option(`${all} (${values.length})`));
+    for (const value of [...new Set(values)].sort()) {
+      const count = values.filter(other => other === value).length;
+      select.append(new Option(`${value} (${count})`, "=" + value));  // "=" tells it from "all"
+    }
+  }
+
+  // Answers in the browser. localStorage may be missing, switched off or full, or hold anything.
+  const key = "label-review " + data.key;
+
+  function load() {
+    try {
+      const answers = JSON.parse(localStorage.getItem(key));
+      cards.forEach((one, i) => { one.answer = words.has(answers[i]) ? answers[i] : ""; });
+    } catch { }
+  }
+
+  function save() {
+    try {
+      localStorage.setItem(key, JSON.stringify(cards.map(one => one.answer)));
+      kept = true;
+    } catch {
+      kept = false;
+    }
+  }
+
+  // What the buttons do
+  const actions = {present: () => answer("1"), absent: () => answer("0"),
+    unknown: () => answer("NA"), clear: () => answer(""), skip, back,
+    heatmap: () => { heated = !heated; }, download};
+
+  function answer(value) {
+    card.answer = value;
+    unsaved = true;
+    save();
+    if (value) skip();
+  }
+
+  function skip() {
+    const place = shown.indexOf(card);
+    trail.push(card);
+    card = [...shown.slice(place + 1), ...shown.slice(0, place)].find(one => !one.answer) || null;
+  }
+
+  function back() {
+    card = previous();
+    trail.pop();
+  }
+
+  function previous() {
+    const place = card ? shown.indexOf(card) : shown.length;
+    return trail[trail.length - 1] || shown[place - 1];
+  }
+
+  function filter() {
+    const [kind, label] = ["kind", "class"].map(name => find(name).value);
+    shown = cards.filter(one => (!kind.startsWith("=") || kind === "=" + kindOf(one))
+      && (!label.startsWith("=") || label === "=" + one.label));
+    trail = [];
+    card = shown.find(one => !one.answer) || null;
+  }
+
+  function download() {
+    const quote = text => /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+    const rows = [["ID", "label", "given", "probability", "answer"], ...cards.map(one =>
+      [one.name, one.label, one.given, one.probability, one.answer])];
+    const text = rows.map(row => row.map(quote).join(",") + "\n").join("");
+
+    // In names that are not UTF-8, Python has the lone surrogate U+DCxx for the byte xx.
+    const pieces = text.split(/([\udc80-\udcff])/u).map((piece, i) =>
+      i % 2 ? Uint8Array.of(piece.charCodeAt(0) - 0xdc00) : piece);
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob(pieces, {type: "text/csv"}));
+    link.download = "answers.csv";
+    link.click();
+    unsaved = false;
+  }
+
+  // Show the current card, or the end screen.
+  function render() {
+    const done = cards.filter(one => one.answer).length;
+    find("progress").textContent = `${done} of ${cards.length} answered`;
+    find("bar").style.width = `${100 * done / (cards.length || 1)}%`;
+    find("note").hidden = kept;
+
+    find("stage").hidden = find("card").hidden = find("answers").hidden = !card;
+    find("end").hidden = Boolean(card);
+    for (const [value, name] of words) {
+      button(name).disabled = !card;
+      button(name).setAttribute("aria-pressed", Boolean(card) && card.answer === value);
+    }
+    button("clear").disabled = !card || !card.answer;
+    button("skip").disabled = !card;
+    button("back").disabled = !previous();
+    button("heatmap").disabled = !card || !card.heat;
+    card ? renderCard() : renderEnd();
+  }
+
+  function renderCard() {
+    const probability = Number(card.probability), sure = Math.max(probability, 1 - probability);
+    const percent = sure < 0.995 ? `${Math.round(100 * sure)} %` : "over 99 %";
+    find("label").textContent = card.label;
+    find("given").textContent = words.get(card.given);
+    find("guess").textContent = `${probability < 0.5 ? "absent" : "present"}, ${percent}`;
+    find("name").textContent = card.name;
+
+    const {ratio, file, reason} = card.image, glows = Boolean(heated && card.heat);
+    find("frame").style.setProperty("--ratio", ratio);
+    find("reason").hidden = Boolean(file);
+    find("reason").textContent = `This image cannot be shown: ${reason}`;
+    show(find("photo"), file && "data:image/jpeg;base64," + file, card.name);
+    show(find("heat"), glows && "data:image/png;base64," + card.heat, `heatmap of ${card.label}`);
+    find("photo").classList.toggle("lr-gray", glows);
+    button("heatmap").setAttribute("aria-pressed", heated);
+  }
+
+  function show(picture, source, text) {
+    picture.hidden = !source;
+    picture.alt = text;
+    if (source) picture.src = source;
+  }
+
+  function renderEnd() {
+    const count = shown.length, open = shown.filter(one => !one.answer).length;
+    const these = count < cards.length ? "of these " : "";
+    find("result").textContent = !count ? "There is nothing to answer here"
+      : open ? `${count - open} of ${count} are answered: "back" shows the one that is left`
+      : `All ${count} ${these}are answered: download the answers`;
+  }
+
+  // Buttons and keys. A key presses its button, so that it works where the button does.
+  page.addEventListener("click", event => {
+    const action = event.target.closest("button") && actions[event.target.dataset.do];
+    if (!action) return;
+    action();
+    render();
+
+    // A button that was pressed may be gone now, and the keys must not go with it.
+    const focused = document.activeElement;
+    if (!page.contains(focused) || focused.disabled || focused.closest("[hidden]")) page.focus();
+  });
+
+  const keys = {1: "present", y: "present", p: "present", 0: "absent", n: "absent", a: "absent",
+    u: "unknown", "?": "unknown", ArrowLeft: "back", b: "back", ArrowRight: "skip", s: "skip",
+    c: "clear", h: "heatmap"};
+
+  (alone ? document : page).addEventListener("keydown", event => {
+    const name = keys[event.key] || keys[event.key.toLowerCase()];  // for Caps Lock
+    if (!name || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.repeat || event.target.closest("select")) return;  // selects take letters themselves
+    event.preventDefault();
+    event.stopPropagation();  // a notebook has keys of its own
+    button(name).click();
+  });
+
+  for (const name of ["kind", "class"]) {
+    find(name).addEventListener("change", () => {
+      filter();
+      render();
+      page.focus();  // else the next key would choose another option
+    });
+  }
+
+  window.addEventListener("storage", () => { load(); render(); });  // answers in another tab
+  window.addEventListener("beforeunload", event => {
+    if (unsaved && !kept) event.preventDefault();
+  });
+  start();
+})();
+</script>
+</body>
+</html>
+"""
 
 
 # --------------------------------------------------------------------------------------------------
