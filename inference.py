@@ -1455,9 +1455,7 @@ def write_review(path, questions, heat=None, title="Review labels"):
 
     Raises InputError if another file would be replaced.
     """
-    if os.path.isdir(path) or (os.path.isfile(path) and not is_review(path)):
-        raise InputError(f"{path} exists and is not a review page: name another --out")
-
+    refuse_other_page(path)
     # An image is embedded once, even if several cards show it.
     cards = questions[:REVIEW_CARDS]
     places = {file: i for i, file in enumerate(dict.fromkeys(card.path for card in cards))}
@@ -1487,6 +1485,12 @@ def write_review(path, questions, heat=None, title="Review labels"):
         if len(page) <= REVIEW_BYTES:
             break
     dataset.write_text(path, [page])
+
+
+def refuse_other_page(path):
+    """Raise InputError if there is a file at `path` that is not a page of write_review()."""
+    if os.path.isdir(path) or (os.path.isfile(path) and not is_review(path)):
+        raise InputError(f"{path} exists and is not a review page: name another --out")
 
 
 def is_review(path):
@@ -2041,14 +2045,6 @@ def stack_charts(charts, columns, title=""):
         row, column = divmod(place, columns)
         image.paste(chart, (column * width, top + row * height))
     return image
-
-
-def refuse_other_page(path):
-    pass
-
-
-def write_review(path, questions, heat=None, title=""):
-    Path(path).write_text("page")
 
 
 if __name__ == "__main__":
