@@ -77,14 +77,14 @@ def test_the_most_suspicious_labels_are_printed_and_are_on_a_page(folded, tmp_pa
 
 def test_at_most_a_thousand_labels_are_suspicious_and_unknown_ones_are_not():
     rng = np.random.default_rng(0)
-    targets = rng.integers(0, 2, (400, 6)).astype(np.float32)
+    targets = rng.integers(0, 2, (500, 6)).astype(np.float32)
     targets[:, 5] = np.nan
-    names = [str(row) for row in range(400)]
+    names = [str(row) for row in range(500)]
     table = dataset.LabelTable(names, names, targets, list("abcdef"))
-    probabilities = rng.random((400, 6))
+    probabilities = rng.random((500, 6))
+    assert (metrics.label_quality(targets, probabilities) < 0.5).sum() > 1100
     suspects = train.find_suspects(table, probabilities)
-    assert len(suspects) == 1000 < (metrics.label_quality(targets[:, :5], probabilities[:, :5]) < 0.5).sum() + 100
-    assert {one.label for one in suspects} == set("abcde")
+    assert len(suspects) == 1000 and {one.label for one in suspects} == set("abcde")
     assert suspects == sorted(suspects, key=lambda one: -abs(one.given - one.probability))
     table.targets[:] = np.nan
     assert train.find_suspects(table, probabilities) == []
@@ -327,7 +327,8 @@ def test_questions_replace_no_answers_and_no_file_that_is_read_or_of_another_kin
 
 
 def test_several_models_and_mirrored_images_are_averaged(trained, partly, tmp_path):
-    folder = partly({i: ["NA", *ALL_KNOWN[i % 2][1:]] for i in range(12)}, parts=dict.fromkeys(range(12), "train"))
+    parts = dict.fromkeys(range(12), "train") | {10: "val", 11: "test"}
+    folder = partly({i: ["NA", *ALL_KNOWN[i % 2][1:]] for i in range(12)}, parts=parts)
     model = trained[0] / "model.pth"
     asked = ask(folder, model, tmp_path / "q.csv", "--model", model, "--tta")
     classifier = inference.load_model(model)
@@ -335,7 +336,7 @@ def test_several_models_and_mirrored_images_are_averaged(trained, partly, tmp_pa
     for row in asked:
         p = inference.predict(classifier, folder / "images" / f"{row['ID']}.jpg")[0, 0]
         assert math.isclose(float(row["probability"]), p, abs_tol=1e-3)
-    assert len(asked) == 12
+    assert len(asked) == 10
 
 
 def test_questions_are_the_same_on_a_second_run(trained, demo, tmp_path):
