@@ -32,15 +32,17 @@ RUN = ["--epochs", "2", "--lr", "3e-3", *SMALL]
 FOLD_FILES = {"model.pth", "last.pth", "classes.json", "label_groups.json", "thresholds.json", "predictions.csv",
               "probabilities.csv", "train_metadata.csv", "val_metadata.csv", "loss_curve.png", "history.csv",
               "metrics.json", "config.json", "pr_curves.png", "predictions.png", "reliability.png"}
-OUT_FILES = FOLD_FILES - {"last.pth", "val_metadata.csv", "loss_curve.png", "history.csv"}
+OUT_FILES = {"suspects.csv", "review.html"} | FOLD_FILES - {
+    "last.pth", "val_metadata.csv", "loss_curve.png", "history.csv"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def blank_charts(trained):
-    """Let runs draw no charts. `trained` comes first, as other tests look at the charts of its run."""
+    """Let runs draw no charts and no heatmaps. `trained` comes first, as other tests look at the charts of its run."""
     with pytest.MonkeyPatch.context() as patch:
         for module, name in CHARTS:
             patch.setattr(module, name, lambda *_: Image.new("RGB", (1, 1)))
+        patch.setattr(inference, "heatmaps", lambda _, image, labels: np.zeros((len(labels), 8, 8), np.float32))
         yield
 
 
