@@ -276,7 +276,7 @@ def add_data_options(parser):
     add("--labels", metavar="FILE", help="label file, or folder of .cls files (default: search DATA)")
     add("--images", metavar="DIR", help="image folder (default: DATA/images if it exists, else DATA)")
     add("--answers", action="append", default=[], metavar="FILE", help="CSV file of answers about "
-        "single labels, to be merged into the labels; can be repeated, in the order of the answers")
+        "single labels, which are merged into the labels; can be repeated, the oldest file first")
 
     # What columns mean, where the titles do not tell.
     add("--label-groups", metavar="FILE",
@@ -376,7 +376,7 @@ def _table_files(folder):
     """Return the files in a folder that can be tables of labels, sorted."""
     files = [path for path in folder.glob("*.*") if path.is_file()]
     return sorted(path for path in files if path.suffix.lower() in (".txt", ".csv", ".tsv")
-                  and not path.name.startswith("._")  # macOS keeps attributes in ._NAME
+                  and not path.name.startswith(".")  # such as ._NAME, where macOS keeps attributes
                   and not holds_questions(path))
 
 
@@ -2224,9 +2224,10 @@ def _add_answered(table, rounds):
     for name, path in zip(table.ids, table.paths):
         by_id.setdefault(name, set()).add(path)
     start = f"{table.root}/"
+    by_path = {path.removeprefix(start): path for path in table.paths}
+    by_path |= {name: start + name for name in table.unlabelled}
     # Cells are read without the blanks around them, but the name of a file may start with one.
-    by_path = {path.removeprefix(start).strip(): path
-               for path in [*table.paths, *(start + name for name in table.unlabelled)]}
+    by_path = {name.strip(): path for name, path in by_path.items()} | by_path
 
     found = []
     for answers in rounds:
@@ -2314,7 +2315,8 @@ def _checked_answers(table, answers, before, earlier):
         row = row_of[path]
         key = row, column_of[answer.label]
         first = checked.setdefault(key, answer)
-        place = "without a row" if not table.added or table.added[row] else table.origins[row]
+        # Rows that answers created have no line of their own in a label file.
+        place = table.origins[row] if table.added and not table.added[row] else "it has no row"
         _check_answer(answer, first, earlier.get(key, []), before[key], place)
     return checked
 
@@ -2326,7 +2328,7 @@ def _check_answer(answer, first, earlier, before, place):
         first: the first answer in the same file about this label.
         earlier: the answers about it in earlier files.
         before: the label without any answers.
-        place: "FILE:LINE" of that label.
+        place: where that label is, for messages.
     """
     # The question may have been asked before or after the answers of earlier files were merged.
     given, said, old, *made = _cells_of([answer.given, answer.answer, before,
@@ -2381,10 +2383,6 @@ def _follow_copies(table, parts):
 
 
 # --------------------------------------------------------------------------------------------------
-# Splits
-
-
-# --------------------------------------------------------------------------------------------------
 # All labels in one table
 
 
@@ -2416,11 +2414,13 @@ def _write_table(options, table):
     if table.missing:
         lines.append(f"left out: {len(table.missing)} rows whose image is missing")
     if table.groups and not (options.label_groups or (data_dir / "label_groups.json").is_file()):
-        lines.append(f"warning: the groups {', '.join(table.groups)} are not in {out}: to keep them, save "
-                     f"this as {data_dir / 'label_groups.json'}: {json.dumps(table.groups)}")
+        groups_file = data_dir / "label_groups.json"
+        lines.append(f"warning: the groups {', '.join(table.groups)} are not in {out}: to keep "
+                     f"them, save this as {groups_file}: "
+                     f"{json.dumps(table.groups, ensure_ascii=False)}")
     if table.added and not any(table.parts):
-        lines.append(f"runs with {out} divide the images anew: to compare with earlier runs, give the "
-                     "answers with --answers instead")
+        lines.append(f"runs with {out} divide the images anew: to compare with earlier runs, give "
+                     "the answers with --answers instead")
     command = ["python", "train.py", "--data", options.data, "--labels", options.out]
     for name, value in how.items():
         command += [f"--{name.replace('_', '-')}", value] if value else []
@@ -2432,7 +2432,7 @@ def _refuse_to_lose(options, table, folder):
     data_dir = Path(options.data)
     files = _choose_files(options.labels, data_dir, folder, required=False).values()
     named = filter(None, [options.label_groups, options.image_list, *options.answers])
-    given = [path for name in named for path in (name, data_dir / name)]  # an option may be about either
+    given = [path for name in named for path in (name, data_dir / name)]  # options may mean either
     refuse_to_replace("--out", options.out, [*files, *given, *filter(None, [_class_file(data_dir)]),
                                              *table.paths])
     if holds_questions(options.out):
@@ -2452,7 +2452,7 @@ def _table_rows(table, ids, group):
 
 
 def _ids_in(out, table, folder):
-    """Return the IDs for a label file `out`: those of the table, or paths where these fail there."""
+    """Return the IDs for a label file `out`: those of the table, or paths where these fail."""
     place, part_of_file, _ = _place_of(str(out), folder)
     ids = []
     for row, (name, path) in enumerate(zip(table.ids, table.paths)):
@@ -2468,7 +2468,7 @@ def _ids_in(out, table, folder):
 
 
 def _misreading(out, rows, table, data_dir, how):
-    """Say what is wrong if a label file of these rows is not read as the table. Returns "" if it is."""
+    """Say why a label file of these rows would not be read as the table. Returns "" if it would."""
     # Written beside it, since paths may be relative to the folder of a label file.
     trial = out.with_name(f".{out.stem}.trial.csv")
     try:
@@ -2488,7 +2488,7 @@ def _misreading(out, rows, table, data_dir, how):
             "split": again.parts == (table.parts if any(table.parts) else []),
             "labels": np.array_equal(again.targets, table.targets, equal_nan=True)}
     wrong = [what for what, equal in same.items() if not equal]
-    return f"its {' and '.join(wrong)} would be others: give its columns other names" if wrong else ""
+    return f"it would have other {' and '.join(wrong)}: give its columns other names" * bool(wrong)
 
 
 # --------------------------------------------------------------------------------------------------

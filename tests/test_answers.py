@@ -381,8 +381,8 @@ def test_answers_that_a_spreadsheet_saved_are_read(folder, program):
 
 
 def test_ids_and_labels_with_any_letters_are_answered(tmp_path):
-    names = ["a, b.jpg", 'the "best".jpg', " blank.jpg", "Größe/é.jpg", "new\nline.jpg"]
-    draw_images(tmp_path / "images", names)
+    names = ["a, b.jpg", 'the "best".jpg', " blank.jpg", "c.jpg", "Größe/é.jpg", "new\nline.jpg"]
+    draw_images(tmp_path / "images", [*names, " c.jpg"])
     questions = [dataset.Question(name, "", 'rust, "deep"', math.nan, 0.5) for name in names]
     dataset.write_questions(tmp_path / "answers.csv", questions)
     with open(tmp_path / "answers.csv", newline="") as file:
@@ -549,6 +549,17 @@ def test_a_folder_of_cls_files_becomes_a_table(tmp_path):
     path = write_answers(tmp_path, "train/b.jpg,dent,NA,1", "val/a,rust,1,0", "train/a.jpg,dent,0,1")
     out = write_table(tmp_path, "--answers", path)
     assert out.read_text() == "ID,rust,dent\ntrain/a,1,1\nval/a,0,1\ntrain/b.jpg,NA,1\n"
+
+
+def test_a_name_that_no_text_file_can_hold_is_an_error(tmp_path, capsys):
+    images = ["a.jpg", b"\xff.jpg".decode("utf-8", "surrogateescape")]
+    draw_images(tmp_path / "images", images)
+    (tmp_path / "labels").mkdir()
+    for name in images:
+        (tmp_path / "labels" / name).with_suffix(".cls").write_text("0\n")
+    error = refused(capsys, dataset.main, tmp_path, "--out", tmp_path / "new.csv")
+    assert f"--out {tmp_path / 'new.csv'} would not be read" in error and "new.csv:3: byte 0xff" in error
+    assert not (tmp_path / "new.csv").exists()
 
 
 def test_a_table_replaces_no_file_that_is_read_or_holds_answers(folder, capsys):
