@@ -3,6 +3,7 @@
     python dataset.py data/                     # show what a data folder holds
     python dataset.py data/ --check             # also decode every image and list identical ones
     python dataset.py data/ --sheet sheet.png   # also draw a sample of the images with their labels
+    python dataset.py data/ --answers answers.csv --out labels_new.csv  # merge answers into a table
     python dataset.py --demo data/demo          # write the demo data
 
     table = dataset.read_labels("data/")        # a LabelTable; targets are 1, 0, or NaN where unknown
@@ -115,6 +116,7 @@ def main(argv=None):
     table = read_labels(options.data, **data_options(options))
     if options.sheet:
         refuse_to_replace("--sheet", options.sheet, table.paths)
+    written = _write_table(options, table) if options.out else ""
     print_text(summary(table, options.data, most=10**9 if options.all else 30))
     print_text(f"\n{pairs_summary(table)}\n\n{images_summary(table)}")
 
@@ -123,6 +125,8 @@ def main(argv=None):
         print_text(f"drawn: {options.sheet}")
     if options.check:
         _check_images(table)
+    if written:
+        print_text(f"\n{written}")
     return table
 
 
@@ -136,6 +140,7 @@ def _parse_options(argv):
     add("--all", action="store_true", help="show all classes, even if there are many")
     add("--sheet", metavar="FILE.png", help="draw a sample of the images with their labels")
     add("--check", action="store_true", help="decode every image; list bad and identical images")
+    add("--out", metavar="FILE.csv", help="write all labels, with those of --answers, as one table")
     add("--demo", metavar="DIR", help="write the demo data into DIR")
     add("--seed", type=number(int), default=0, help="random seed of the demo data")
     options = parser.parse_args(argv)
@@ -147,6 +152,8 @@ def _parse_options(argv):
                          "data folder? Write the folder first: dataset.py DATA --ignore COLUMN ...")
     if options.sheet and not options.sheet.lower().endswith(".png"):
         raise InputError(f"--sheet {options.sheet} is a PNG file: name a file that ends in .png")
+    if options.out and not options.out.lower().endswith(".csv"):
+        raise InputError(f"--out {options.out} is a CSV file: name a file that ends in .csv")
     options.data = options.data or "data"
     return options
 
@@ -269,7 +276,7 @@ def add_data_options(parser):
     add("--labels", metavar="FILE", help="label file, or folder of .cls files (default: search DATA)")
     add("--images", metavar="DIR", help="image folder (default: DATA/images if it exists, else DATA)")
     add("--answers", action="append", default=[], metavar="FILE", help="CSV file of answers about "
-        "single labels, to be merged into the labels; can be repeated, in the order of the answers")
+        "single labels, which are merged into the labels; can be repeated, the oldest file first")
 
     # What columns mean, where the titles do not tell.
     add("--label-groups", metavar="FILE",
@@ -369,7 +376,7 @@ def _table_files(folder):
     """Return the files in a folder that can be tables of labels, sorted."""
     files = [path for path in folder.glob("*.*") if path.is_file()]
     return sorted(path for path in files if path.suffix.lower() in (".txt", ".csv", ".tsv")
-                  and not path.name.startswith("._")  # macOS keeps attributes in ._NAME
+                  and not path.name.startswith(".")  # such as ._NAME, where macOS keeps attributes
                   and not holds_questions(path))
 
 
@@ -2260,9 +2267,10 @@ def _add_answered(table, rounds):
     for name, path in zip(table.ids, table.paths):
         by_id.setdefault(name, set()).add(path)
     start = f"{table.root}/"
+    by_path = {path.removeprefix(start): path for path in table.paths}
+    by_path |= {name: start + name for name in table.unlabelled}
     # Cells are read without the blanks around them, but the name of a file may start with one.
-    by_path = {path.removeprefix(start).strip(): path
-               for path in [*table.paths, *(start + name for name in table.unlabelled)]}
+    by_path = {name.strip(): path for name, path in by_path.items()} | by_path
 
     found = []
     for answers in rounds:
@@ -2350,7 +2358,8 @@ def _checked_answers(table, answers, before, earlier):
         row = row_of[path]
         key = row, column_of[answer.label]
         first = checked.setdefault(key, answer)
-        place = "without a row" if not table.added or table.added[row] else table.origins[row]
+        # Rows that answers created have no line of their own in a label file.
+        place = table.origins[row] if table.added and not table.added[row] else "it has no row"
         _check_answer(answer, first, earlier.get(key, []), before[key], place)
     return checked
 
@@ -2362,15 +2371,17 @@ def _check_answer(answer, first, earlier, before, place):
         first: the first answer in the same file about this label.
         earlier: the answers about it in earlier files.
         before: the label without any answers.
-        place: "FILE:LINE" of that label.
+        place: where that label is, for messages.
     """
     # The question may have been asked before or after the answers of earlier files were merged.
     given, said, old, *made = _cells_of([answer.given, answer.answer, before,
                                          *(one.answer for one in earlier)])
     if given not in (old, *made):
+        now = [old, *made][-1]
+        remedy = ("if this file was merged into the labels already, leave it out" if said == now
+                  else "answer it again, or remove the line")
         raise InputError(f"{answer.origin}: {answer.label} of {answer.name} was {given} when the "
-                         f"question was asked, but is {[old, *made][-1]} now ({place}): answer it "
-                         "again, or remove the line")
+                         f"question was asked, but is {now} now ({place}): {remedy}")
 
     # An earlier answer may be changed only by someone who was shown it.
     shown = made and given == made[-1] != old
@@ -2415,7 +2426,112 @@ def _follow_copies(table, parts):
 
 
 # --------------------------------------------------------------------------------------------------
-# Splits
+# All labels in one table
+
+
+def _write_table(options, table):
+    """Write all labels to --out, and return what there is to say about it.
+
+    Raises InputError, and writes nothing, if the file could not be read back as the same labels.
+    """
+    data_dir, out = Path(options.data), Path(options.out)
+    folder = ImageFolder(table.root, data_dir, guessed=not options.images)
+    _refuse_to_lose(options, table, folder)
+    how = {"images": options.images, "group": options.group, "label_groups": options.label_groups}
+    if np.isnan(table.targets).any() and not (table.targets == 0).any():
+        how["unknown"] = "NA"  # without a 0, NA could mean absent
+
+    # IDs without a folder can be misunderstood beside the split: does train mean the folder train?
+    paths = [path.removeprefix(f"{table.root}/") for path in table.paths]
+    for ids in (_ids_in(out, table, folder), paths):
+        rows = _table_rows(table, ids, options.group)
+        problem = _misreading(out, rows, table, data_dir, how)
+        if not problem:
+            break
+    else:
+        raise InputError(f"--out {out} would not be read as the same labels: {problem}")
+    write_csv(out, rows)
+
+    # The end of the output is what people read.
+    lines = [note for note in table.notes if note.startswith("answers: ")]
+    if table.missing:
+        lines.append(f"left out: {len(table.missing)} rows whose image is missing")
+    if table.groups and not (options.label_groups or (data_dir / "label_groups.json").is_file()):
+        groups_file = data_dir / "label_groups.json"
+        lines.append(f"warning: the groups {', '.join(table.groups)} are not in {out}: to keep "
+                     f"them, save this as {groups_file}: "
+                     f"{json.dumps(table.groups, ensure_ascii=False)}")
+    if table.added and not any(table.parts):
+        lines.append(f"runs with {out} divide the images anew: to compare with earlier runs, give "
+                     "the answers with --answers instead")
+    command = ["python", "train.py", "--data", options.data, "--labels", options.out]
+    for name, value in how.items():
+        command += [f"--{name.replace('_', '-')}", value] if value else []
+    return "\n".join([*lines, f"written: {out}; next: {shlex.join(command)}"])
+
+
+def _refuse_to_lose(options, table, folder):
+    """Raise InputError if --out is a file that was read, or one that may hold answers."""
+    data_dir = Path(options.data)
+    files = _choose_files(options.labels, data_dir, folder, required=False).values()
+    named = filter(None, [options.label_groups, options.image_list, *options.answers])
+    given = [path for name in named for path in (name, data_dir / name)]  # options may mean either
+    refuse_to_replace("--out", options.out, [*files, *given, *filter(None, [_class_file(data_dir)]),
+                                             *table.paths])
+    if holds_questions(options.out):
+        raise InputError(f"--out {options.out} holds questions, and maybe answers: choose another")
+
+
+def _table_rows(table, ids, group):
+    """Return the rows of a table (lists of cells) with all labels, the titles first."""
+    columns = [("ID", ids)]
+    if table.objects:
+        columns.append((group, table.objects))
+    if any(table.parts):
+        columns.append(("split", table.parts))
+    titles, cells = zip(*columns)
+    labels = map(_cells_of, table.targets.tolist())
+    return [[*titles, *table.classes], *([*start, *end] for *start, end in zip(*cells, labels))]
+
+
+def _ids_in(out, table, folder):
+    """Return the IDs for a label file `out`: those of the table, or paths where these fail."""
+    place, part_of_file, _ = _place_of(str(out), folder)
+    ids = []
+    for row, (name, path) in enumerate(zip(table.ids, table.paths)):
+        image = path.removeprefix(f"{folder.root}/")
+        part = table.parts[row] if any(table.parts) else part_of_file
+        # A name may be relative to the folder of the old label file.
+        try:
+            found, *_ = folder.find(name, str(out), place, part)
+        except InputError:
+            found = None
+        ids.append(name if found == image else image)
+    return ids
+
+
+def _misreading(out, rows, table, data_dir, how):
+    """Say why a label file of these rows would not be read as the table. Returns "" if it would."""
+    # Written beside it, since paths may be relative to the folder of a label file.
+    trial = out.with_name(f".{out.stem}.trial.csv")
+    try:
+        write_csv(trial, rows)
+        again = read_labels(data_dir, labels=trial, **how)
+    except InputError as error:
+        return str(error).replace(str(trial), str(out))
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink()
+
+    lost = [name for name in table.classes if name not in again.classes]
+    if lost:
+        return f"a column {lost[0]!r} is no class there: give this class another name"
+    same = {"classes": again.classes == table.classes, "images": again.paths == table.paths,
+            "objects": again.objects == table.objects,
+            "split": again.parts == (table.parts if any(table.parts) else []),
+            "labels": np.array_equal(again.targets, table.targets, equal_nan=True)}
+    wrong = [what for what, equal in same.items() if not equal]
+    return f"it would have other {' and '.join(wrong)}: give its columns other names" * bool(wrong)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,11 +5,14 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from test_layouts import LAYOUTS, READ, READ_OPTIONS, folder_of, write_layout
 
 import dataset
-from conftest import draw_images, known_rows
+import inference
+import train
+from conftest import SMALL, draw_images, files_of, known_rows, read_json, read_rows, refused
 from dataset import InputError
 
 NA = None
@@ -95,7 +98,7 @@ def test_every_id_of_rows_that_were_merged_may_be_answered(folder):
     (["e.jpg,rust,NA,1"], "2: 'e.jpg' is neither an ID of the label file nor an image below"),
     (["gone.jpg,rust,NA,1"], "2: the image of gone.jpg is missing"),
     (["a.jpg,crack,NA,1"], "2: 'crack' is no class (the classes are rust, dent)"),
-    (["a.jpg,rust,0,1"], "2: rust of a.jpg was 0 when the question was asked, but is 1 now"),
+    (["a.jpg,rust,0,NA"], "2: rust of a.jpg was 0 when the question was asked, but is 1 now"),
     (["b.jpg,rust,NA,1"], "2: rust of b.jpg was NA when the question was asked, but is 0 now"),
     (["new.jpg,rust,0,1"], "2: rust of new.jpg was 0 when the question was asked, but is NA now"),
     (["a.jpg,rust,1,0", "b.jpg,rust,0,1", "a.jpg,rust,1,1"], "4: rust of a.jpg is answered 1, but 0 at"),
@@ -108,6 +111,13 @@ def test_an_answer_that_cannot_be_merged_is_an_error_with_its_line(folder, lines
     message = error_of(folder, *lines)
     assert message.startswith(reason)
     assert any(remedy in message for remedy in ("remove the line", "remove one of the two", "write 1, 0 or NA"))
+
+
+def test_answers_that_were_merged_into_the_label_file_already_are_told(folder):
+    path = write_answers(folder, "a.jpg,rust,1,0", "b.jpg,dent,NA,1")
+    write_table(folder, "--answers", path).replace(folder / "labels.csv")
+    with pytest.raises(InputError, match=r"answers.csv:2: .* if this file was merged into the labels already"):
+        dataset.read_labels(folder, answers=path)
 
 
 def test_a_contradiction_names_both_lines_and_the_same_answer_twice_is_fine(folder):
@@ -371,8 +381,8 @@ def test_answers_that_a_spreadsheet_saved_are_read(folder, program):
 
 
 def test_ids_and_labels_with_any_letters_are_answered(tmp_path):
-    names = ["a, b.jpg", 'the "best".jpg', " blank.jpg", "Größe/é.jpg", "new\nline.jpg"]
-    draw_images(tmp_path / "images", names)
+    names = ["a, b.jpg", 'the "best".jpg', " blank.jpg", "c.jpg", "Größe/é.jpg", "new\nline.jpg"]
+    draw_images(tmp_path / "images", [*names, " c.jpg"])
     questions = [dataset.Question(name, "", 'rust, "deep"', math.nan, 0.5) for name in names]
     dataset.write_questions(tmp_path / "answers.csv", questions)
     with open(tmp_path / "answers.csv", newline="") as file:
@@ -380,3 +390,324 @@ def test_ids_and_labels_with_any_letters_are_answered(tmp_path):
     dataset.write_csv(tmp_path / "answers.csv", [dataset.ANSWER_COLUMNS, *rows])
     table = dataset.read_labels(tmp_path, answers=tmp_path / "answers.csv")
     assert known_rows(table) == {name: [1] for name in names} and table.classes == ['rust, "deep"']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A table of all labels
+
+
+def assert_same_labels(a, b):
+    """Check that two LabelTables have the same images in the same order, with the same labels, objects and parts."""
+    assert a.paths == b.paths and a.classes == b.classes
+    np.testing.assert_array_equal(a.targets, b.targets)
+    assert a.objects == b.objects
+    assert (a.parts if any(a.parts) else []) == (b.parts if any(b.parts) else [])
+
+
+def write_table(folder, *options, out="labels_new.csv"):
+    """Run `dataset.py FOLDER --out FILE` and return the path of the file."""
+    dataset.main([str(folder), "--out", str(folder / out), *map(str, options)])
+    return folder / out
+
+
+def written(capsys):
+    """Return the last lines of the output, from the answers on."""
+    lines = capsys.readouterr().out.splitlines()
+    return lines[len(lines) - lines[::-1].index("") :]
+
+
+def test_a_table_of_all_labels_is_written_with_the_answers(folder, capsys):
+    (folder / "labels.csv").write_text(LABELS + "gone.jpg,1,1\n")
+    path = write_answers(folder, "a.jpg,rust,1,0", "sub/d.jpg,dent,NA,1")
+    out = write_table(folder, "--answers", path)
+    assert out.read_text() == "ID,rust,dent\na.jpg,0,0\nb.jpg,0,NA\nsub/c.jpg,NA,1\nsub/d.jpg,NA,1\n"
+    assert written(capsys) == [
+        f"answers: {path}: 0 confirmed, 1 changed, 1 filled in, 0 set to unknown; 1 rows added",
+        "left out: 1 rows whose image is missing",
+        f"runs with {out} divide the images anew: to compare with earlier runs, give the answers with "
+        "--answers instead",
+        f"written: {out}; next: python train.py --data {folder} --labels {out}"]
+    assert_same_labels(dataset.read_labels(folder, labels=out), dataset.read_labels(folder, answers=path))
+    assert sorted(file.name for file in folder.iterdir()) == ["answers.csv", "images", "labels.csv", "labels_new.csv"]
+    assert known_rows(dataset.read_labels(folder)) == {"a.jpg": [1, 0], "b.jpg": [0, NA], "sub/c.jpg": [NA, 1]}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("place", ["", "tables/"])
+def test_every_layout_is_written_as_a_table_that_reads_the_same(tmp_path, monkeypatch, name, place):
+    layout = LAYOUTS[name]
+    write_layout(tmp_path, layout)
+    monkeypatch.chdir(tmp_path)
+    table = dataset.read_labels(tmp_path, **layout.options)
+    options = [f"--{option.replace('_', '-')}={value}" for option, value in layout.options.items()]
+    out = write_table(tmp_path, *options, out=f"{place}labels_new.csv")
+    groups = {"label_groups": layout.options["label_groups"]} if "label_groups" in layout.options else {}
+    again = dataset.read_labels(tmp_path, labels=out, **groups)
+    assert_same_labels(again, table)
+
+
+@pytest.mark.parametrize("case", READ)
+def test_every_kind_of_cells_is_written_as_a_table_that_reads_the_same(tmp_path, case):
+    folder_of(tmp_path, READ[case][0])
+    options = [f"--{name}={value}" for name, value in READ_OPTIONS.get(case, {}).items()]
+    table = dataset.read_labels(tmp_path, **READ_OPTIONS.get(case, {}))
+    assert_same_labels(dataset.read_labels(tmp_path, labels=write_table(tmp_path, *options)), table)
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(st.data())
+def test_a_table_with_objects_and_a_split_reads_the_same(tmp_path_factory, data):
+    draw = data.draw
+    folder = tmp_path_factory.mktemp("table")
+    images = ["a.jpg", "b c.jpg", "sub/a.jpg", "sub/é, f.png", "7.png"]
+    draw_images(folder / "images", images)
+    titles = st.sampled_from(["rust", "deep, dent", "split", "10", "is_valid", "ID", "fold", "label", "Größe", 'a "b"'])
+    classes = draw(st.lists(titles, min_size=1, max_size=3, unique=True))
+    rows = [["image", "who", "set", *classes]]
+    for number, image in enumerate(images):
+        part = dataset.PARTS[number % 3] if number < 3 else draw(st.sampled_from([*dataset.PARTS, ""]))
+        who = draw(st.sampled_from(["", "p1", "7"])) if part == "train" else ""
+        rows.append([image, who, part, *(draw(st.sampled_from(["1", "0", "NA"])) for _ in classes)])
+    dataset.write_csv(folder / "labels.csv", rows)
+    how = draw(st.sampled_from([{"group": "who"}, {}]))
+    ignored = [name for name in ("who", "set") if name not in how.values() and draw(st.booleans())]
+    try:
+        table = dataset.read_labels(folder, ignore=ignored, **how)
+    except InputError:
+        return  # such as a class is_valid beside the split
+    out = folder / "new.csv"
+    try:
+        dataset.main([str(folder), "--out", str(out), *(["--group", "who"] if how else []),
+                      *(f"--ignore={name}" for name in ignored)])
+    except InputError as error:
+        event("refused")
+        assert "--out" in str(error) and "\n" not in str(error) and not out.exists()
+        return
+    event("written")
+    assert sorted(path.name for path in folder.iterdir()) == ["images", "labels.csv", "new.csv"]
+    unknown = {} if (table.targets == 0).any() else {"unknown": "NA"}
+    assert_same_labels(dataset.read_labels(folder, labels=out, **how, **unknown), table)
+
+
+@pytest.mark.parametrize("labels, classes", [
+    ("is_valid;rust", ["is_valid"]), ("ID;rust", ["ID"]), ("image_id;rust", ["image_id"]), ("rust;Rust ", []),
+    ("split;rust", []), ("name;rust", []), ("1;0;2", []), ("fold;date", []), ("confidence;label", []),
+])
+def test_a_class_that_a_table_cannot_hold_is_an_error(tmp_path, capsys, labels, classes):
+    draw_images(tmp_path / "images", ["a.jpg", "b.jpg"])
+    path = write_answers(tmp_path, *(f"{image},{label},NA,{value}" for label in labels.split(";")
+                                     for image, value in (("a.jpg", 1), ("b.jpg", 0))))
+    table = dataset.read_labels(tmp_path, answers=path)
+    out = tmp_path / "new.csv"
+    if classes:
+        error = refused(capsys, dataset.main, tmp_path, "--answers", path, "--out", out)
+        assert error.startswith(f"error: --out {out} would not be read as the same labels: ")
+        assert classes[0] in error and sorted(files_of(tmp_path)) == ["answers.csv", "images/a.jpg", "images/b.jpg"]
+    else:
+        dataset.main([str(tmp_path), "--answers", str(path), "--out", str(out)])
+        assert_same_labels(dataset.read_labels(tmp_path, labels=out), table)
+
+
+def test_a_table_of_nothing_but_present_labels_says_what_na_means(tmp_path, capsys):
+    draw_images(tmp_path / "images", ["a.jpg", "b.jpg"])
+    path = write_answers(tmp_path, "a.jpg,rust,NA,1", "b.jpg,dent,NA,1")
+    table = dataset.read_labels(tmp_path, answers=path)
+    out = write_table(tmp_path, "--answers", path)
+    assert written(capsys)[-1].endswith(f"--labels {out} --unknown NA")
+    assert_same_labels(dataset.read_labels(tmp_path, labels=out, unknown="NA"), table)
+
+
+def test_columns_of_objects_and_parts_are_kept_and_the_command_names_the_options(tmp_path, capsys):
+    draw_images(tmp_path / "photos", ["1.jpg", "2.jpg", "3.jpg", "4.jpg"])
+    (tmp_path / "labels.txt").write_text("image who rust subset\n1.jpg p1 1 train\n2.jpg p2 0 valid\n3.jpg NA 1 test\n")
+    how = ["--images", tmp_path / "photos", "--group", "who"]
+    out = write_table(tmp_path, *how, "--answers", write_answers(tmp_path, "4.jpg,rust,NA,0"))
+    assert out.read_text() == "ID,who,split,rust\n1.jpg,p1,train,1\n2.jpg,p2,val,0\n3.jpg,,test,1\n4.jpg,,train,0\n"
+    assert written(capsys)[1:] == [f"written: {out}; next: python train.py --data {tmp_path} --labels {out} "
+                                   f"--images {tmp_path / 'photos'} --group who"]
+
+
+def test_groups_that_a_table_cannot_hold_are_told(tmp_path, capsys):
+    draw_images(tmp_path / "images", ["a.jpg", "b.jpg"])
+    (tmp_path / "labels.csv").write_text("ID,components,defects\na.jpg,bolt;nut,rust\nb.jpg,nut,dent\n")
+    out = write_table(tmp_path)
+    groups = '{"components": ["bolt", "nut"], "defects": ["dent", "rust"]}'
+    assert written(capsys)[0] == (f"warning: the groups components, defects are not in {out}: to keep them, save "
+                                  f"this as {tmp_path / 'label_groups.json'}: {groups}")
+    (tmp_path / "label_groups.json").write_text(groups)
+    assert dataset.read_labels(tmp_path, labels=out).groups == dataset.read_labels(tmp_path).groups
+    write_table(tmp_path)
+    assert not any("warning" in line for line in written(capsys))
+
+
+def test_a_folder_of_cls_files_becomes_a_table(tmp_path):
+    draw_images(tmp_path / "images", ["train/a.jpg", "train/b.jpg", "val/a.jpg"])
+    for name, text in (("train/a", "0\n"), ("val/a", "1\n0\n")):
+        (tmp_path / "labels" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "labels" / f"{name}.cls").write_text(text)
+    (tmp_path / "classes.txt").write_text("rust\ndent\n")
+    path = write_answers(tmp_path, "train/b.jpg,dent,NA,1", "val/a,rust,1,0", "train/a.jpg,dent,0,1")
+    out = write_table(tmp_path, "--answers", path)
+    assert out.read_text() == "ID,rust,dent\ntrain/a,1,1\nval/a,0,1\ntrain/b.jpg,NA,1\n"
+
+
+def test_a_name_that_no_text_file_can_hold_is_an_error(tmp_path, capsys):
+    images = ["a.jpg", b"\xff.jpg".decode("utf-8", "surrogateescape")]
+    draw_images(tmp_path / "images", images)
+    (tmp_path / "labels").mkdir()
+    for name in images:
+        (tmp_path / "labels" / name).with_suffix(".cls").write_text("0\n")
+    error = refused(capsys, dataset.main, tmp_path, "--out", tmp_path / "new.csv")
+    assert f"--out {tmp_path / 'new.csv'} would not be read" in error and "new.csv:3: byte 0xff" in error
+    assert not (tmp_path / "new.csv").exists()
+
+
+def test_a_table_replaces_no_file_that_is_read_or_holds_answers(folder, capsys):
+    answers = write_answers(folder, "a.jpg,rust,1,0")
+    (folder / "gone.csv").write_text("image,rust\ngone.jpg,1\n")
+    (folder / "link.csv").symlink_to(folder / "labels.csv")
+    other = write_answers(folder, "a.jpg,rust,1,", name="other.csv")
+    before = files_of(folder)
+    for name, options, reason in (
+            ("labels.csv", [], "is read"), ("link.csv", [], "is read"), ("images", [], ".csv"),
+            ("answers.csv", ["--answers", "answers.csv"], "is read"), ("labels.txt", [], "ends in .csv"),
+            ("other.csv", ["--answers", answers], "holds questions"),
+            ("gone.csv", ["--labels", folder / "gone.csv"], "none of its 1 images")):
+        assert reason in refused(capsys, dataset.main, folder, "--out", folder / name, *options)
+    assert files_of(folder) == before and other.exists()
+
+
+def test_a_label_file_whose_images_are_all_missing_is_not_replaced(tmp_path, capsys):
+    draw_images(tmp_path / "images", ["a.jpg", "b.jpg"])
+    (tmp_path / "train.csv").write_text("image,rust\na.jpg,1\nb.jpg,0\n")
+    (tmp_path / "test.csv").write_text("image,rust\ngone.jpg,1\n")
+    assert "is read" in refused(capsys, dataset.main, tmp_path, "--out", tmp_path / "test.csv")
+
+
+def test_an_older_table_is_replaced_and_a_failure_leaves_it(folder, monkeypatch):
+    out = write_table(folder)
+    again = write_table(folder, "--answers", write_answers(folder, "a.jpg,rust,1,0"))
+    assert again.read_text().splitlines()[1] == "a.jpg,0,0"
+    monkeypatch.setattr(dataset, "_misreading", lambda *_: "something is wrong")
+    with pytest.raises(InputError, match=r"--out .* something is wrong"):
+        write_table(folder)
+    assert out.read_text().splitlines()[1] == "a.jpg,0,0"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and evaluation
+
+
+RUN = ["--epochs", "1", "--lr", "3e-3", *SMALL]
+
+
+@pytest.fixture
+def extended(few_images):
+    """Return the data folder few_images with two more images, and answers about them and about two rows."""
+    draw_images(few_images / "images", [*(f"{i:02}.jpg" for i in range(24)), "new1.png", "new2.png"])
+    for i in range(24):
+        (few_images / "images" / f"{i:02}.jpg").unlink()
+    answers = write_answers(few_images, "new1.png,red,NA,1", "new2.png,tall,NA,0", "00.png,red,0,1", "05.png,tall,0,1")
+    return few_images, answers
+
+
+def splits_of(out):
+    """Return {split: {ID: its labels}} by the files of a run."""
+    return {name: {row.pop("ID"): [*row.values()] for row in read_rows(out / f"{name}_metadata.csv")}
+            for name in dataset.PARTS if (out / f"{name}_metadata.csv").exists()}
+
+
+def test_training_with_answers_divides_as_without_and_trains_on_new_rows(extended, tmp_path):
+    data, answers = extended
+    train.main(["--data", str(data), "--out", str(tmp_path / "a"), *RUN])
+    train.main(["--data", str(data), "--out", str(tmp_path / "b"), *RUN, "--answers", str(answers)])
+    before, after = splits_of(tmp_path / "a"), splits_of(tmp_path / "b")
+    assert {**before["train"], "new1.png": 0, "new2.png": 0}.keys() == after["train"].keys()
+    assert before["val"].keys() == after["val"].keys() and before["test"].keys() == after["test"].keys()
+    labels = after["train"] | after["val"] | after["test"]
+    assert (labels["00.png"], labels["05.png"]) == (["1", "0"], ["1", "1"])
+    assert (labels["new1.png"], labels["new2.png"]) == (["1", "NA"], ["NA", "0"])
+    assert read_json(tmp_path / "b" / "config.json")["answers"] == [str(answers)]
+
+
+def test_folds_train_on_new_rows_and_report_the_same_images(extended, tmp_path):
+    data, answers = extended
+    folds = ["--folds", "2", "--split", "0.7", "0.15", "0.15"]
+    train.main(["--data", str(data), "--out", str(tmp_path / "a"), *RUN, *folds])
+    report = train.main(["--data", str(data), "--out", str(tmp_path / "b"), *RUN, *folds, "--answers", str(answers)])
+    ids = [[row["ID"] for row in read_rows(tmp_path / run / "predictions.csv")] for run in "ab"]
+    assert ids[0] == ids[1] and report["images"] == len(ids[0])
+    for fold in ("fold_1", "fold_2"):
+        before, after = splits_of(tmp_path / "a" / fold), splits_of(tmp_path / "b" / fold)
+        assert after["train"].keys() == {*before["train"], "new1.png", "new2.png"}
+        assert after["val"].keys() == before["val"].keys()
+
+
+@pytest.mark.parametrize("lines, other", [
+    (["00.png,red,0,1"], "new1.png,red,NA,1"), (["new1.png,red,NA,1"], "new1.png,red,NA,0"),
+])
+def test_resume_knows_that_answers_changed(extended, tmp_path, capsys, lines, other):
+    data, _ = extended
+    answers = write_answers(data, *lines)
+    options = ["--data", data, "--out", tmp_path / "out", *RUN]
+    train.main([*map(str, options), "--answers", str(answers)])
+    for now, shown in (([], "none"), (["--answers", write_answers(data, other, name="b.csv")], data / "b.csv")):
+        error = refused(capsys, train.main, *options, "--resume", *now, warns=True)
+        assert f"--resume: the labels are not those that {tmp_path / 'out' / 'last.pth'} was trained with (--answers " \
+               f"{answers} then, {shown} now): give the same answers, or start again without --resume" in error
+    write_answers(data, other)
+    error = refused(capsys, train.main, *options, "--resume", "--answers", answers, warns=True)
+    assert "was trained with: give the same labels" in error
+    error = refused(capsys, train.main, *options, "--resume", "--seed", "1", warns=True)
+    assert "is of other splits" in error
+    write_answers(data, *lines)
+    train.main([*map(str, options), "--resume", "--epochs", "2", "--answers", str(answers)])
+
+
+def test_a_run_of_an_older_version_is_resumed_without_a_word_about_answers(few_images, tmp_path, capsys):
+    options = ["--data", str(few_images), "--out", str(tmp_path / "out"), *RUN]
+    train.main(options)
+    content = inference.read_checkpoint(tmp_path / "out" / "last.pth")
+    del content["images"], content["options"]["answers"]
+    inference.write_checkpoint(tmp_path / "out" / "last.pth", content)
+    capsys.readouterr()
+    train.main([*options, "--resume"])
+    assert "answers" not in capsys.readouterr().err
+    error = refused(capsys, train.main, *options, "--resume", "--seed", "1", warns=True)
+    assert "is of other splits or labels" in error
+
+
+def test_no_output_replaces_answers(extended, tmp_path, capsys, trained):
+    data, answers = extended
+    out = tmp_path / "out"
+    out.mkdir()
+    answers = answers.rename(out / "predictions.csv")
+    error = refused(capsys, train.main, "--data", data, "--out", out, *RUN, "--answers", answers)
+    assert f"--answers {answers} lies in --out" in error
+    before = answers.read_bytes()
+    error = refused(capsys, inference.main, "--model", trained[0] / "model.pth", "--evaluate", data, "--out", answers,
+                    "--answers", answers, warns=True)
+    assert "would replace a file that is read" in error and answers.read_bytes() == before
+    error = refused(capsys, inference.main, data, "--answers", answers)
+    assert "--answers goes with --evaluate or --calibrate" in error
+
+
+def test_an_answer_about_a_test_row_corrects_its_label_and_leaves_it_there(tmp_path):
+    draw_images(tmp_path / "images", ["a.jpg", "b.jpg", "c.jpg"])
+    (tmp_path / "labels.csv").write_text("image,rust,split\na.jpg,1,train\nb.jpg,0,val\nc.jpg,0,test\n")
+    table = dataset.read_labels(tmp_path, answers=write_answers(tmp_path, "c.jpg,rust,0,1"))
+    assert table.parts == ["train", "val", "test"] and known_rows(table)["c.jpg"] == [1]
+    assert [rows.tolist() for rows in dataset.split(table)] == [[0], [1], [2]]
+
+
+def test_answers_reach_images_behind_links(tmp_path):
+    draw_images(tmp_path / "elsewhere", ["a.jpg", "b.jpg"])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "images").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "labels.csv").write_text("image,rust\na.jpg,1\n")
+    path = write_answers(tmp_path, "b.jpg,rust,NA,0")
+    (tmp_path / "data" / "answers.csv").symlink_to(path)
+    table = dataset.read_labels(tmp_path / "data", answers="answers.csv")
+    assert known_rows(table) == {"a.jpg": [1], "b.jpg": [0]}
+    out = write_table(tmp_path / "data", "--answers", path)
+    assert_same_labels(dataset.read_labels(tmp_path / "data", labels=out), table)
