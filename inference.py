@@ -1621,7 +1621,7 @@ REVIEW_PAGE = r"""<!DOCTYPE html>
 @media (max-width: 900px) { .lr-head h1 { display: none; } }
 @media (max-width: 600px) {
   .lr-page .lr-head p, .lr-page .lr-head button { font-size: 14px; }
-  .lr-head select { order: 1; flex: 1 0 40%; min-width: 0; }
+  .lr-head select { order: 1; flex: 1 0 40%; min-width: 0; padding: 0 6px; }
 }
 @media (max-height: 520px) and (min-width: 600px) {  /* a phone on its side */
   .lr-alone .lr-body { flex-direction: row; }
@@ -1718,7 +1718,7 @@ python train.py --data DATA --answers answers.csv</pre>
     save();  // tells whether the browser keeps anything
     filter();
     render();
-    if (alone) page.focus();  // in a notebook, the focus belongs to somebody else
+    if (alone) focus();  // in a notebook, somebody may be typing
   }
 
   function addOptions(select, all, values) {
@@ -1846,10 +1846,11 @@ python train.py --data DATA --answers answers.csv</pre>
 
   function renderEnd() {
     const count = shown.length, open = shown.filter(one => !one.answer).length;
-    const these = count < cards.length ? "of these " : "";
+    const all = count === 1 ? "The only one is" : `All ${count} are`;
+    const others = count < cards.length ? "choose others above, or " : "";
     find("result").textContent = !count ? "There is nothing to answer here"
       : open ? `${count - open} of ${count} are answered: "back" shows the one that is left`
-      : `All ${count} ${these}are answered: download the answers`;
+      : `${all} answered: ${others}download the answers`;
   }
 
   // Buttons and keys. A key presses its button, so that it works where the button does.
@@ -1861,7 +1862,7 @@ python train.py --data DATA --answers answers.csv</pre>
 
     // A button that was pressed may be gone now, and the keys must not go with it.
     const focused = document.activeElement;
-    if (!page.contains(focused) || focused.disabled || focused.closest("[hidden]")) page.focus();
+    if (!page.contains(focused) || focused.disabled || focused.closest("[hidden]")) focus();
   });
 
   const keys = {1: "present", y: "present", p: "present", 0: "absent", n: "absent", a: "absent",
@@ -1877,11 +1878,15 @@ python train.py --data DATA --answers answers.csv</pre>
     button(name).click();
   });
 
+  function focus() {
+    page.focus({preventScroll: true});
+  }
+
   for (const name of ["kind", "class"]) {
     find(name).addEventListener("change", () => {
       filter();
       render();
-      page.focus();  // else the next key would choose another option
+      focus();  // else the next key would choose another option
     });
   }
 
