@@ -171,6 +171,13 @@ def test_a_later_file_that_does_not_know_of_an_answer_must_agree_with_it(folder,
             dataset.read_labels(folder, answers=[first, second])
 
 
+def test_a_later_file_that_may_not_know_of_a_confirmation_must_agree_with_it(folder):
+    first = write_answers(folder, "a.jpg,rust,1,1", name="first.csv")
+    second = write_answers(folder, "a.jpg,rust,1,0", name="second.csv")
+    with pytest.raises(InputError, match=r"second.csv:2: .* answered 0, but 1 at .*first.csv:2: remove one"):
+        dataset.read_labels(folder, answers=[first, second])
+
+
 def test_files_share_the_rows_that_they_add(folder):
     first = write_answers(folder, "new.jpg,rust,NA,0", name="first.csv")
     second = write_answers(folder, "new.jpg,rust,0,1", "new.jpg,dent,NA,1", "sub/d.jpg,rust,NA,1", name="second.csv")
@@ -250,6 +257,15 @@ def test_an_added_row_is_in_the_part_that_its_folder_names(tmp_path):
     table = dataset.read_labels(tmp_path, answers=write_answers(tmp_path, *(f"{name},rust,NA,1" for name in names)))
     assert table.parts == ["train", "val", "test", "test", "val", "train", "train"]
     assert [rows.tolist() for rows in dataset.split(table)] == [[0, 5, 6], [1, 4], [2, 3]]
+
+
+def test_an_added_copy_in_the_folder_of_another_part_follows_the_row(tmp_path):
+    draw_images(tmp_path / "images", ["train/1.jpg", "val/2.jpg", "test/3.jpg", "test/4.jpg"])
+    (tmp_path / "images/test/4.jpg").write_bytes((tmp_path / "images/train/1.jpg").read_bytes())
+    (tmp_path / "labels.csv").write_text("ID,rust\ntrain/1.jpg,1\nval/2.jpg,0\ntest/3.jpg,1\n")
+    path = write_answers(tmp_path, "test/4.jpg,rust,NA,1")
+    table = dataset.read_labels(tmp_path, answers=path, split_column="folder")
+    assert table.parts == ["train", "val", "test", "train"]
 
 
 def test_added_rows_of_one_image_stay_together(tmp_path):
@@ -604,9 +620,7 @@ RUN = ["--epochs", "1", "--lr", "3e-3", *SMALL]
 @pytest.fixture
 def extended(few_images):
     """Return the data folder few_images with two more images, and answers about them and about two rows."""
-    draw_images(few_images / "images", [*(f"{i:02}.jpg" for i in range(24)), "new1.png", "new2.png"])
-    for i in range(24):
-        (few_images / "images" / f"{i:02}.jpg").unlink()
+    draw_images(few_images / "images", ["new1.png", "new2.png"])
     answers = write_answers(few_images, "new1.png,red,NA,1", "new2.png,tall,NA,0", "00.png,red,0,1", "05.png,tall,0,1")
     return few_images, answers
 
