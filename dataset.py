@@ -2163,8 +2163,7 @@ def images_to_ask_about(table, held_out):
     Returns: a table with a row per image, in which a label is NaN if no row of the same image knows
         it. Images that are identical to one held out, or lie in a folder of val or test, are left out.
     """
-    count = len(table.unlabelled)
-    unknown = np.full((count, len(table.classes)), np.nan, np.float32)
+    unknown = np.full((len(table.unlabelled), len(table.classes)), np.nan, np.float32)
     images = LabelTable([*table.ids, *table.unlabelled],
                         [*table.paths, *(f"{table.root}/{name}" for name in table.unlabelled)],
                         np.concatenate([table.targets, unknown]), table.classes)
@@ -2182,6 +2181,11 @@ def images_to_ask_about(table, held_out):
     np.fmax.at(known, group, images.targets)
     images.targets[first] = known
     return images.subset(np.setdiff1d(first, first[group[left_out]]))
+
+
+def can_be_answered(name):
+    """Return True if the name of an image survives a CSV file in UTF-8 with any line ends."""
+    return "\r" not in name and not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def write_questions(path, questions):

@@ -580,6 +580,11 @@ def _find_unknown_labels(classifier, table, options):
         _note(f"--ask: the {len(held_out)} of {len(table)} rows in val or test are left out")
 
     images = dataset.images_to_ask_about(table, held_out)
+    odd = [row for row, name in enumerate(images.ids) if not dataset.can_be_answered(name)]
+    if odd:
+        _note(f"skipped: {len(odd)} images with names that are not UTF-8 or hold line ends, such as "
+              f"{images.ids[odd[0]]!r}: rename them")
+        images = images.subset(np.setdiff1d(np.arange(len(images)), odd))
     images.targets = images.targets[:, [table.classes.index(name) for name in common]]
     images.classes = common
 

@@ -1628,6 +1628,7 @@ def find_suspects(table, probabilities, most=1000):
         nobody checks one by one.
     """
     quality = metrics.label_quality(table.targets, probabilities)
+    quality[[not dataset.can_be_answered(name) for name in table.ids]] = np.nan
     suspicious = np.argwhere(quality < 0.5)  # NaN, for unknown labels, is not
     order = np.argsort(quality[tuple(suspicious.T)], kind="stable")
     return [dataset.Question(table.ids[row], table.paths[row], table.classes[c],

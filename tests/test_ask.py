@@ -1,6 +1,7 @@
 """Which known labels are suspicious, and which unknown ones are worth asking for."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -88,6 +89,20 @@ def test_at_most_a_thousand_labels_are_suspicious_and_unknown_ones_are_not():
     assert suspects == sorted(suspects, key=lambda one: -abs(one.given - one.probability))
     table.targets[:] = np.nan
     assert train.find_suspects(table, probabilities) == []
+
+
+def test_a_name_that_no_csv_file_can_hold_is_not_asked_about(trained, demo, tmp_path, capsys):
+    odd = os.fsdecode(b"caf\xe9.jpg")
+    names = [odd, "a\rb.jpg", "good, really.jpg"]
+    (tmp_path / "new").mkdir()
+    for name, path in zip(names, dataset.read_labels(demo).paths):
+        (tmp_path / "new" / name).symlink_to(path)
+    rows = ask(tmp_path / "new", trained[0] / "model.pth", tmp_path / "q.csv")
+    assert {row["ID"] for row in rows} == {"good, really.jpg"}
+    assert "skipped: 2 images with names that are not UTF-8" in capsys.readouterr().err
+
+    table = dataset.LabelTable(names, names, np.ones((3, 1), np.float32), ["a"])
+    assert [one.name for one in train.find_suspects(table, np.zeros((3, 1)))] == ["good, really.jpg"]
 
 
 @pytest.mark.parametrize("edit", [
