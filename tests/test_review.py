@@ -280,7 +280,10 @@ def test_filters_by_class_and_by_kind(page, three):
     assert [option.text for option in Select(page.find("kind")).options] == [
         "all kinds (3)", "questions (1)", "suspects (2)"]
 
+    # A choice begins with its first open card, and "back" does not leave it.
+    page.press("s", "s")
     page.choose("class", "rust (2)")
+    assert (page.text("name"), page.button("back").is_enabled()) == ("a.jpg", False)
     page.press("1")
     assert page.text("name") == "c.jpg"
     page.press("0")
@@ -315,6 +318,7 @@ def test_a_heatmap_lies_over_the_photo_and_is_missing_where_no_region_was_found(
 
     page.press("h")
     assert page.find("heat").rect == page.find("photo").rect
+    assert page.find("photo").value_of_css_property("filter") == "grayscale(1)"
     assert page.find("heat").get_attribute("alt") == "heatmap of rust"
     with Image.open(io.BytesIO(base64.b64decode(content(page.folder / "review.html")["cards"][0][-1]))) as glow:
         alpha = np.asarray(glow)[..., 3]
@@ -436,6 +440,16 @@ def test_in_a_notebook_two_pages_work_beside_other_elements(page, three):
     page.press("1", "0")
     assert [element.text for element in progress] == ["0 of 3 answered", "2 of 3 answered"]
 
+    # They work on after a click on a button that is disabled then, or gone.
+    second = page.browser.find_elements(By.CSS_SELECTOR, ".lr-page")[1]
+    second.find_element(By.CSS_SELECTOR, "[data-do=present]").click()
+    page.press("b")
+    assert second.find_element(By.CSS_SELECTOR, ".lr-name").text == "c.jpg"
+    second.find_element(By.CSS_SELECTOR, "[data-do=clear]").click()
+    assert progress[1].text == "2 of 3 answered"
+    page.press("1")
+    assert progress[1].text == "3 of 3 answered"
+
 
 # ----------------------------------------------------------------------------------------------------------
 # The download
@@ -472,7 +486,7 @@ def test_hostile_names_are_shown_as_they_are_and_read_back_from_the_download(pag
 def test_the_download_without_answers_is_byte_for_byte_what_write_questions_writes(page, photo):
     """Names of odd letters, some of which are bytes that are no UTF-8, as in file names of old archives."""
     rng = random.Random(0)
-    letters = "ab ,\"'\n;\t<>&\\\u00e9\u2028\N{GRINNING FACE}\udce9\udc80\udcff\u4e2d="
+    letters = "ab ,\"'\n;\t<>&\\\u00e9\u2028\N{GRINNING FACE}\N{PAPERCLIP}\udce9\udc80\udcff\u4e2d="
     names = ["".join(rng.choices(letters, k=rng.randint(1, 8))) for _ in range(150)]
     questions = [Question(f"{i}{name}", photo, name, rng.choice([1.0, 0.0, math.nan]), rng.random())
                  for i, name in enumerate(names)]
