@@ -544,8 +544,8 @@ def ask(options):
     questions = [dataset.Question(images.ids[row], images.paths[row], images.classes[c], math.nan,
                                   float(probabilities[row, c])) for row, c in chosen]
 
-    def heat(question):
-        return heatmaps(classifier, question.path, [classifier.classes.index(question.label)])[0]
+    def heat(path, labels):
+        return heatmaps(classifier, path, [classifier.classes.index(label) for label in labels])
 
     dataset.write_questions(options.out, questions)
     write_review(page, questions, heat, f"Questions about {options.ask}")
@@ -1454,13 +1454,15 @@ def write_review(path, questions, heat=None, title="Review labels"):
     Args:
         path: the HTML file. Of existing files, only an earlier review page is replaced.
         questions: a list of dataset.Question, of which the first REVIEW_CARDS are on the page.
-        heat: None, or a function that takes a Question and returns a heatmap, float32 (S, S) from
-            0 to 1, or all 0 if no region was found. It is called once per card.
+        heat: None, or a function that takes the path of an image and a list of L labels, and
+            returns their heatmaps, as heatmaps() does: float32 (L, S, S), all 0 where no region was
+            found.
         title: the heading of the page.
 
     Raises InputError if another file would be replaced.
     """
     refuse_other_page(path)
+
     # An image is embedded once, even if several cards show it.
     cards = questions[:REVIEW_CARDS]
     places = {file: i for i, file in enumerate(dict.fromkeys(card.path for card in cards))}
@@ -1474,10 +1476,11 @@ def write_review(path, questions, heat=None, title="Review labels"):
 
     # The browser keeps the answers under this key, so that they never meet another page's questions.
     key = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-    if heat:
-        for row, card in zip(rows, cards):
-            _, readable, _ = images[places[card.path]]
-            row.append(_encode_heat(heat(card)) if readable else "")
+    for file, place in places.items() if heat else ():
+        own = [row for row in rows if row[-1] == place]
+        readable = images[place][1]
+        for row, values in zip(own, heat(file, [row[1] for row in own]) if readable else ()):
+            row.append(_encode_heat(values))
 
     # Images are as large as the limit allows. Photographs of 200 cards mostly get 360 pixels, and
     # noise, which compresses worst, 280, so the smallest sizes are a reserve.

@@ -1606,9 +1606,8 @@ def write_suspects(out, table, probabilities, network_of):
     """
     suspects = find_suspects(table, probabilities)
 
-    def heat(suspect):  # of the network that was not trained on this label
-        label = table.classes.index(suspect.label)
-        return inference.heatmaps(network_of[suspect.path], suspect.path, [label])[0]
+    def heat(path, labels):  # of the network that was not trained on this image
+        return inference.heatmaps(network_of[path], path, [table.classes.index(one) for one in labels])
 
     dataset.refuse_answered(out / "suspects.csv")
     dataset.write_questions(out / "suspects.csv", suspects)

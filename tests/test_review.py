@@ -194,7 +194,7 @@ def test_every_key_and_every_button_does_what_it_says(page, photo, by):
         return page.card(), page.done(), page.answered()
 
     questions = [Question("a.jpg", photo, f"class {i}", 1.0, 0.1) for i in range(9)]
-    page.write(questions, lambda _: np.ones((8, 8), np.float32))
+    page.write(questions, lambda _, labels: np.ones((len(labels), 8, 8), np.float32))
     back, skip, clear = (itertools.cycle(ways(name)) for name in ("back", "skip", "clear"))
     for name in ("present", "absent", "unknown"):
         for do in ways(name):
@@ -305,16 +305,17 @@ def test_filters_by_class_and_by_kind(page, three):
 def test_a_heatmap_lies_over_the_photo_and_is_missing_where_no_region_was_found(page, photo):
     asked = []
 
-    def heat(question):
-        asked.append(question.name)
-        values = np.zeros((64, 64), np.float32)
-        values[40:56, 4:12] = question.name != "b.jpg"  # below, at the left
+    def heat(path, labels):
+        asked.append((path, labels))
+        values = np.zeros((len(labels), 64, 64), np.float32)
+        values[:, 40:56, 4:12] = 1  # below, at the left
+        values[labels.index("dent")] = 0
         return values
 
     (page.folder / "bad.jpg").write_bytes(b"no image")
-    questions = [Question(name, photo, "rust", 1.0, 0.1) for name in ("a.jpg", "b.jpg", "c.jpg")]
+    questions = [Question("a.jpg", photo, label, 1.0, 0.1) for label in ("rust", "dent", "crack")]
     page.write([*questions, Question("bad.jpg", str(page.folder / "bad.jpg"), "rust", 1.0, 0.1)], heat)
-    assert asked == ["a.jpg", "b.jpg", "c.jpg"]
+    assert asked == [(photo, ["rust", "dent", "crack"])]
 
     page.press("h")
     assert page.find("heat").rect == page.find("photo").rect
@@ -531,7 +532,7 @@ def test_200_large_photographs_fit_into_5_megabytes(tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "_encode_image", lambda path: encoded[int(path) % 4])
     questions = [Question(f"{i}.jpg", str(i), "rust", 1.0, 0.1) for i in range(200)]
     heat = np.float32(rng.random((64, 64)))
-    inference.write_review(tmp_path / "review.html", questions, lambda _: heat)
+    inference.write_review(tmp_path / "review.html", questions, lambda path, labels: heat[None])
     assert 2_000_000 < os.path.getsize(tmp_path / "review.html") <= 5_000_000
     ((width, height),) = {embedded(image).size for image in content(tmp_path / "review.html")["images"]}
     assert width >= 200
@@ -593,7 +594,7 @@ def test_an_image_that_cannot_be_read_is_replaced_by_the_reason(page, photo):
 def test_the_page_refers_to_no_other_host_and_lets_nothing_out(page, three):
     assert not re.search(r"https?:|//[a-z]|url\(|@import", inference.REVIEW_PAGE)
     page.browser.get_log("browser")  # what other tests left
-    page.write(three, lambda _: np.ones((8, 8), np.float32)).press("h", "1", "s")
+    page.write(three, lambda _, labels: np.ones((len(labels), 8, 8), np.float32)).press("h", "1", "s")
     loaded = page.browser.execute_script("return performance.getEntries().map(entry => entry.name)")
     assert not [name for name in loaded if "http" in name]
     assert not [entry for entry in page.browser.get_log("browser") if entry["level"] == "SEVERE"]
@@ -640,7 +641,7 @@ def test_image_and_buttons_are_on_the_screen_without_scrolling_and_large_enough_
     questions = [Question("a.jpg", str(page.folder / f"{name}.jpg"), label, (1.0, math.nan)[i], 0.1)
                  for i, name in enumerate(("wide", "tall"))]
     page.show(size)
-    page.write(questions * 101, lambda _: np.ones((8, 8), np.float32))
+    page.write(questions * 101, lambda _, labels: np.ones((len(labels), 8, 8), np.float32))
     for _ in questions:
         for element in page.browser.find_elements(By.CSS_SELECTOR, "main button, main select, .lr-photo, footer"):
             if not element.is_displayed():
@@ -665,7 +666,7 @@ def test_image_and_buttons_are_on_the_screen_without_scrolling_and_large_enough_
 @pytest.mark.parametrize("dark", [False, True])
 def test_texts_stand_out_from_what_is_behind_them(page, three, dark):
     page.show(dark=dark)
-    page.write(three, lambda _: np.ones((8, 8), np.float32)).press("1", "b", "h")
+    page.write(three, lambda _, labels: np.ones((len(labels), 8, 8), np.float32)).press("1", "b", "h")
 
     def luminance(color):
         values = np.array([int(number) for number in re.findall(r"\d+", color)[:3]]) / 255
