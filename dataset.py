@@ -12,7 +12,7 @@
     for batch, targets, rows in dataset.batches(images, [[0, 1, 2], [3, 4]]): ...
 
 Label files, splits, datasets and reports exchange one type, LabelTable. The file reads top-down:
-the command line, reading a data folder, splits, images, augmentation, summaries, demo data, and
+the command line, reading a data folder, answers, splits, images, augmentation, summaries, demo data, and
 helpers that all scripts share.
 """
 

@@ -6,12 +6,13 @@
     python inference.py photos/ --model a.pth b.pth --tta  # average two models and mirrored images
     python inference.py --evaluate data/                 # report the model on labelled data
     python inference.py --calibrate data/ --model a.pth b.pth --out ab.pth  # merge two models
+    python inference.py --ask data/ --out questions.csv  # which labels to ask a person for
 
     classifier = inference.load_model("outputs/model.pth")
     probabilities = inference.predict(classifier, ["img.jpg"])  # (N, C)
 
-To deploy a model, copy dataset.py, inference.py and model.pth. --evaluate and --calibrate also need
-metrics.py.
+To deploy a model, copy dataset.py, inference.py and model.pth. --evaluate, --calibrate and --ask also
+need metrics.py.
 """
 
 import base64

@@ -129,7 +129,8 @@ def option_parser():
         help="sizes of the splits, relative to each other")
     add("--folds", type=whole, default=0, metavar="K",
         help="cross-validate: train K networks, each tested on the part that it was not trained on, and "
-        "all together on the test split, if there is one; 0: off")
+        "all together on the test split, if there is one; also list the labels that are probably "
+        "wrong in suspects.csv and review.html; 0: off")
     add("--split-method", choices=("stratified", "random"), default="stratified",
         help="stratified gives each split its share of every label")
     add("--demo", action="store_true", help="train on generated images, drawn first if needed")

@@ -1,20 +1,47 @@
 """Draw the pictures of the README into tests/pictures/, from a run on the demo data.
 
     python train.py --demo && python tests/pictures.py outputs
+
+It needs Debian's chromium and chromium-driver, or those of another system.
 """
 
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import dataset  # noqa: E402
 import inference  # noqa: E402
+import metrics  # noqa: E402
+
+
+def review_page(classifier, table, probabilities, folder):
+    """Return a picture of a review page on which the first of 100 questions shows its heatmap."""
+    unknown = np.full(table.targets.shape, np.nan)
+    questions = [dataset.Question(table.ids[row], table.paths[row], table.classes[c], np.nan, probabilities[row, c])
+                 for row, c in metrics.choose_questions(unknown, probabilities, 100, 2, 40)]
+
+    def heat(path, labels):
+        return inference.heatmaps(classifier, path, [table.classes.index(label) for label in labels])
+
+    inference.write_review(folder / "review.html", questions, heat, "Questions about data/")
+    options = webdriver.ChromeOptions()
+    for switch in ("--headless=new", "--no-sandbox", f"--user-data-dir={folder / 'profile'}", "--window-size=900,700"):
+        options.add_argument(switch)
+    with webdriver.Chrome(options, Service(shutil.which("chromedriver"))) as browser:
+        browser.get((folder / "review.html").as_uri())
+        ActionChains(browser).send_keys("h").perform()
+        browser.save_screenshot(str(folder / "review.png"))
+    return Image.open(folder / "review.png").convert("RGB")
 
 
 def main(out):
@@ -35,6 +62,7 @@ def main(out):
             "loss_curve.png": Image.open(out / "loss_curve.png").quantize(64),
             "predictions.jpg": inference.mistakes_sheet(table, probabilities, classifier.thresholds, 6),
             "heatmap.jpg": Image.open(heatmap),
+            "review.png": review_page(classifier, table, probabilities, Path(folder)).quantize(128),
         }
 
         for name, picture in pictures.items():
