@@ -77,7 +77,9 @@ class LabelTable:
     origins: list = field(default_factory=list)  # "FILE:LINE" of the row
     added: list = field(default_factory=list)  # True for rows that answers added to the label file
 
-    before: np.ndarray = None  # the targets before answers were merged; None if none were
+    # Arrays (N, C), or None if no answers were merged.
+    before: np.ndarray = None  # the targets before the merge
+    unsure: np.ndarray = None  # True where a person answered NA
 
     # How the label files were read.
     missing: list = field(default_factory=list)  # ids of rows that were dropped for lack of an image
@@ -97,8 +99,15 @@ class LabelTable:
         for name in ("ids", "paths", "objects", "parts", "copies", "origins", "added"):
             values = getattr(self, name)
             chosen[name] = [values[i] for i in rows] if values else []
-        chosen["before"] = None if self.before is None else self.before[rows]
+        for name in ("before", "unsure"):
+            values = getattr(self, name)
+            chosen[name] = None if values is None else values[rows]
         return replace(self, targets=self.targets[rows], **chosen)
+
+    @property
+    def is_added(self):
+        """Return booleans (N,): True for rows that answers added to the label file."""
+        return np.array(self.added or [False] * len(self), bool)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,7 +149,8 @@ def _parse_options(argv):
     add("--all", action="store_true", help="show all classes, even if there are many")
     add("--sheet", metavar="FILE.png", help="draw a sample of the images with their labels")
     add("--check", action="store_true", help="decode every image; list bad and identical images")
-    add("--out", metavar="FILE.csv", help="write all labels, with those of --answers, as one table")
+    add("--out", metavar="FILE.csv", help="write all labels, with the answers "
+        "merged in, as one CSV table")
     add("--demo", metavar="DIR", help="write the demo data into DIR")
     add("--seed", type=number(int), default=0, help="random seed of the demo data")
     options = parser.parse_args(argv)
@@ -235,8 +245,8 @@ def read_labels(data_dir, labels=None, images=None, classes=(), **how):
     groups_file = Path(how.label_groups or data_dir / "label_groups.json")
     groups = _read_groups(groups_file) if how.label_groups or groups_file.is_file() else {}
 
-    rounds = [read_answers(_given_file(name, data_dir)) for name in how.answers]
-    classes = list(dict.fromkeys([*classes, *(answer.label for answer in chain(*rounds))]))
+    answers = [read_answers(_given_file(name, data_dir)) for name in how.answers]  # file by file
+    classes = list(dict.fromkeys([*classes, *(one.label for one in chain(*answers))]))
     files = _choose_files(labels, data_dir, folder, required=not classes)
     by_stem = bool(files) and next(iter(files.values())).is_dir()
     if not files:
@@ -250,10 +260,10 @@ def read_labels(data_dir, labels=None, images=None, classes=(), **how):
 
     if files:
         table = _attach_images(table, folder, by_stem)
-    # Images that only answers are about get their rows now, but their labels last: splits must not
-    # depend on answers.
-    if any(rounds):
-        table, rounds = _add_answered(table, rounds)
+    # Images that only answers are about get their rows now, so that they are compared with the
+    # others, but their labels last, since splits must not depend on answers.
+    if any(answers):
+        answers = _find_answered(table, answers)
     if how.split_column == "folder":
         table.parts = [_part_of_folder(path.removeprefix(folder.root)) for path in table.paths]
         if not any(table.parts):
@@ -265,7 +275,11 @@ def read_labels(data_dir, labels=None, images=None, classes=(), **how):
     table = _find_copies(table)
     table = _merge_rows(_separate_parts(table, how.drop_overlap))
     _make_ids_unique(table)
-    _merge_answers(table, rounds, how.answers)
+    if any(table.parts) and any(table.added):
+        _place_added(table)
+    if any(answers) and files:
+        table.before = table.targets.copy()  # from which splits are drawn
+    _merge_answers(table, answers, how.answers)
     _compare_copies(table)
     return table
 
@@ -275,8 +289,8 @@ def add_data_options(parser):
     add = parser.add_argument
     add("--labels", metavar="FILE", help="label file, or folder of .cls files (default: search DATA)")
     add("--images", metavar="DIR", help="image folder (default: DATA/images if it exists, else DATA)")
-    add("--answers", action="append", default=[], metavar="FILE", help="CSV file of answers about "
-        "single labels, which are merged into the labels; can be repeated, the oldest file first")
+    add("--answers", action="append", default=[], metavar="FILE", help="CSV file of answers "
+        "to merge into the labels; repeat it for several files, the oldest first")
 
     # What columns mean, where the titles do not tell.
     add("--label-groups", metavar="FILE",
@@ -325,8 +339,8 @@ def _choose_files(labels, data_dir, folder, required):
         return find_labels(data_dir, folder, required)
     path = _given_file(labels, data_dir)
     if holds_questions(path):
-        raise InputError(f"--labels {labels} holds answers about single labels, and is no label "
-                         f"file: give it as --answers {labels}")
+        raise InputError(f"--labels {labels} holds answers about single labels, and is not a label "
+                         f"file: use --answers {labels}")
     return {"": path}
 
 
@@ -355,19 +369,21 @@ def find_labels(data_dir, folder=None, required=True):
         return {"": data_dir / "labels"}
 
     found = _table_files(data_dir)
-    named = [path for path in found if path.name.lower() != "classes.txt"
-             and not _read_class_table(path, folder)]
-    tables = [path for path in named if not path.name.lower().startswith("sample")]
-    if len(tables) == 1:  # besides files such as sample_submission.csv
+    candidates = [path for path in found if path.name.lower() != "classes.txt"
+                  and not _read_class_table(path, folder)]
+    # A table called sample... is probably a sample submission, but that is too uncertain to say that
+    # the folder has no labels.
+    tables = [path for path in candidates if not path.name.lower().startswith("sample")]
+    if len(tables) == 1:
         return {"": tables[0]}
-    if not required and not named:
+    if not required and not candidates:
         return {}
 
     names = ", ".join(path.name for path in found) or "no .txt, .csv or .tsv file"
     more = ("; for a matrix of labels beside a list of images --labels MATRIX --image-list LIST"
             if found else "")
     if questions := [path for path in data_dir.glob("*.csv") if holds_questions(path)]:
-        more += f"; answers such as those in {questions[0].name} go with --answers {questions[0]}"
+        more += f"; {questions[0].name} holds answers: give it as --answers {questions[0]}"
     raise InputError(f"{data_dir} has {names}: name the label file with --labels FILE, or call it "
                      f"labels.txt{more}")
 
@@ -1684,11 +1700,15 @@ def _match_paths(table, folder):
     Returns the files, how each was matched, and the path that each row means; None if it is missing.
     """
     found = []
-    places = {}  # label file -> what _place_of() returns
+    places = {}  # label file -> (its folder, the part it belongs to, starts of relative paths)
     for row, (name, origin) in enumerate(zip(table.ids, table.origins)):
         source = origin.rpartition(":")[0]
         if source not in places:
-            places[source] = _place_of(source, folder)
+            inside = os.path.relpath(source, folder.data_dir).replace(os.sep, "/")
+            word = os.path.splitext(inside)[0].lower().removesuffix("_metadata")
+            place = os.path.dirname(source) or "."
+            starts = tuple(start for start, _ in folder.starts_from(place))
+            places[source] = place, PART_WORDS.get(word) or _part_of_folder(inside), starts
         place, part, starts = places[source]
 
         # Most names need no search: they are paths from the image folder, and nothing else.
@@ -1697,15 +1717,6 @@ def _match_paths(table, folder):
         else:
             found.append(folder.find(name, origin, place, table.parts[row] if table.parts else part))
     return zip(*found)
-
-
-def _place_of(source, folder):
-    """Return the folder of a label file, the part it is for, and the starts of relative paths."""
-    inside = os.path.relpath(source, folder.data_dir).replace(os.sep, "/")
-    word = os.path.splitext(inside)[0].lower().removesuffix("_metadata")
-    place = os.path.dirname(source) or "."
-    starts = tuple(start for start, _ in folder.starts_from(place))
-    return place, PART_WORDS.get(word) or _part_of_folder(inside), starts
 
 
 def _match_by_stem(table, folder):
@@ -2047,11 +2058,10 @@ def _separate_parts(table, drop):
     # Later parts rank higher: a test image must not be trained on, but a train image can be spared.
     rank = np.array([LESSER_FIRST.index(part) for part in table.parts])
     # Rows that answers added are not in the data's own split: they follow the others later.
-    added = np.array(table.added or [False] * len(table))
-    rank[added] = 0
+    rank[table.is_added] = 0
     last = np.zeros(units.max() + 1, int)
     np.maximum.at(last, units, rank)
-    lesser = np.flatnonzero((rank < last[units]) & ~added)
+    lesser = np.flatnonzero((rank < last[units]) & ~table.is_added)
     if len(lesser) == 0:
         return table
 
@@ -2129,20 +2139,24 @@ def _compare_copies(table):
 
 
 # --------------------------------------------------------------------------------------------------
-# Questions about single labels, and a person's answers to them
+# Questions about single labels, and their answers
 
 
 ANSWER_COLUMNS = ["ID", "label", "given", "probability", "answer"]
 
 
 class Question(NamedTuple):
-    """Ask whether an image has a label: one that may be wrong, or one that is unknown."""
+    """Hold a question: does this image have this label? The label may be wrong, or unknown."""
 
     name: str  # the image's ID in the label file, or its path below the image folder
     path: str
     label: str  # a class
     given: float  # what the label file says: 1, 0 or NaN
     probability: float  # that the label is present, calibrated
+
+    def cells(self):
+        """Return the row of this question in a CSV file of ANSWER_COLUMNS, not answered yet."""
+        return [self.name, self.label, to_cell(self.given), f"{self.probability:.4f}", ""]
 
 
 class Answer(NamedTuple):
@@ -2153,26 +2167,31 @@ class Answer(NamedTuple):
     given: float
     answer: float  # 1, 0, or NaN if the person cannot tell
     origin: str  # "FILE:LINE"
+    path: str = ""  # of the image, once it is found
 
 
 def images_to_ask_about(table, held_out):
     """Return the rows of a table and its images without a row, each image once, as a LabelTable.
 
-    Args: held_out: the rows of val and test. A model chooses the labels to ask for, and labels that
-        were chosen like that are no fair sample of new images.
-    Returns: a table with a row per image, in which a label is NaN if no row of the same image knows
-        it. Images that are identical to one held out, or lie in a folder of val or test, are left out.
+    Args: held_out: the rows of val and test. Labels that a model chooses are a biased sample, so
+        none of these rows is asked about.
+    Returns: a table with a row per image, in which a label is NaN if it may be asked for: no row of
+        the image knows it, and nobody answered yet that they cannot tell. Images that are identical
+        to one held out, or lie in a folder of val or test, are left out.
     """
     unknown = np.full((len(table.unlabelled), len(table.classes)), np.nan, np.float32)
     images = LabelTable([*table.ids, *table.unlabelled],
                         [*table.paths, *(f"{table.root}/{name}" for name in table.unlabelled)],
                         np.concatenate([table.targets, unknown]), table.classes)
+    if table.unsure is not None:
+        images.targets[: len(table)][table.unsure] = 0  # as good as any label that is known
     left_out = np.zeros(len(images), bool)
     left_out[list(held_out)] = True
     if any(table.parts):
-        left_out[len(table) :] = [_part_of_folder(name) in ("val", "test") for name in table.unlabelled]
+        left_out[len(table) :] = [_part_of_folder(name) in PARTS[1:] for name in table.unlabelled]
 
-    # Identical images become one: the first of them, with the labels that are known of any.
+    # Identical images become one: the first of them, with the labels that are known of any. Groups
+    # are numbered in the order of their first rows, so first[g] is the first row of group g.
     numbers = {}
     originals = _find_copies(images).copies or images.paths
     group = np.array([numbers.setdefault(path, len(numbers)) for path in originals], int)
@@ -2184,20 +2203,18 @@ def images_to_ask_about(table, held_out):
 
 
 def can_be_answered(name):
-    """Return True if the name of an image survives a CSV file in UTF-8 with any line ends."""
+    """Return True if the name of an image survives a round trip through a CSV file in UTF-8."""
     return "\r" not in name and not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def write_questions(path, questions):
     """Write Questions as a CSV file, with an empty column for the answers."""
-    rows = [[one.name, one.label, *_cells_of([one.given]), f"{one.probability:.4f}", ""]
-            for one in questions]
-    write_csv(path, [ANSWER_COLUMNS, *rows])
+    write_csv(path, [ANSWER_COLUMNS, *(one.cells() for one in questions)])
 
 
-def _cells_of(targets):
-    """Return labels (1, 0 or NaN) as the cells of a label file."""
-    return ["NA" if math.isnan(target) else str(int(target)) for target in targets]
+def to_cell(target):
+    """Return a label, 1, 0 or NaN, as the cell of a label file."""
+    return "NA" if math.isnan(target) else str(int(target))
 
 
 def holds_questions(path):
@@ -2212,7 +2229,7 @@ def holds_questions(path):
 
 def refuse_answered(path):
     """Raise InputError if the file at `path` may hold answers, and so must not be replaced."""
-    # Only a list of questions without a single answer is certain to be nobody's work.
+    # Anything but a list of questions without answers may be somebody's work.
     if not os.path.lexists(path):
         return
     try:
@@ -2220,7 +2237,7 @@ def refuse_answered(path):
     except InputError:  # such as an answer that was mistyped
         answered = True
     if answered:
-        raise InputError(f"{path} holds answers, or is no list of questions: rename it, or give "
+        raise InputError(f"{path} holds answers, or is not a list of questions: rename it, or give "
                          "another --out")
 
 
@@ -2234,12 +2251,12 @@ def read_answers(path):
     titles = rows[0][1] if rows else []
     lacking = [title for title in ANSWER_COLUMNS if title not in titles]
     if lacking:
-        raise InputError(f"{path}: it has no column {' or '.join(lacking)}: answers are a CSV file "
-                         f"with the columns {','.join(ANSWER_COLUMNS)}")
+        raise InputError(f"{path} has no column {' or '.join(lacking)}: a file of answers has the "
+                         f"columns {','.join(ANSWER_COLUMNS)}")
 
     answers = []
     for number, cells in rows[1:]:
-        cells = dict(zip(titles, [*cells, *[""] * len(titles)]))  # empty cells at the end may be missing
+        cells = dict(zip(titles, [*cells, *[""] * len(titles)]))  # the last ones may be missing
         if not cells["answer"]:
             continue
         origin = f"{path}:{number}"
@@ -2249,7 +2266,8 @@ def read_answers(path):
 
 
 def _read_answer(cell, title, origin):
-    """Return 1.0, 0.0, or NaN for NA. Programs that read a column as numbers write 1.0, and no NA."""
+    """Return the label in a cell: 1.0, 0.0 or NaN."""
+    # Programs that take a column for numbers write 1.0 for 1, and nothing for NA.
     values = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "NA": math.nan, "": math.nan}
     if cell.upper() not in values:
         raise InputError(f"{origin}: {cell!r} in the column {title}: write 1, 0 or NA")
@@ -2257,226 +2275,236 @@ def _read_answer(cell, title, origin):
 
 
 # --------------------------------------------------------------------------------------------------
-# Answers are merged into the labels
+# Merging answers into the labels
 
 
-def _add_answered(table, rounds):
-    """Find the image of each answer, and append a row with no label yet if it has none.
+CHANGES = ("confirmed", "changed", "filled in", "set to unknown")
 
-    Args: rounds: the Answers in each file, [[Answer, ...], ...].
 
-    Returns (table, [[(path of the image, Answer), ...] for each file]). Raises InputError.
+def _find_answered(table, files):
+    """Find the image of each answer, and add a row without labels for each that has none.
+
+    Args: files: the Answers of each file, [[Answer, ...], ...].
+    Returns: the same with paths. Raises InputError if an image is not there.
     """
+    start = f"{table.root}/"
     by_id = {}
     for name, path in zip(table.ids, table.paths):
         by_id.setdefault(name, set()).add(path)
-    start = f"{table.root}/"
     by_path = {path.removeprefix(start): path for path in table.paths}
     by_path |= {name: start + name for name in table.unlabelled}
     # Cells are read without the blanks around them, but the name of a file may start with one.
     by_path = {name.strip(): path for name, path in by_path.items()} | by_path
+    files = [[one._replace(path=_answered_image(one, by_id, by_path, table)) for one in answers]
+             for answers in files]
 
-    found = []
-    for answers in rounds:
-        images = [_answered_image(answer, by_id, by_path, table) for answer in answers]
-        found.append(list(zip(images, answers)))
     labelled = set(table.paths)
-    new = {}  # image without a row -> "FILE:LINE" of its first answer
-    for path, answer in chain(*found):
-        if path not in labelled:
-            new.setdefault(path, answer.origin)
-
-    # Without a label file, the answers are the labels, so no row counts as added later.
-    if len(table):
+    new = {}  # image without a row -> its first answer, which becomes the origin of the row
+    for answer in chain(*files):
+        if answer.path not in labelled:
+            new.setdefault(answer.path, answer)
+    # Without a label file, the answers are the labels, so no row counts as added to it.
+    if new and len(table):
         table.added = [False] * len(table) + [True] * len(new)
+
     table.ids = [*table.ids, *(path.removeprefix(start) for path in new)]
     table.paths = [*table.paths, *new]
-    table.origins = [*table.origins, *new.values()]
-    for name in ("objects", "parts"):
-        if getattr(table, name):
-            getattr(table, name).extend([""] * len(new))
+    table.origins = [*table.origins, *(answer.origin for answer in new.values())]
+    for values in filter(None, (table.objects, table.parts)):
+        values.extend([""] * len(new))
     unknown = np.full((len(new), len(table.classes)), np.nan, np.float32)
     table.targets = np.concatenate([table.targets, unknown])
     table.unlabelled = [name for name in table.unlabelled if start + name not in new]
-    return table, found
+    return files
 
 
 def _answered_image(answer, by_id, by_path, table):
     """Return the path of the image that an answer is about. Raises InputError."""
-    paths = by_id.get(answer.name) or {by_path.get(answer.name)}
+    paths = by_id.get(answer.name, set())
     if len(paths) > 1:
         both = " or ".join(sorted(path.removeprefix(f"{table.root}/") for path in paths)[:2])
         raise InputError(f"{answer.origin}: {answer.name} is the ID of several images: write the "
                          f"path below the image folder instead, such as {both}")
-    path = next(iter(paths))
-    if path is None and answer.name in table.missing:
+    if path := next(iter(paths), None) or by_path.get(answer.name):
+        return path
+
+    if answer.name in table.missing:
         raise InputError(f"{answer.origin}: the image of {answer.name} is missing from "
                          f"{table.root}: put it back, or remove the line")
-    if path is None:
-        raise InputError(f"{answer.origin}: {answer.name!r} is neither an ID of the label file nor "
-                         f"an image below {table.root}: correct it, or remove the line")
-    return path
+    raise InputError(f"{answer.origin}: {answer.name!r} is neither an ID of the label file nor an "
+                     f"image below {table.root}: correct it, or remove the line")
 
 
-def _merge_answers(table, rounds, files):
+def _place_added(table):
+    """Set the parts of the rows that answers added, in data with a split of its own.
+
+    Such a row is in the part of an identical image, or that its folder names, or in train.
+    """
+    images = table.copies or table.paths
+    parts = [_part_of_folder(image.removeprefix(table.root)) or "train" if added else part
+             for image, part, added in zip(images, table.parts, table.is_added)]
+    table.parts = _follow_copies(table, np.array(parts)).tolist()
+
+
+def _follow_copies(table, parts):
+    """Return the parts (N,), in which an added row takes that of an identical older image, if any."""
+    images = table.copies or table.paths
+    part_of = {image: part for image, part, added in zip(images, parts, table.is_added) if not added}
+    return np.array([part_of.get(image, part) if added else part
+                     for image, part, added in zip(images, parts, table.is_added)])
+
+
+def _merge_answers(table, files, names):
     """Set the targets to what was answered, file by file, and note what became of them.
 
-    Args: rounds: as _add_answered() returns them; files: their names.
+    Args: files: as _find_answered() returns them; names: those of the files.
 
     Raises InputError if an answer contradicts another one, or is about another state of the labels.
     """
     before = table.targets.copy()
-    if table.added:
-        _place_added(table)
-        table.before = before
+    table.unsure = np.zeros(before.shape, bool) if any(files) else None
 
     earlier = {}  # (row, column) -> the Answers of earlier files
-    for file, answers in zip(files, rounds):
+    for name, answers in zip(names, files):
         counts = Counter()
-        for key, answer in _checked_answers(table, answers, before, earlier).items():
-            counts[_kind_of_change(table.targets[key], answer.answer)] += 1
-            table.targets[key] = answer.answer
-            earlier.setdefault(key, []).append(answer)
+        for place, answer in _check_answers(table, answers, before, earlier).items():
+            counts[_kind_of_change(table.targets[place], answer.answer)] += 1
+            table.targets[place] = answer.answer
+            table.unsure[place] = math.isnan(answer.answer)
+            earlier.setdefault(place, []).append(answer)
 
-        added = len({answer.origin for _, answer in answers} & {*table.origins})
-        table.notes.append(f"answers: {file}: "
-                           + ", ".join(f"{counts[kind]} {kind}" for kind in CHANGES)
-                           + f"; {added} rows added" * (added > 0))
+        note = f"answers: {name}: " + ", ".join(f"{counts[kind]} {kind}" for kind in CHANGES)
+        origins = {answer.origin for answer in answers}  # a row that an answer added has its origin
+        if added := len(origins.intersection(table.origins)):
+            note += f"; {added} rows added"
+        table.notes.append(note)
 
 
-def _checked_answers(table, answers, before, earlier):
+def _check_answers(table, answers, before, earlier):
     """Return the answers of a file, checked, as a dict {(row, column of targets): Answer}.
 
-    Args: as in _merge_answers(); before: the targets without any answers.
+    Args: before: the targets without any answers; earlier: the same dict, with a list of the Answers
+        in earlier files.
     """
     row_of = {path: row for row, path in enumerate(table.paths)}
     column_of = {name: c for c, name in enumerate(table.classes)}
+    is_added = table.is_added
+
     checked = {}
-    for path, answer in answers:
-        if path not in row_of:
+    for answer in answers:
+        if answer.path not in row_of:
             raise InputError(f"{answer.origin}: --drop-overlap removed the row of {answer.name}: "
                              "remove this line too")
         if answer.label not in column_of:
-            raise InputError(f"{answer.origin}: {answer.label!r} is no class (the classes are "
+            raise InputError(f"{answer.origin}: {answer.label!r} is not a class (the classes are "
                              f"{shortened(table.classes)}): correct it, or remove the line")
-        row = row_of[path]
-        key = row, column_of[answer.label]
-        first = checked.setdefault(key, answer)
-        # Rows that answers created have no line of their own in a label file.
-        place = table.origins[row] if table.added and not table.added[row] else "it has no row"
-        _check_answer(answer, first, earlier.get(key, []), before[key], place)
+
+        row = row_of[answer.path]
+        place = row, column_of[answer.label]
+        first = checked.setdefault(place, answer)
+        # Without a label file, no row has a line in one.
+        has_line = table.before is not None and not is_added[row]
+        _check_answer(answer, first, earlier.get(place, []), before[place],
+                      table.origins[row] if has_line else "it has no row")
     return checked
 
 
-def _check_answer(answer, first, earlier, before, place):
+def _check_answer(answer, first, earlier, before, origin):
     """Raise InputError if an answer contradicts another one, or is about another given label.
 
     Args:
         first: the first answer in the same file about this label.
         earlier: the answers about it in earlier files.
         before: the label without any answers.
-        place: where that label is, for messages.
+        origin: where that label is, for messages.
     """
+    # Cells are compared, since NaN is not equal to itself.
+    given, said, old = map(to_cell, (answer.given, answer.answer, before))
+    answered = [to_cell(one.answer) for one in earlier]
+
     # The question may have been asked before or after the answers of earlier files were merged.
-    given, said, old, *made = _cells_of([answer.given, answer.answer, before,
-                                         *(one.answer for one in earlier)])
-    if given not in (old, *made):
-        now = [old, *made][-1]
+    if given not in (old, *answered):
+        now = [old, *answered][-1]
         remedy = ("if this file was merged into the labels already, leave it out" if said == now
                   else "answer it again, or remove the line")
         raise InputError(f"{answer.origin}: {answer.label} of {answer.name} was {given} when the "
-                         f"question was asked, but is {now} now ({place}): {remedy}")
+                         f"question was asked, but is {now} now ({origin}): {remedy}")
 
-    # An earlier answer may be changed only by someone who was shown it.
-    shown = made and given == made[-1] != old
-    for other in [first] if shown or not made else [first, earlier[-1]]:
-        [also] = _cells_of([other.answer])
-        if said != also:
-            raise InputError(f"{answer.origin}: {answer.label} of {answer.name} is answered "
-                             f"{said}, but {also} at {other.origin}: remove one of the two lines")
-
-
-CHANGES = ("confirmed", "changed", "filled in", "set to unknown")
+    # An earlier answer may be changed only by someone who was shown it, so that `given` is that
+    # answer and not what the label file says.
+    rivals = [first]
+    if answered and (given != answered[-1] or given == old):
+        rivals.append(earlier[-1])
+    for other in rivals:
+        if said != to_cell(other.answer):
+            raise InputError(f"{answer.origin}: {answer.label} of {answer.name} is answered {said}, "
+                             f"but {to_cell(other.answer)} at {other.origin}: remove one of the two "
+                             "lines")
 
 
 def _kind_of_change(old, new):
     """Return which of CHANGES an answer is."""
-    old, new = _cells_of([old, new])
+    old, new = to_cell(old), to_cell(new)
     if old == new:
         return "confirmed"
     if old == "NA":
         return "filled in"
     return "set to unknown" if new == "NA" else "changed"
 
-
-def _place_added(table):
-    """Set the parts of the rows that answers added, if the data has a split of its own.
-
-    Such a row is in the part of an identical image, or that its folder names, or in train.
-    """
-    if any(table.parts):
-        images = table.copies or table.paths
-        parts = [_part_of_folder(image.removeprefix(table.root)) or "train" if added else part
-                 for image, part, added in zip(images, table.parts, table.added)]
-        table.parts = _follow_copies(table, np.array(parts)).tolist()
-
-
-def _follow_copies(table, parts):
-    """Return the parts (N,), but for rows that answers added that of an identical older image."""
-    images = table.copies or table.paths
-    part_of = {image: part for image, part, added in zip(images, parts, table.added) if not added}
-    return np.array([part_of.get(image, part) if added else part
-                     for image, part, added in zip(images, parts, table.added)])
-
-
 # --------------------------------------------------------------------------------------------------
-# All labels in one table
+# Writing all labels as one table
 
 
 def _write_table(options, table):
-    """Write all labels to --out, and return what there is to say about it.
+    """Write all labels to --out, and return the lines that end the output.
 
     Raises InputError, and writes nothing, if the file could not be read back as the same labels.
     """
     data_dir, out = Path(options.data), Path(options.out)
-    folder = ImageFolder(table.root, data_dir, guessed=not options.images)
-    _refuse_to_lose(options, table, folder)
+    _refuse_to_lose(options, table)
     how = {"images": options.images, "group": options.group, "label_groups": options.label_groups}
     if np.isnan(table.targets).any() and not (table.targets == 0).any():
         how["unknown"] = "NA"  # without a 0, NA could mean absent
 
-    # IDs without a folder can be misunderstood beside the split: does train mean the folder train?
+    # IDs may mean other images in another label file: elsewhere, or beside a column with the split.
     paths = [path.removeprefix(f"{table.root}/") for path in table.paths]
-    for ids in (_ids_in(out, table, folder), paths):
+    for ids in (table.ids, paths):
         rows = _table_rows(table, ids, options.group)
         problem = _misreading(out, rows, table, data_dir, how)
         if not problem:
-            break
-    else:
-        raise InputError(f"--out {out} would not be read as the same labels: {problem}")
-    write_csv(out, rows)
+            write_csv(out, rows)
+            return "\n".join(_closing_lines(options, table, how))
+    raise InputError(f"--out {out} would not be read as the same labels: {problem}")
 
-    # The end of the output is what people read.
+
+def _closing_lines(options, table, how):
+    """Return the lines that say what is in the file of --out, what is not, and how to use it.
+
+    Args: how: the arguments with which read_labels() has read it back.
+    """
     lines = [note for note in table.notes if note.startswith("answers: ")]
     if table.missing:
         lines.append(f"left out: {len(table.missing)} rows whose image is missing")
-    if table.groups and not (options.label_groups or (data_dir / "label_groups.json").is_file()):
-        groups_file = data_dir / "label_groups.json"
-        lines.append(f"warning: the groups {', '.join(table.groups)} are not in {out}: to keep "
-                     f"them, save this as {groups_file}: "
+
+    groups_file = Path(options.data) / "label_groups.json"
+    if table.groups and not (options.label_groups or groups_file.is_file()):
+        lines.append(f"warning: the groups {', '.join(table.groups)} are not in {options.out}: to "
+                     f"keep them, save this as {groups_file}: "
                      f"{json.dumps(table.groups, ensure_ascii=False)}")
-    if table.added and not any(table.parts):
-        lines.append(f"runs with {out} divide the images anew: to compare with earlier runs, give "
-                     "the answers with --answers instead")
+    if table.before is not None and not any(table.parts):
+        lines.append(f"training on {options.out} draws a new split: to compare with earlier runs, "
+                     "use --answers instead")
+
     command = ["python", "train.py", "--data", options.data, "--labels", options.out]
     for name, value in how.items():
         command += [f"--{name.replace('_', '-')}", value] if value else []
-    return "\n".join([*lines, f"written: {out}; next: {shlex.join(command)}"])
+    return [*lines, f"written: {options.out}; next: {shlex.join(command)}"]
 
 
-def _refuse_to_lose(options, table, folder):
+def _refuse_to_lose(options, table):
     """Raise InputError if --out is a file that was read, or one that may hold answers."""
     data_dir = Path(options.data)
+    folder = ImageFolder(table.root, data_dir, guessed=not options.images)
     files = _choose_files(options.labels, data_dir, folder, required=False).values()
     named = filter(None, [options.label_groups, options.image_list, *options.answers])
     given = [path for name in named for path in (name, data_dir / name)]  # options may mean either
@@ -2494,24 +2522,8 @@ def _table_rows(table, ids, group):
     if any(table.parts):
         columns.append(("split", table.parts))
     titles, cells = zip(*columns)
-    labels = map(_cells_of, table.targets.tolist())
-    return [[*titles, *table.classes], *([*start, *end] for *start, end in zip(*cells, labels))]
-
-
-def _ids_in(out, table, folder):
-    """Return the IDs for a label file `out`: those of the table, or paths where these fail."""
-    place, part_of_file, _ = _place_of(str(out), folder)
-    ids = []
-    for row, (name, path) in enumerate(zip(table.ids, table.paths)):
-        image = path.removeprefix(f"{folder.root}/")
-        part = table.parts[row] if any(table.parts) else part_of_file
-        # A name may be relative to the folder of the old label file.
-        try:
-            found, *_ = folder.find(name, str(out), place, part)
-        except InputError:
-            found = None
-        ids.append(name if found == image else image)
-    return ids
+    return [[*titles, *table.classes], *([*start, *map(to_cell, labels)]
+                                         for *start, labels in zip(*cells, table.targets.tolist()))]
 
 
 def _misreading(out, rows, table, data_dir, how):
@@ -2535,7 +2547,7 @@ def _misreading(out, rows, table, data_dir, how):
             "split": again.parts == (table.parts if any(table.parts) else []),
             "labels": np.array_equal(again.targets, table.targets, equal_nan=True)}
     wrong = [what for what, equal in same.items() if not equal]
-    return f"it would have other {' and '.join(wrong)}: give its columns other names" * bool(wrong)
+    return f"it would have other {' and '.join(wrong)}: give its columns other names" if wrong else ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2549,7 +2561,8 @@ def split(table, ratios=(0.7, 0.15, 0.15), method="stratified", seed=0):
         table: a LabelTable. An existing split (table.parts) is kept: rows without a part are
             divided among the splits that have none, and val is taken from train if the data has no
             val. Answers change nothing: labels count as they were before, and rows that answers
-            added join train, or the split of an identical image.
+            added join train, or the part of an identical image or, in data with an existing split,
+            of their folder.
         ratios: three numbers >= 0, relative to their sum; only that of test may be 0.
         method: "stratified" is the iterative stratification of Sechidis, Tsoumakas & Vlahavas
             (2011), "On the Stratification of Multi-Label Data", on the known positives, so that
@@ -2562,7 +2575,7 @@ def split(table, ratios=(0.7, 0.15, 0.15), method="stratified", seed=0):
     if len(ratios) != 3 or not np.isfinite(ratios).all() or ratios.min() < 0 or ratios[:2].min() == 0:
         raise InputError("--split takes three ratios, train, val and test; only the last may be 0")
     if any(table.added):
-        old = np.flatnonzero(~np.array(table.added))
+        old = np.flatnonzero(~table.is_added)
         part = np.array([PARTS.index(name or "train") for name in table.parts or [""] * len(table)])
         for k, rows in enumerate(split(table.subset(old), ratios, method, seed)):
             part[old[rows]] = k
@@ -2595,7 +2608,7 @@ def divide(table, ratios, method="stratified", seed=0):
     Rows that answers added are in no part, -1, unless an identical image is in one.
     """
     if any(table.added):
-        old = np.flatnonzero(~np.array(table.added))
+        old = np.flatnonzero(~table.is_added)
         part = np.full(len(table), -1)
         part[old] = divide(table.subset(old), ratios, method, seed)
         return _follow_copies(table, part)

@@ -124,11 +124,11 @@ def parse_options(argv=None):
         help="refit calibration and thresholds on a labelled folder that the model was not trained "
              "on (the val part of the data's own split, else test), and write one model to --out")
     add("--ask", metavar="DATA",
-        help="write the unknown labels of a folder that the model is least certain about to --out "
-             "FILE.csv, and a page on which to answer them to FILE.html; val and test are left out, "
-             "and a folder without a label file is all unknown")
+        help="choose the unknown labels of a folder that the model is least sure of; write them to "
+             "--out FILE.csv, and a page for answering them to FILE.html; val and test are left out; "
+             "without a label file, all labels are unknown")
     add("--count", type=number(int, 1), metavar="N",
-        help="with --ask: the most labels to ask for (default: 200)")
+        help="with --ask: maximum number of labels to ask for (default: 200)")
     dataset.add_data_options(group)
 
     add = parser.add_argument_group("system").add_argument
@@ -157,9 +157,9 @@ def _check_combinations(options):
     if len(commands) > 1:
         raise InputError(f"--{commands[0]} and --{commands[1]} are two commands: use one of them")
 
-    labelled = bool(commands)
-    if labelled and (options.paths or options.save or options.format in ("csv", "probabilities")):
-        raise InputError(f"--{commands[0]} is about its DATA: it takes no images and no --save, and "
+    command = commands[0] if commands else None
+    if command and (options.paths or options.save or options.format in ("csv", "probabilities")):
+        raise InputError(f"--{command} is about its DATA: it takes no images and no --save, and "
                          "--format table or json")
     if options.ask and (options.threshold is not None or options.format != "table"):
         raise InputError("--ask writes probabilities to a CSV file: leave out --threshold and --format")
@@ -179,7 +179,7 @@ def _check_combinations(options):
                          "name another file")
 
     for name, value in dataset.data_options(options).items():
-        if value and not labelled:
+        if value and not command:
             raise InputError(f"--{name.replace('_', '-')} goes with --evaluate, --calibrate or --ask DATA")
 
 
@@ -532,8 +532,8 @@ def ask(options):
         _note(f"skipped: {message}")
     good = [row for row in range(len(images)) if row not in errors]
     if not good:
-        raise InputError(f"{options.ask}: no label of a readable image is unknown, outside of val and "
-                         "test: there is nothing to ask")
+        raise InputError(f"{options.ask}: nothing to ask: outside val and test, every label of every "
+                         "readable image is known")
     images, probabilities = images.subset(good), probabilities[good][:, columns]
 
     # Two labels of an image, or as many as it takes to use up --count; and twice the equal share of
@@ -558,8 +558,8 @@ def ask(options):
 def _find_unknown_labels(classifier, table, options):
     """Return the images with labels to ask for, and the columns of their classes in the model.
 
-    The images are a LabelTable of the classes that both the model and the data know. Labels that a
-    person was asked for already are not NaN in it.
+    The images are a LabelTable of the classes that both the model and the data know, in which these
+    labels are NaN.
     """
     common = [name for name in classifier.classes if name in table.classes]
     for names, side in ((classifier.classes, "model"), (table.classes, "data")):
@@ -569,34 +569,33 @@ def _find_unknown_labels(classifier, table, options):
         raise InputError(f"{options.ask} has no class of the model, which are "
                          f"{dataset.shortened(classifier.classes)}")
 
-    # Val and test are the data's own, or those that train.py draws with the options of the model's
-    # run, in which folds train on val. Data with too few rows to draw them has none.
+    held_out = _held_out_rows(classifier, table)
+    if held_out:
+        _note(f"--ask: the {len(held_out)} of {len(table)} rows in val or test are left out")
+    images = dataset.images_to_ask_about(table, held_out)
+    odd = [name for name in images.ids if not dataset.can_be_answered(name)]
+    if odd:
+        _note(f"skipped: {len(odd)} images with names that are not UTF-8 or contain a carriage "
+              f"return, such as {odd[0]!r}: rename them")
+
+    images.targets = images.targets[:, [table.classes.index(name) for name in common]]
+    images.classes = common
+    unknown = np.isnan(images.targets).any(axis=1) & [name not in odd for name in images.ids]
+    return images.subset(np.flatnonzero(unknown)), [classifier.classes.index(name) for name in common]
+
+
+def _held_out_rows(classifier, table):
+    """Return the rows of val and test: the data's own, or those that training would draw.
+
+    These are drawn with the options of the model's run, in which folds train on val too.
+    """
     saved = classifier.options
     held_out = {row for row, part in enumerate(table.parts) if part in ("val", "test")}
-    with contextlib.suppress(InputError):
+    with contextlib.suppress(InputError):  # raised if there are too few rows to draw them
         _, val, test = dataset.split(table, saved.get("split", (0.7, 0.15, 0.15)),
                                      saved.get("split_method", "stratified"), saved.get("seed", 0))
         held_out.update(test if saved.get("folds") else [*val, *test])
-    if held_out:
-        _note(f"--ask: the {len(held_out)} of {len(table)} rows in val or test are left out")
-
-    images = dataset.images_to_ask_about(table, held_out)
-    odd = [row for row, name in enumerate(images.ids) if not dataset.can_be_answered(name)]
-    if odd:
-        _note(f"skipped: {len(odd)} images with names that are not UTF-8 or hold line ends, such as "
-              f"{images.ids[odd[0]]!r}: rename them")
-        images = images.subset(np.setdiff1d(np.arange(len(images)), odd))
-    images.targets = images.targets[:, [table.classes.index(name) for name in common]]
-    images.classes = common
-
-    # A person who could not tell is not asked again.
-    row_of = {path.removeprefix(f"{table.root}/"): row for row, path in enumerate(images.paths)}
-    row_of |= {name: row for row, name in enumerate(images.ids)}
-    for answer in itertools.chain(*map(dataset.read_answers, options.answers)):
-        if answer.name in row_of and answer.label in common:
-            images.targets[row_of[answer.name], common.index(answer.label)] = 0
-    images = images.subset(np.flatnonzero(np.isnan(images.targets).any(axis=1)))
-    return images, [classifier.classes.index(name) for name in common]
+    return held_out
 
 
 def import_metrics(option):
@@ -1440,17 +1439,17 @@ def _describe_mistakes(table, row, names, probabilities, predicted, mistakes):
 
 
 REVIEW_CARDS = 200  # as many as a person answers in a quarter of an hour
-REVIEW_BYTES = 5_000_000  # of the page: it can be sent by mail, and a phone opens it at once
+REVIEW_BYTES = 5_000_000  # of the page: small enough to mail, and to open on a phone
 REVIEW_SIDES = (960, 640, 480, 360, 280, 200, 140)  # pixels of the longer side of the images
-REVIEW_GENERATOR = "inference.py, review page"  # by which a file says that write_review() wrote it
+REVIEW_GENERATOR = "inference.py, review page"  # marks a page as ours: a later run may replace it
 GLOW_SIDE = 28  # pixels of heatmaps on the page, which come from 7 x 7 cells
 
 
 def write_review(path, questions, heat=None, title="Review labels"):
     """Write a page on which a person answers questions about single labels, as one HTML file.
 
-    The page contains the images, and needs no other file and no network. It hands out the answers
-    as a file answers.csv for dataset.read_answers().
+    The page contains the images, and needs no other file and no network. A person downloads the
+    answers from it as answers.csv, which dataset.read_answers() reads.
 
     Args:
         path: the HTML file. Of existing files, only an earlier review page is replaced.
@@ -1470,18 +1469,15 @@ def write_review(path, questions, heat=None, title="Review labels"):
     with ThreadPoolExecutor(default_workers()) as pool:
         images = list(pool.map(_encode_image, places))
 
-    rows = []
-    for name, file, label, given, probability in cards:
-        known = "NA" if math.isnan(given) else str(int(given))
-        rows.append([name, label, known, f"{probability:.4f}", places[file]])
-
+    rows = [[*card.cells()[:4], places[card.path]] for card in cards]  # without the empty answer
     # The browser keeps the answers under this key, so that they never meet another page's questions.
     key = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-    for file, place in places.items() if heat else ():
-        own = [row for row in rows if row[-1] == place]
+    for file, place in places.items():
         readable = images[place][1]
-        for row, values in zip(own, heat(file, [row[1] for row in own]) if readable else ()):
-            row.append(_encode_heat(values))
+        if heat and readable:
+            own = [row for row in rows if row[4] == place]
+            for row, values in zip(own, heat(file, [row[1] for row in own])):
+                row.append(_encode_heat(values))
 
     # Images are as large as the limit allows. Photographs of 200 cards mostly get 360 pixels, and
     # noise, which compresses worst, 280, so the smallest sizes are a reserve.
@@ -1489,8 +1485,7 @@ def write_review(path, questions, heat=None, title="Review labels"):
     for side in REVIEW_SIDES:
         data["images"] = [{"ratio": ratio, "file": files.get(side), "reason": reason}
                           for ratio, files, reason in images]
-        page = REVIEW_PAGE.replace("{{GENERATOR}}", REVIEW_GENERATOR)
-        page = page.replace("{{DATA}}", _to_script(data))
+        page = REVIEW_PAGE.replace("{{DATA}}", _to_script(data))
         if len(page) <= REVIEW_BYTES:
             break
     dataset.write_text(path, [page])
@@ -1498,11 +1493,11 @@ def write_review(path, questions, heat=None, title="Review labels"):
 
 def refuse_other_page(path):
     """Raise InputError if there is a file at `path` that is not a page of write_review()."""
-    if os.path.isdir(path) or (os.path.isfile(path) and not is_review(path)):
+    if os.path.isdir(path) or (os.path.isfile(path) and not _is_review(path)):
         raise InputError(f"{path} exists and is not a review page: name another --out")
 
 
-def is_review(path):
+def _is_review(path):
     """Return True if a file is a page that write_review() wrote."""
     try:
         with open(path, "rb") as file:
@@ -1553,8 +1548,8 @@ def _to_script(value):
     return text
 
 
-# The placeholders are {{GENERATOR}} and {{DATA}}. In a notebook the page is part of another
-# document, so its classes start with lr-, and it has no ids and no styles for html or body.
+# In a notebook the page is part of another document, so its classes start with lr-, it has no ids
+# and no styles for html or body, and data-lm-suppress-shortcuts keeps JupyterLab's own keys away.
 REVIEW_PAGE = r"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -1649,7 +1644,7 @@ REVIEW_PAGE = r"""<!DOCTYPE html>
   </header>
   <noscript>This page needs JavaScript: open the file in a browser.</noscript>
   <div class="lr-track"><div class="lr-bar"></div></div>
-  <p class="lr-note" role="note">This browser keeps nothing: download before you close the page.</p>
+  <p class="lr-note" role="note">This browser does not save your answers: download them before closing the page.</p>
 
   <div class="lr-body">
     <div class="lr-stage">
@@ -1660,14 +1655,14 @@ REVIEW_PAGE = r"""<!DOCTYPE html>
     <div class="lr-end">
       <h2 class="lr-result" aria-live="polite"></h2>
       <button type="button" data-do="download">Download answers.csv</button>
-      <p>Merge the answers into a new label file, or train with them at once:</p>
+      <p>Merge the answers into a new label file, or train with them right away:</p>
       <pre>python dataset.py DATA --answers answers.csv --out labels_new.csv
 python train.py --data DATA --answers answers.csv</pre>
     </div>
 
     <div class="lr-side">
       <div class="lr-card" aria-live="polite">
-        <h2>Is there <strong class="lr-label"></strong>?</h2>
+        <h2>Is <strong class="lr-label"></strong> present?</h2>
         <p><span>the file says: <b class="lr-given"></b></span>
           <span>the network says: <b class="lr-guess"></b></span></p>
         <p class="lr-name"></p>
@@ -1716,7 +1711,7 @@ python train.py --data DATA --answers answers.csv</pre>
     find("title").textContent = data.title;
     if (alone) document.title = data.title;
     if (data.total > cards.length) {
-      find("total").textContent = `It asks the first ${cards.length} of ${data.total} questions.`;
+      find("total").textContent = `Showing the first ${cards.length} of ${data.total} questions.`;
     }
     addOptions(find("kind"), "all kinds", cards.map(kindOf));
     addOptions(find("class"), "all classes", cards.map(one => one.label));
@@ -1799,11 +1794,8 @@ python train.py --data DATA --answers answers.csv</pre>
       [one.name, one.label, one.given, one.probability, one.answer])];
     const text = rows.map(row => row.map(quote).join(",") + "\n").join("");
 
-    // In names that are not UTF-8, Python has the lone surrogate U+DCxx for the byte xx.
-    const pieces = text.split(/([\udc80-\udcff])/u).map((piece, i) =>
-      i % 2 ? Uint8Array.of(piece.charCodeAt(0) - 0xdc00) : piece);
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob(pieces, {type: "text/csv"}));
+    link.href = URL.createObjectURL(new Blob([text], {type: "text/csv"}));
     link.download = "answers.csv";
     link.click();
     unsaved = false;
@@ -1831,7 +1823,7 @@ python train.py --data DATA --answers answers.csv</pre>
 
   function renderCard() {
     const probability = Number(card.probability), sure = Math.max(probability, 1 - probability);
-    const percent = sure < 0.995 ? `${Math.round(100 * sure)} %` : "over 99 %";
+    const percent = sure < 0.995 ? `${Math.round(100 * sure)}%` : "over 99%";
     find("label").textContent = card.label;
     find("given").textContent = words.get(card.given);
     find("guess").textContent = `${probability < 0.5 ? "absent" : "present"}, ${percent}`;
@@ -1869,7 +1861,7 @@ python train.py --data DATA --answers answers.csv</pre>
     action();
     render();
 
-    // A button that was pressed may be gone now, and the keys must not go with it.
+    // If the pressed button is now hidden or disabled, the page gets the focus, so that keys still work.
     const focused = document.activeElement;
     if (!page.contains(focused) || focused.disabled || focused.closest("[hidden]")) focus();
   });
@@ -1908,7 +1900,7 @@ python train.py --data DATA --answers answers.csv</pre>
 </script>
 </body>
 </html>
-"""
+""".replace("{{GENERATOR}}", REVIEW_GENERATOR)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -610,11 +610,11 @@ def sigmoid(logits):
 
 
 def label_quality(targets, probabilities):
-    """Return how probable each known label is, the "self-confidence" of confident learning.
+    """Return the probability of each known label: the "self-confidence" of confident learning.
 
     It is p where a label is given as present, and 1 - p where it is given as absent: the lower, the
     more suspicious. The model must not have been trained on these labels, or it repeats their
-    errors: take out-of-fold probabilities.
+    errors: use out-of-fold probabilities.
 
     Args: targets, probabilities: (N, C).
     Returns: (N, C) floats from 0 to 1; NaN where the label is unknown.

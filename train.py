@@ -1340,7 +1340,7 @@ def splits_digest(tables):
 def images_digest(tables):
     """Return a fingerprint of which image is in which split, whatever its labels."""
     # Rows that answers added do not count: without these answers the splits are the same.
-    names = [[name for row, name in enumerate(table.ids) if not (table.added and table.added[row])]
+    names = [[name for name, added in zip(table.ids, table.is_added) if not added]
              for table in tables.values()]
     return hashlib.sha256(repr(names).encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -1397,8 +1397,8 @@ def other_labels(options, before, path):
     what, again = "", "the same labels"
     if then != now:
         what, again = f" (--answers {then} then, {now} now)", "the same answers"
-    return InputError(f"--resume: the labels are not those that {path} was trained with{what}: "
-                      f"give {again}, or start again without --resume, or in another --out")
+    return InputError(f"--resume: the labels differ from those that {path} was trained with{what}: "
+                      f"give {again}, leave out --resume, or name another --out")
 
 
 def check_comparable(options, before, path):
@@ -1602,19 +1602,22 @@ def format_folds(report):
 def write_suspects(out, table, probabilities, network_of):
     """Write the known labels that are probably wrong, and a page on which to correct them.
 
-    Args: probabilities: out-of-fold, (N, C); network_of: {path: the Classifier of its fold}.
+    Args: probabilities: out-of-fold, (N, C); network_of: {path: the Classifier of its fold, which was
+        not trained on it}.
     Returns: a text with the most suspicious ones.
     """
     suspects = find_suspects(table, probabilities)
 
-    def heat(path, labels):  # of the network that was not trained on this image
-        return inference.heatmaps(network_of[path], path, [table.classes.index(one) for one in labels])
+    def heat(path, labels):
+        columns = [table.classes.index(label) for label in labels]
+        return inference.heatmaps(network_of[path], path, columns)
 
+    # Again, as somebody may have answered the old file while the run trained.
     dataset.refuse_answered(out / "suspects.csv")
     dataset.write_questions(out / "suspects.csv", suspects)
     inference.write_review(out / "review.html", suspects, heat, "Suspicious labels")
 
-    lines = [f"{len(suspects)} known labels are suspicious: look at them in {out / 'review.html'}"]
+    lines = [f"{len(suspects)} known labels are probably wrong: review them in {out / 'review.html'}"]
     for one in suspects[:5]:  # enough to see whether it is worth looking at more
         given = "present" if one.given else "absent"
         lines.append(f"  {one.name}: {one.label} is given as {given}, probability {one.probability:.3f}")
@@ -1624,8 +1627,8 @@ def write_suspects(out, table, probabilities, network_of):
 def find_suspects(table, probabilities, most=1000):
     """Return a Question for each known label whose opposite is likelier, the likeliest first.
 
-    Args: probabilities: out-of-fold, (N, C); most: the most Questions to return: more than that
-        nobody checks one by one.
+    Args: probabilities: out-of-fold, (N, C); most: maximum number of Questions, as nobody checks
+        more than that one by one.
     """
     quality = metrics.label_quality(table.targets, probabilities)
     quality[[not dataset.can_be_answered(name) for name in table.ids]] = np.nan

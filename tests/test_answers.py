@@ -97,7 +97,7 @@ def test_every_id_of_rows_that_were_merged_may_be_answered(folder):
 @pytest.mark.parametrize("lines, reason", [
     (["e.jpg,rust,NA,1"], "2: 'e.jpg' is neither an ID of the label file nor an image below"),
     (["gone.jpg,rust,NA,1"], "2: the image of gone.jpg is missing"),
-    (["a.jpg,crack,NA,1"], "2: 'crack' is no class (the classes are rust, dent)"),
+    (["a.jpg,crack,NA,1"], "2: 'crack' is not a class (the classes are rust, dent)"),
     (["a.jpg,rust,0,NA"], "2: rust of a.jpg was 0 when the question was asked, but is 1 now"),
     (["b.jpg,rust,NA,1"], "2: rust of b.jpg was NA when the question was asked, but is 0 now"),
     (["new.jpg,rust,0,1"], "2: rust of new.jpg was 0 when the question was asked, but is NA now"),
@@ -217,7 +217,7 @@ def test_splits_and_folds_are_those_without_answers(album, tmp_path_factory, dat
         same = {21: 20}.get(i, i)  # copies are in one part
         part = [own[same % len(own)]] if own else []
         who = [str(same if own else i % 9)] if objects else []
-        rows.append([f"{i:02}.png", *dataset._cells_of(labels), *who, *part])
+        rows.append([f"{i:02}.png", *map(dataset.to_cell, labels), *who, *part])
     rows[1][1:3], rows[2][1:3] = ["1", "0"], ["0", "1"]
     dataset.write_csv(folder / "labels.csv", rows)
 
@@ -226,7 +226,7 @@ def test_splits_and_folds_are_those_without_answers(album, tmp_path_factory, dat
     asked = draw(st.lists(st.tuples(st.integers(0, 35), st.integers(0, 1)), unique=True, max_size=30))
     lines = []
     for i, c in asked:
-        given = dataset._cells_of([before.targets[i, c] if i < 24 else math.nan])[0]
+        given = dataset.to_cell(before.targets[i, c] if i < 24 else math.nan)
         lines.append(f"{i:02}.png,{'xy'[c]},{given},{draw(st.sampled_from(['1', '0', 'NA']))}")
     after = dataset.read_labels(folder, answers=write_answers(folder, *lines), **how)
     added = {f"{album}/{i}.png" for i, _ in asked if i >= 24}
@@ -364,7 +364,7 @@ def test_answers_given_as_labels_are_an_error_that_names_the_option(folder):
     path = write_answers(folder, "a.jpg,rust,1,0")
     with pytest.raises(InputError, match=r"--labels answers.csv holds answers.*--answers answers.csv"):
         dataset.read_labels(folder, labels="answers.csv")
-    with pytest.raises(InputError, match=r"labels.csv: it has no column"):
+    with pytest.raises(InputError, match=r"labels.csv has no column"):
         dataset.read_labels(folder, answers="labels.csv")
     assert known_rows(dataset.read_labels(folder, answers="answers.csv"))["a.jpg"] == [0, 0]
     assert path.exists()
@@ -440,8 +440,7 @@ def test_a_table_of_all_labels_is_written_with_the_answers(folder, capsys):
     assert written(capsys) == [
         f"answers: {path}: 0 confirmed, 1 changed, 1 filled in, 0 set to unknown; 1 rows added",
         "left out: 1 rows whose image is missing",
-        f"runs with {out} divide the images anew: to compare with earlier runs, give the answers with "
-        "--answers instead",
+        f"training on {out} draws a new split: to compare with earlier runs, use --answers instead",
         f"written: {out}; next: python train.py --data {folder} --labels {out}"]
     assert_same_labels(dataset.read_labels(folder, labels=out), dataset.read_labels(folder, answers=path))
     assert sorted(file.name for file in folder.iterdir()) == ["answers.csv", "images", "labels.csv", "labels_new.csv"]
@@ -667,8 +666,9 @@ def test_resume_knows_that_answers_changed(extended, tmp_path, capsys, lines, ot
     train.main([*map(str, options), "--answers", str(answers)])
     for now, shown in (([], "none"), (["--answers", write_answers(data, other, name="b.csv")], data / "b.csv")):
         error = refused(capsys, train.main, *options, "--resume", *now, warns=True)
-        assert f"--resume: the labels are not those that {tmp_path / 'out' / 'last.pth'} was trained with (--answers " \
-               f"{answers} then, {shown} now): give the same answers, or start again without --resume" in error
+        last = tmp_path / "out" / "last.pth"
+        assert (f"--resume: the labels differ from those that {last} was trained with (--answers {answers} then, "
+                f"{shown} now): give the same answers, leave out --resume, or name another --out") in error
     write_answers(data, other)
     error = refused(capsys, train.main, *options, "--resume", "--answers", answers, warns=True)
     assert "was trained with: give the same labels" in error
@@ -703,7 +703,7 @@ def test_no_output_replaces_answers(extended, tmp_path, capsys, trained):
                     "--answers", answers, warns=True)
     assert "would replace a file that is read" in error and answers.read_bytes() == before
     error = refused(capsys, inference.main, data, "--answers", answers)
-    assert "--answers goes with --evaluate or --calibrate" in error
+    assert "--answers goes with --evaluate, --calibrate or --ask" in error
 
 
 def test_an_answer_about_a_test_row_corrects_its_label_and_leaves_it_there(tmp_path):

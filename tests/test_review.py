@@ -166,11 +166,11 @@ def same(a, b):
 
 
 def test_a_card_asks_in_words_and_says_what_the_file_and_the_network_say(page, photo):
-    chances = [(1.0, 0.0712, "absent, 93 %"), (0.0, 0.9312, "present, 93 %"), (math.nan, 0.5, "present, 50 %"),
-               (0.0, 0.9999, "present, over 99 %"), (1.0, 0.0001, "absent, over 99 %"), (1.0, 0.4951, "absent, 50 %")]
+    chances = [(1.0, 0.0712, "absent, 93%"), (0.0, 0.9312, "present, 93%"), (math.nan, 0.5, "present, 50%"),
+               (0.0, 0.9999, "present, over 99%"), (1.0, 0.0001, "absent, over 99%"), (1.0, 0.4951, "absent, 50%")]
     page.write([Question("a.jpg", photo, "rust", given, chance) for given, chance, _ in chances], title="<b>Title")
     for given, _, guess in chances:
-        assert page.find("card").text.splitlines()[0] == "Is there rust?"
+        assert page.find("card").text.splitlines()[0] == "Is rust present?"
         assert page.text("given") == {1.0: "present", 0.0: "absent"}.get(given, "unknown")
         assert page.text("guess") == guess
         assert (page.text("name"), page.find("photo").get_attribute("alt")) == ("a.jpg", "a.jpg")
@@ -395,7 +395,7 @@ def test_without_local_storage_everything_works_and_the_page_warns_before_answer
         return page.browser.execute_script(
             'const leaving = new Event("beforeunload", {cancelable: true}); return !window.dispatchEvent(leaving)')
 
-    assert page.find("note").text == "This browser keeps nothing: download before you close the page."
+    assert page.find("note").text == "This browser does not save your answers: download them before closing the page."
     assert not warns()
     page.click("present")
     page.press("0", "b")
@@ -485,16 +485,14 @@ def test_hostile_names_are_shown_as_they_are_and_read_back_from_the_download(pag
 
 
 def test_the_download_without_answers_is_byte_for_byte_what_write_questions_writes(page, photo):
-    """Names of odd letters, some of which are bytes that are no UTF-8, as in file names of old archives."""
     rng = random.Random(0)
-    letters = "ab ,\"'\n;\t<>&\\\u00e9\u2028\N{GRINNING FACE}\N{PAPERCLIP}\udce9\udc80\udcff\u4e2d="
+    letters = "ab ,\"'\n;\t<>&\\\u00e9\u2028\N{GRINNING FACE}\N{PAPERCLIP}\u4e2d="
     names = ["".join(rng.choices(letters, k=rng.randint(1, 8))) for _ in range(150)]
     questions = [Question(f"{i}{name}", photo, name, rng.choice([1.0, 0.0, math.nan]), rng.random())
                  for i, name in enumerate(names)]
     dataset.write_questions(page.folder / "questions.csv", questions)
     downloaded = page.write(questions).download().read_bytes()
     assert downloaded == (page.folder / "questions.csv").read_bytes()
-    assert b"\xe9" in downloaded.replace("\u00e9".encode(), b"")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -504,7 +502,7 @@ def test_the_download_without_answers_is_byte_for_byte_what_write_questions_writ
 def test_the_first_200_questions_get_a_card_and_the_page_says_if_there_are_more(page, photo):
     questions = [Question(f"{i}.jpg", photo, "rust", 1.0, 0.1) for i in range(812)]
     page.write(questions)
-    assert page.find("total").text == "It asks the first 200 of 812 questions."
+    assert page.find("total").text == "Showing the first 200 of 812 questions."
     assert page.text("progress") == "0 of 200 answered"
     assert [card[0] for card in content(page.folder / "review.html")["cards"]] == [f"{i}.jpg" for i in range(200)]
 
@@ -614,7 +612,7 @@ def test_the_page_refers_to_no_other_host_and_lets_nothing_out(page, three):
 def test_only_an_earlier_review_page_is_replaced(tmp_path, three):
     path = tmp_path / "review.html"
     inference.write_review(path, three)
-    assert inference.is_review(path)
+    assert inference._is_review(path)
     inference.write_review(path, three[:1])
     assert len(content(path)["cards"]) == 1
     assert [file.name for file in tmp_path.iterdir() if file.suffix != ".jpg"] == ["review.html"]
@@ -625,8 +623,8 @@ def test_only_an_earlier_review_page_is_replaced(tmp_path, three):
         with pytest.raises(InputError, match=rf"{name} exists and is not a review page: name another --out"):
             inference.write_review(tmp_path / name, three)
     assert (tmp_path / "notes.html").read_text() == "<!DOCTYPE html><p>my notes"
-    assert not inference.is_review(tmp_path / "folder")
-    assert not inference.is_review(tmp_path / "none.html")
+    assert not inference._is_review(tmp_path / "folder")
+    assert not inference._is_review(tmp_path / "none.html")
 
 
 # ----------------------------------------------------------------------------------------------------------

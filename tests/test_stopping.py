@@ -384,7 +384,7 @@ def test_labels_that_were_corrected_since_are_not_passed_over(options, few_image
     text = (few_images / "labels.txt").read_text()
     (few_images / "labels.txt").write_text(text.replace("00.png 0 0", "00.png 0 NA"))
     before = files_of(tmp_path / "out")
-    with pytest.raises(InputError, match=r"labels are not those that .*last\.pth was trained with: give the same"):
+    with pytest.raises(InputError, match=r"labels differ from those that .*last\.pth was trained with: give the same"):
         train.main([*options, "--epochs", "2", "--resume"])
     assert before == files_of(tmp_path / "out")
 
