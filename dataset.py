@@ -79,7 +79,7 @@ class LabelTable:
 
     # Arrays (N, C), or None if no answers were merged.
     before: np.ndarray = None  # the targets before the merge
-    unsure: np.ndarray = None  # True where a person answered NA
+    answered: np.ndarray = None  # True where a person answered, if only that they cannot tell
 
     # How the label files were read.
     missing: list = field(default_factory=list)  # ids of rows that were dropped for lack of an image
@@ -99,7 +99,7 @@ class LabelTable:
         for name in ("ids", "paths", "objects", "parts", "copies", "origins", "added"):
             values = getattr(self, name)
             chosen[name] = [values[i] for i in rows] if values else []
-        for name in ("before", "unsure"):
+        for name in ("before", "answered"):
             values = getattr(self, name)
             chosen[name] = None if values is None else values[rows]
         return replace(self, targets=self.targets[rows], **chosen)
@@ -235,7 +235,7 @@ def read_labels(data_dir, labels=None, images=None, classes=(), **how):
     data_dir = Path(data_dir)
     how = Reading(**how)
     if not data_dir.is_dir():
-        raise InputError(f"{data_dir} is not a folder: --data names the data folder")
+        raise InputError(f"{data_dir} is not a folder: name the data folder")
     if images and not Path(images).is_dir():
         raise InputError(f"{images} is not a folder: --images names the image folder")
 
@@ -1684,8 +1684,12 @@ def _images_without_labels(folder, classes, how):
                              f"{folder.data_dir} has no label file, and so no such column: leave "
                              "it out")
     notes = [f"labels: {folder.data_dir} has no label file", f"images: {folder.root}"]
+    warnings = []
+    if how.answers:
+        warnings.append("the answers are the only labels, so that splits change with every answer: "
+                        "name a label file with --labels if there is one")
     return LabelTable([], [], np.empty((0, len(classes)), np.float32), classes, root=folder.root,
-                      unlabelled=_images_except(folder, set()), notes=notes)
+                      unlabelled=_images_except(folder, set()), notes=notes, warnings=warnings)
 
 
 def _images_except(folder, used):
@@ -2183,11 +2187,12 @@ def images_to_ask_about(table, held_out):
     images = LabelTable([*table.ids, *table.unlabelled],
                         [*table.paths, *(f"{table.root}/{name}" for name in table.unlabelled)],
                         np.concatenate([table.targets, unknown]), table.classes)
-    if table.unsure is not None:
-        images.targets[: len(table)][table.unsure] = 0  # as good as any label that is known
+    if table.answered is not None:  # nobody is asked again, so NA is as good as any known label
+        images.targets[: len(table)][table.answered & np.isnan(table.targets)] = 0
     left_out = np.zeros(len(images), bool)
     left_out[list(held_out)] = True
-    if any(table.parts):
+    divided = any(table.parts) or any(_part_of_folder(path) == "train" for path in table.paths)
+    if divided:
         left_out[len(table) :] = [_part_of_folder(name) in PARTS[1:] for name in table.unlabelled]
 
     # Identical images become one: the first of them, with the labels that are known of any. Groups
@@ -2204,11 +2209,16 @@ def images_to_ask_about(table, held_out):
 
 def can_be_answered(name):
     """Return True if the name of an image survives a round trip through a CSV file in UTF-8."""
-    return "\r" not in name and not any("\ud800" <= letter <= "\udfff" for letter in name)
+    is_text = not any("\ud800" <= letter <= "\udfff" for letter in name)  # else a byte is not UTF-8
+    return is_text and "\r" not in name and name == name.strip()
 
 
 def write_questions(path, questions):
-    """Write Questions as a CSV file, with an empty column for the answers."""
+    """Write Questions as a CSV file, with an empty column for the answers.
+
+    Raises InputError instead of replacing a file that may hold answers.
+    """
+    refuse_answered(path)
     write_csv(path, [ANSWER_COLUMNS, *(one.cells() for one in questions)])
 
 
@@ -2220,11 +2230,15 @@ def to_cell(target):
 def holds_questions(path):
     """Return True if a file has the columns of write_questions(), answered or not."""
     try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            titles = re.split("[,;\t]", file.readline(1000).replace('"', ""))
+        with open(path, "rb") as file:
+            start = file.read(1000)
     except OSError:
         return False
-    return {*ANSWER_COLUMNS} <= {title.strip() for title in titles}
+    # Spreadsheets may write UTF-16, and before the titles a line that tells the separator.
+    kind = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    lines = start.decode(kind, "replace").replace('"', "").splitlines()
+    first = next((line for line in lines if line.strip() and not line.startswith("sep=")), "")
+    return {*ANSWER_COLUMNS} <= {title.strip() for title in re.split("[,;\t]", first)}
 
 
 def refuse_answered(path):
@@ -2248,7 +2262,8 @@ def read_answers(path):
     cell of `given` or `answer` is not 1, 0 or NA.
     """
     rows, _ = read_rows(Path(path))
-    titles = rows[0][1] if rows else []
+    line, titles = rows[0] if rows else (1, [])
+    _refuse_repeated(f"{path}:{line}", [title for title in titles if title in ANSWER_COLUMNS])
     lacking = [title for title in ANSWER_COLUMNS if title not in titles]
     if lacking:
         raise InputError(f"{path} has no column {' or '.join(lacking)}: a file of answers has the "
@@ -2256,10 +2271,13 @@ def read_answers(path):
 
     answers = []
     for number, cells in rows[1:]:
+        origin = f"{path}:{number}"
+        if any(cells[len(titles) :]):
+            raise InputError(f"{origin}: {cells[-1]!r} stands outside the columns: move it to the "
+                             "column answer, or remove it")
         cells = dict(zip(titles, [*cells, *[""] * len(titles)]))  # the last ones may be missing
         if not cells["answer"]:
             continue
-        origin = f"{path}:{number}"
         given, answer = (_read_answer(cells[title], title, origin) for title in ("given", "answer"))
         answers.append(Answer(cells["ID"], cells["label"], given, answer, origin))
     return answers
@@ -2362,15 +2380,17 @@ def _merge_answers(table, files, names):
     Raises InputError if an answer contradicts another one, or is about another state of the labels.
     """
     before = table.targets.copy()
-    table.unsure = np.zeros(before.shape, bool) if any(files) else None
+    table.answered = np.zeros(before.shape, bool) if any(files) else None
 
     earlier = {}  # (row, column) -> the Answers of earlier files
     for name, answers in zip(names, files):
+        if not answers:
+            table.warnings.append(f"{name} holds no answers: is the column answer empty?")
         counts = Counter()
         for place, answer in _check_answers(table, answers, before, earlier).items():
             counts[_kind_of_change(table.targets[place], answer.answer)] += 1
             table.targets[place] = answer.answer
-            table.unsure[place] = math.isnan(answer.answer)
+            table.answered[place] = True
             earlier.setdefault(place, []).append(answer)
 
         note = f"answers: {name}: " + ", ".join(f"{counts[kind]} {kind}" for kind in CHANGES)
@@ -2491,7 +2511,8 @@ def _closing_lines(options, table, how):
         lines.append(f"warning: the groups {', '.join(table.groups)} are not in {options.out}: to "
                      f"keep them, save this as {groups_file}: "
                      f"{json.dumps(table.groups, ensure_ascii=False)}")
-    if table.before is not None and not any(table.parts):
+    # Without a part for every row, or without val, a split is drawn from the labels.
+    if table.before is not None and ("" in table.parts or not {"train", "val"} <= {*table.parts}):
         lines.append(f"training on {options.out} draws a new split: to compare with earlier runs, "
                      "use --answers instead")
 
@@ -2510,8 +2531,6 @@ def _refuse_to_lose(options, table):
     given = [path for name in named for path in (name, data_dir / name)]  # options may mean either
     refuse_to_replace("--out", options.out, [*files, *given, *filter(None, [_class_file(data_dir)]),
                                              *table.paths])
-    if holds_questions(options.out):
-        raise InputError(f"--out {options.out} holds questions, and maybe answers: choose another")
 
 
 def _table_rows(table, ids, group):
@@ -3568,7 +3587,10 @@ def number(kind, low=0, below=math.inf):
 
 
 def refuse_to_replace(option, path, files):
-    """Raise InputError if a file to be written is a folder, or one of `files`, which are read."""
+    """Raise InputError if a file to be written is a folder, holds answers, or is one of `files`.
+
+    Args: option: the option that names it; files: those that are read.
+    """
     if os.path.isdir(path):
         raise InputError(f"{option} {path} is a folder: name a file")
     if not os.path.exists(path):
@@ -3579,6 +3601,8 @@ def refuse_to_replace(option, path, files):
         with contextlib.suppress(OSError):
             if os.path.samestat(own, os.stat(file)):
                 raise InputError(f"{option} {path} would replace a file that is read: choose another")
+    if holds_questions(path):
+        refuse_answered(path)
 
 
 @contextlib.contextmanager

@@ -312,7 +312,7 @@ class Classifier:
     mirrored: bool = False  # whether to average over the mirrored image, too
     epoch: int = 0  # after which the model was saved
     scores: dict = field(default_factory=dict)  # on val, after that epoch
-    trained_on: list = field(default_factory=list)  # train.image_keys() of the training images
+    trained_on: list = field(default_factory=list)  # image_keys() of the training images
     options: dict = field(default_factory=dict)  # of the training run
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: torch.dtype = torch.float32  # None: predict() chooses, by the number of images
@@ -532,8 +532,9 @@ def ask(options):
         _note(f"skipped: {message}")
     good = [row for row in range(len(images)) if row not in errors]
     if not good:
-        raise InputError(f"{options.ask}: nothing to ask: outside val and test, every label of every "
-                         "readable image is known")
+        reason = (f"none of {len(images)} images can be read" if errors else
+                  "outside val and test, every label is known" if len(table) else "it holds no images")
+        raise InputError(f"{options.ask}: nothing to ask: {reason}")
     images, probabilities = images.subset(good), probabilities[good][:, columns]
 
     # Two labels of an image, or as many as it takes to use up --count; and twice the equal share of
@@ -571,7 +572,8 @@ def _find_unknown_labels(classifier, table, options):
 
     held_out = _held_out_rows(classifier, table)
     if held_out:
-        _note(f"--ask: the {len(held_out)} of {len(table)} rows in val or test are left out")
+        _note(f"--ask: {len(held_out)} of {len(table)} rows are left out: they are in val or test, or "
+              "new since the training")
     images = dataset.images_to_ask_about(table, held_out)
     odd = [name for name in images.ids if not dataset.can_be_answered(name)]
     if odd:
@@ -585,17 +587,40 @@ def _find_unknown_labels(classifier, table, options):
 
 
 def _held_out_rows(classifier, table):
-    """Return the rows of val and test: the data's own, or those that training would draw.
-
-    These are drawn with the options of the model's run, in which folds train on val too.
-    """
+    """Return the rows of val and test: the data's own, and those of the run that trained the model."""
+    # For other data, these are what train.py would draw with the same options, in which folds train
+    # on val too. Where there are too few rows to draw them, all are train.
     saved = classifier.options
-    held_out = {row for row, part in enumerate(table.parts) if part in ("val", "test")}
-    with contextlib.suppress(InputError):  # raised if there are too few rows to draw them
-        _, val, test = dataset.split(table, saved.get("split", (0.7, 0.15, 0.15)),
-                                     saved.get("split_method", "stratified"), saved.get("seed", 0))
-        held_out.update(test if saved.get("folds") else [*val, *test])
-    return held_out
+    train = range(len(table))
+    with contextlib.suppress(InputError):
+        train, val, _ = dataset.split(table, saved.get("split", (0.7, 0.15, 0.15)),
+                                      saved.get("split_method", "stratified"), saved.get("seed", 0))
+        train = [*train, *val] if saved.get("folds") else train
+
+    # A model that was trained on these images knows which of them it was trained on, whatever other
+    # options had a say in that. Rows that answers added later belong to train.
+    if not all(table.parts) or not table.parts:
+        known = np.isin(image_keys(table), classifier.trained_on)
+        if 2 * known.sum() > len(train):
+            train = np.flatnonzero(known | table.is_added)
+    own = {row for row, part in enumerate(table.parts) if part in ("val", "test")}
+    return own | {*range(len(table))}.difference(train)
+
+
+def image_keys(table):
+    """Return an integer per image that identifies it in later runs, even under another name."""
+
+    # A hash of the size and the first 64 KB of the file: to read whole files would take too long.
+    def key(path):
+        try:
+            with open(path, "rb") as file:
+                content = str(os.fstat(file.fileno()).st_size).encode() + file.read(2**16)
+        except OSError:  # training reports it
+            content = os.fsencode(path)
+        return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")  # 64 bits do for millions
+
+    with ThreadPoolExecutor(default_workers()) as pool:
+        return list(pool.map(key, table.paths))
 
 
 def import_metrics(option):
@@ -1469,9 +1494,7 @@ def write_review(path, questions, heat=None, title="Review labels"):
     with ThreadPoolExecutor(default_workers()) as pool:
         images = list(pool.map(_encode_image, places))
 
-    rows = [[*card.cells()[:4], places[card.path]] for card in cards]  # without the empty answer
-    # The browser keeps the answers under this key, so that they never meet another page's questions.
-    key = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    rows = [[*card.cells()[:4], places[card.path], _storage_key(card)] for card in cards]
     for file, place in places.items():
         readable = images[place][1]
         if heat and readable:
@@ -1481,7 +1504,7 @@ def write_review(path, questions, heat=None, title="Review labels"):
 
     # Images are as large as the limit allows. Photographs of 200 cards mostly get 360 pixels, and
     # noise, which compresses worst, 280, so the smallest sizes are a reserve.
-    data = {"title": title, "key": key, "total": len(questions), "cards": rows}
+    data = {"title": title, "total": len(questions), "cards": rows}
     for side in REVIEW_SIDES:
         data["images"] = [{"ratio": ratio, "file": files.get(side), "reason": reason}
                           for ratio, files, reason in images]
@@ -1489,6 +1512,13 @@ def write_review(path, questions, heat=None, title="Review labels"):
         if len(page) <= REVIEW_BYTES:
             break
     dataset.write_text(path, [page])
+
+
+def _storage_key(card):
+    """Return the name under which a browser keeps the answer to a Question."""
+    # The question itself, so that a page of a later run still shows what was answered.
+    question = [os.path.realpath(card.path), card.label, *card.cells()[2:3]]
+    return hashlib.sha256(json.dumps(question).encode()).hexdigest()[:16]
 
 
 def refuse_other_page(path):
@@ -1695,8 +1725,8 @@ python train.py --data DATA --answers answers.csv</pre>
   const button = name => page.querySelector(`[data-do=${name}]`);
 
   const data = JSON.parse(find("data").textContent);
-  const cards = data.cards.map(([name, label, given, probability, image, heat]) =>
-    ({name, label, given, probability, image: data.images[image], heat, answer: ""}));
+  const cards = data.cards.map(([name, label, given, probability, image, key, heat]) =>
+    ({name, label, given, probability, image: data.images[image], key, heat, answer: ""}));
   const kindOf = one => one.given === "NA" ? "questions" : "suspects";
   const words = new Map([["1", "present"], ["0", "absent"], ["NA", "unknown"]]);
 
@@ -1704,6 +1734,7 @@ python train.py --data DATA --answers answers.csv</pre>
   let card = null;  // the current card; null on the end screen
   let trail = [];  // the cards that were current before it
   let heated = false;  // true while heatmaps are wanted
+  let pressed = 0;  // when a button was last pressed, in milliseconds
   let kept = false;  // true if the browser keeps the answers
   let unsaved = false;  // true if there are answers that were not downloaded
 
@@ -1733,19 +1764,20 @@ python train.py --data DATA --answers answers.csv</pre>
     }
   }
 
-  // Answers in the browser. localStorage may be missing, switched off or full, or hold anything.
-  const key = "label-review " + data.key;
-
+  // Answers in the browser, each under the key of its question, so that the page of a later run
+  // shows them too. localStorage may be missing, switched off or full, or hold anything.
   function load() {
     try {
-      const answers = JSON.parse(localStorage.getItem(key));
-      cards.forEach((one, i) => { one.answer = words.has(answers[i]) ? answers[i] : ""; });
+      for (const one of cards) {
+        const answer = localStorage.getItem("label-review " + one.key);
+        one.answer = words.has(answer) ? answer : "";
+      }
     } catch { }
   }
 
-  function save() {
+  function save(changed = cards) {
     try {
-      localStorage.setItem(key, JSON.stringify(cards.map(one => one.answer)));
+      for (const one of changed) localStorage.setItem("label-review " + one.key, one.answer);
       kept = true;
     } catch {
       kept = false;
@@ -1760,7 +1792,7 @@ python train.py --data DATA --answers answers.csv</pre>
   function answer(value) {
     card.answer = value;
     unsaved = true;
-    save();
+    save([card]);
     if (value) skip();
   }
 
@@ -1858,6 +1890,9 @@ python train.py --data DATA --answers answers.csv</pre>
   page.addEventListener("click", event => {
     const action = event.target.closest("button") && actions[event.target.dataset.do];
     if (!action) return;
+    // The second click of a double click would answer a card that nobody has seen.
+    if (event.detail > 1 && event.timeStamp - pressed < 300) return;
+    pressed = event.timeStamp;
     action();
     render();
 

@@ -29,7 +29,6 @@ import sys
 import threading
 import time
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -626,7 +625,7 @@ def build(options, tables, weights=None):
     else:
         weights = weights or read_weights(options)
         fresh = load_weights(network, weights, options, table.classes)
-        trained_on = image_keys(table)
+        trained_on = inference.image_keys(table)
         if weights:
             warn_about_leaks(weights, tables)
             trained_on = sorted({*weights.trained_on, *trained_on})
@@ -683,28 +682,12 @@ def load_weights(network, weights, options, classes):
     return tuple(name for name in names if name not in taken)
 
 
-def image_keys(table):
-    """Return an integer per image that identifies it in later runs, even under another name."""
-
-    # A hash of the size and the first 64 KB of the file: to read whole files would take too long.
-    def key(path):
-        try:
-            with open(path, "rb") as file:
-                content = str(os.fstat(file.fileno()).st_size).encode() + file.read(2**16)
-        except OSError:  # training reports it
-            content = os.fsencode(path)
-        return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")  # 64 bits do for millions
-
-    with ThreadPoolExecutor(inference.default_workers()) as pool:
-        return list(pool.map(key, table.paths))
-
-
 def count_trained_on(weights, table):
     """Return how many images of a table the weights, if any, were trained on."""
     if weights is None or not weights.trained_on:
         return 0
     known = set(weights.trained_on)
-    return sum(key in known for key in image_keys(table))
+    return sum(key in known for key in inference.image_keys(table))
 
 
 def warn_about_leaks(weights, tables):
@@ -1525,6 +1508,8 @@ def cross_validate(options, tables):
             write_pr_curves(out, table, probabilities, classifier)
         print_once(options, format_folds(report))
         if is_leader():
+            if options.calibration == "none":  # suspects are sorted by calibrated ones
+                probabilities = cross_calibrate(table.targets, raw[good], parts[good])
             network_of = dict(zip(table.paths, (classifiers[k] for k in parts[good])))
             print_once(options, write_suspects(out, table, probabilities, network_of))
         wait_for_leader()
@@ -1575,6 +1560,15 @@ def report_folds(options, classifier, table, parts, raw):
     return report, probabilities, thresholds
 
 
+def cross_calibrate(targets, raw, parts):
+    """Calibrate the out-of-fold probabilities (N, C) of each part by those of the other parts."""
+    calibrated = np.empty_like(raw)
+    for k in np.unique(parts):
+        own = parts == k
+        calibrated[own] = metrics.calibrate(raw[own], *metrics.fit_calibration(targets[~own], raw[~own]))
+    return calibrated
+
+
 def fit_to(options, targets, raw):
     """Return the scale, offsets (C,) and thresholds (C,) that probabilities (N, C) call for."""
     scale, offsets = 1.0, np.zeros(targets.shape[1])
@@ -1612,8 +1606,6 @@ def write_suspects(out, table, probabilities, network_of):
         columns = [table.classes.index(label) for label in labels]
         return inference.heatmaps(network_of[path], path, columns)
 
-    # Again, as somebody may have answered the old file while the run trained.
-    dataset.refuse_answered(out / "suspects.csv")
     dataset.write_questions(out / "suspects.csv", suspects)
     inference.write_review(out / "review.html", suspects, heat, "Suspicious labels")
 
@@ -1631,7 +1623,14 @@ def find_suspects(table, probabilities, most=1000):
         more than that one by one.
     """
     quality = metrics.label_quality(table.targets, probabilities)
+    # Nothing is to be said about a class whose known labels are all the same, about a label that a
+    # person has confirmed already, and about an image that cannot be named in the file.
+    targets = table.targets
+    quality[:, ~((targets == 1).any(axis=0) & (targets == 0).any(axis=0))] = np.nan
     quality[[not dataset.can_be_answered(name) for name in table.ids]] = np.nan
+    if table.answered is not None:
+        quality[table.answered] = np.nan
+
     suspicious = np.argwhere(quality < 0.5)  # NaN, for unknown labels, is not
     order = np.argsort(quality[tuple(suspicious.T)], kind="stable")
     return [dataset.Question(table.ids[row], table.paths[row], table.classes[c],
@@ -1663,12 +1662,14 @@ def check_out(options, tables):
     written = [out, *(out / f"fold_{k + 1}" for k in range(options.folds))]
     for folder in dict.fromkeys([*written, *fold_folders(out)]):
         ours = files_of_run(folder)
-        there = [folder / name for name in sorted(names) if (folder / name).exists()]
+        there = [folder / name for name in sorted(names) if os.path.lexists(folder / name)]
         for path in [*ours, *(there if folder in written else [])]:
             if what := reads.get(os.path.realpath(path)):
                 raise InputError(f"{what} lies in --out, and would be replaced: name another --out")
             if path.name == "suspects.csv":
                 dataset.refuse_answered(path)
+            elif path.name == "review.html":
+                inference.refuse_other_page(path)
             if path not in ours:
                 raise InputError(f"--out {out}: {path} would be replaced, and no run of train.py "
                                  "wrote it: name another --out")
@@ -1773,6 +1774,8 @@ def remove_old_run(options):
     old = 0
     for folder in [*fold_folders(out), out]:
         for path in files_of_run(folder):
+            if path.name == "suspects.csv":  # somebody may have answered it in the meantime
+                dataset.refuse_answered(path)
             path.unlink()
             old += 1
         if folder != out:

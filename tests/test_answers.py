@@ -284,11 +284,12 @@ def test_answers_that_settle_a_disagreement_of_copies_leave_no_warning(folder):
     assert not any("disagree" in warning for warning in table.warnings)
 
 
-def test_unanswered_questions_change_nothing(folder):
+def test_unanswered_questions_change_nothing_but_are_a_warning(folder):
     for path in (write_answers(folder, "a.jpg,rust,1,", "what,ever,NA,"), write_answers(folder, name="empty.csv")):
         table, without = dataset.read_labels(folder, answers=path), dataset.read_labels(folder)
         assert (known_rows(table), table.before, table.added) == (known_rows(without), None, [])
-        assert table.notes[:-1] == without.notes and table.warnings == without.warnings
+        assert table.notes[:-1] == without.notes
+        assert table.warnings == [*without.warnings, f"{path} holds no answers: is the column answer empty?"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -581,12 +582,12 @@ def test_a_table_replaces_no_file_that_is_read_or_holds_answers(folder, capsys):
     answers = write_answers(folder, "a.jpg,rust,1,0")
     (folder / "gone.csv").write_text("image,rust\ngone.jpg,1\n")
     (folder / "link.csv").symlink_to(folder / "labels.csv")
-    other = write_answers(folder, "a.jpg,rust,1,", name="other.csv")
+    other = write_answers(folder, "a.jpg,rust,1,NA", name="other.csv")
     before = files_of(folder)
     for name, options, reason in (
             ("labels.csv", [], "is read"), ("link.csv", [], "is read"), ("images", [], ".csv"),
             ("answers.csv", ["--answers", "answers.csv"], "is read"), ("labels.txt", [], "ends in .csv"),
-            ("other.csv", ["--answers", answers], "holds questions"),
+            ("other.csv", ["--answers", answers], "holds answers"),
             ("gone.csv", ["--labels", folder / "gone.csv"], "none of its 1 images")):
         assert reason in refused(capsys, dataset.main, folder, "--out", folder / name, *options)
     assert files_of(folder) == before and other.exists()

@@ -76,6 +76,24 @@ def test_the_most_suspicious_labels_are_printed_and_are_on_a_page(folded, tmp_pa
         True] * 5 + [False]
 
 
+def test_labels_of_one_value_and_labels_that_a_person_confirmed_are_not_suspicious():
+    targets = np.float32([[1, 0, 0], [0, 0, 1], [1, 0, 0]])
+    table = dataset.LabelTable(list("xyz"), list("xyz"), targets, list("abc"), answered=np.zeros((3, 3), bool))
+    table.answered[0, 0] = True
+    suspects = train.find_suspects(table, 1 - targets * 0.9)
+    assert {(one.name, one.label) for one in suspects} == {("x", "c"), ("y", "a"), ("z", "c"), ("y", "c"), ("z", "a")}
+
+
+def test_suspects_are_calibrated_even_where_the_model_is_not():
+    rng = np.random.default_rng(0)
+    targets, parts = rng.integers(0, 2, (60, 3)).astype(np.float32), rng.integers(0, 3, 60)
+    raw = np.clip(0.8 * rng.random((60, 3)) + 0.1 * targets, 0.01, 0.99)
+    calibrated = train.cross_calibrate(targets, raw, parts)
+    for k in range(3):
+        scale, offsets = metrics.fit_calibration(targets[parts != k], raw[parts != k])
+        np.testing.assert_array_equal(calibrated[parts == k], metrics.calibrate(raw[parts == k], scale, offsets))
+
+
 def test_at_most_a_thousand_labels_are_suspicious_and_unknown_ones_are_not():
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 2, (500, 6)).astype(np.float32)
@@ -101,18 +119,21 @@ def test_a_name_that_no_csv_file_can_hold_is_not_asked_about(trained, demo, tmp_
     assert {row["ID"] for row in rows} == {"good, really.jpg"}
     assert "skipped: 2 images with names that are not UTF-8" in capsys.readouterr().err
 
-    table = dataset.LabelTable(names, names, np.ones((3, 1), np.float32), ["a"])
-    assert [one.name for one in train.find_suspects(table, np.zeros((3, 1)))] == ["good, really.jpg"]
+    names += ["fine.jpg", " blank.jpg"]
+    table = dataset.LabelTable(names, names, np.float32([[1], [1], [1], [0], [1]]), ["a"])
+    assert [one.name for one in train.find_suspects(table, np.zeros((5, 1)))] == ["good, really.jpg"]
 
 
 @pytest.mark.parametrize("edit", [
     lambda text: text.replace(",\n", ",1\n", 1),
     lambda text: text.replace(",\n", ",maybe\n", 1),  # a mistyped answer is a person's work too
     lambda text: text.replace(",", ";").replace(";\n", ";NA\n", 1),
+    lambda text: text.replace(",\n", ",,0\n", 1),  # one column too far to the right
+    lambda text: text.replace(",answer\n", ",answer,answer\n").replace(",\n", ",1,\n", 1),
     lambda text: "somebody's notes",
     lambda text: "",
 ])
-@pytest.mark.parametrize("options", [["--folds", "3"], [], ["--folds", "3", "--resume"]])
+@pytest.mark.parametrize("options", [["--folds", "3"], [], ["--folds", "3", "--resume"]], ids=str)
 def test_suspects_with_answers_are_never_replaced(folded, tmp_path, capsys, edit, options):
     data, out = folded
     for name in ("config.json", "metrics.json"):
@@ -123,6 +144,14 @@ def test_suspects_with_answers_are_never_replaced(folded, tmp_path, capsys, edit
     error = refused(capsys, train.main, "--data", data, "--out", tmp_path, *RUN, *options, warns=True)
     assert str(path) in error and "rename it, or give another --out" in error
     assert files_of(tmp_path) == before
+
+
+def test_a_page_of_somebody_else_in_the_folder_of_a_run_is_not_removed(folded, tmp_path, capsys):
+    data, out = folded
+    (tmp_path / "config.json").write_bytes((out / "config.json").read_bytes())
+    (tmp_path / "review.html").write_text("<p>notes</p>")
+    assert "review.html" in refused(capsys, train.main, "--data", data, "--out", tmp_path, *RUN, warns=True)
+    assert (tmp_path / "review.html").read_text() == "<p>notes</p>"
 
 
 def test_suspects_without_answers_are_replaced(folded, tmp_path):
@@ -199,15 +228,21 @@ def test_a_split_that_training_would_draw_is_left_out_and_folds_leave_out_test_a
     folder = partly(rows)
     model = trained[0] / "model.pth"
     asked = ask(folder, model, tmp_path / "questions.csv")
-    assert "rows in val or test are left out" in capsys.readouterr().err
-    table = dataset.read_labels(folder)
-    expected = {table.ids[row] for row in dataset.split(table)[0]}
-    assert {row["ID"] for row in asked} == expected and len(expected) < 40
+    assert "rows are left out: they are in val or test" in capsys.readouterr().err
 
-    classifier = inference.load_model(model)
+    # The model knows these images, if in other splits than train.py would draw now.
+    table, classifier = dataset.read_labels(folder), inference.load_model(model)
+    trained_on = {name for name, key in zip(table.ids, inference.image_keys(table)) if key in classifier.trained_on}
+    assert {row["ID"] for row in asked} == trained_on
+    assert 20 < len(trained_on) < 40
+
+    classifier.trained_on = []
+    inference.save_model(classifier, model := tmp_path / "other.pth")
+    expected = {table.ids[row] for row in dataset.split(table)[0]}
+    assert {row["ID"] for row in ask(folder, model, tmp_path / "questions.csv")} == expected != trained_on
     classifier.options |= {"folds": 3, "split": [0.85, 0.15, 0]}
-    inference.save_model(classifier, tmp_path / "folds.pth")
-    assert len(ask(folder, tmp_path / "folds.pth", tmp_path / "questions.csv")) == 40
+    inference.save_model(classifier, model)
+    assert len(ask(folder, model, tmp_path / "questions.csv")) == 40
 
 
 def test_a_folder_without_labels_is_all_unknown(trained, demo, tmp_path):

@@ -1224,3 +1224,14 @@ def test_the_report_of_a_labelled_folder_has_intervals(two, surveyed, capsys):
     assert text.count("[0.") >= 6
     report = inference.main(["--evaluate", str(surveyed), "--model", two[0], *CPU])
     assert report["intervals"]["f1_macro"][0] <= report["f1_macro"] <= report["intervals"]["f1_macro"][1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_no_output_replaces_a_file_with_answers(model, images, demo, tmp_path, capsys, encoding):
+    out = tmp_path / "suspects.csv"
+    out.write_text("sep=,\nID,label,given,probability,answer\nx.jpg,hole,1,0.08,0\n", encoding=encoding)
+    before = out.read_bytes()
+    for command in ([images[0], "--format", "csv"], ["--evaluate", demo], ["--calibrate", demo]):
+        error = refused(capsys, inference.main, *command, "--model", model, "--out", out, warns=True)
+        assert f"{out} holds answers" in error
+    assert out.read_bytes() == before

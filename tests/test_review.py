@@ -340,29 +340,40 @@ def test_a_heatmap_lies_over_the_photo_and_is_missing_where_no_region_was_found(
 # Answers that are kept
 
 
-def test_a_reload_keeps_the_answers_of_this_page_only(page, three):
+def test_answers_outlast_a_reload_and_belong_to_their_question_alone(page, three):
     page.write(three).press("1", "u")
     page.browser.refresh()
     assert (page.done(), page.text("name"), page.find("note").is_displayed()) == (2, "c.jpg", False)
     page.press("b")
     assert page.answered() == ["unknown"]
 
-    # The same questions are the same page, in any file; others are another one.
+    # The page of a later run shows them too, with other probabilities and in another order.
     assert page.write(three, name="copy.html").done() == 2
-    assert page.write([three[0], three[2], three[1]], name="order.html").done() == 0
-    assert page.write([three[0]._replace(given=0.0), *three[1:]], name="given.html").done() == 0
+    later = [one._replace(probability=0.3) for one in reversed(three)]
+    assert page.write(later, name="later.html").done() == 2
+    assert page.write([three[0]._replace(given=0.0), *three[1:]], name="given.html").done() == 1
+    assert page.write([three[0]._replace(label="moss"), *three[1:]], name="label.html").done() == 1
+    assert page.write([three[0]._replace(path="other.jpg"), *three[1:]], name="path.html").done() == 1
 
 
 def test_whatever_the_browser_holds_the_page_works(page, three):
     page.write(three)
-    key = "label-review " + content(page.folder / "review.html")["key"]
-    for stored in ("", "{", "null", "7", '"abc"', "{}", '["1"]', '["constructor", "__proto__", 1, "NA"]'):
-        page.browser.execute_script("localStorage.setItem(...arguments)", key, stored)
+    key = "label-review " + content(page.folder / "review.html")["cards"][0][5]
+    for stored in ("", "{", "null", "7", '"abc"', "1", "constructor", "__proto__"):
+        page.browser.execute_script("localStorage.clear(); localStorage.setItem(...arguments)", key, stored)
         page.browser.refresh()
-        kept = int(stored == '["1"]')
+        kept = int(stored == "1")
         assert page.done() == kept
         page.press("0")
         assert page.done() == kept + 1
+
+
+def test_a_double_click_answers_one_card(page, three):
+    page.write(three)
+    ActionChains(page.browser).double_click(page.button("present")).perform()
+    assert page.done() == 1
+    page.click("absent")
+    assert page.done() == 2
 
 
 def test_two_tabs_with_the_same_page_share_their_answers(page, three):
