@@ -242,39 +242,23 @@ def read_labels(data_dir, labels=None, images=None, classes=(), **how):
     default = data_dir / "images"
     root = images or (default if default.is_dir() else data_dir)
     folder = ImageFolder(root, data_dir, guessed=not images)
-    groups_file = Path(how.label_groups or data_dir / "label_groups.json")
-    groups = _read_groups(groups_file) if how.label_groups or groups_file.is_file() else {}
-
     answers = [read_answers(_given_file(name, data_dir)) for name in how.answers]  # file by file
     classes = list(dict.fromkeys([*classes, *(one.label for one in chain(*answers))]))
     files = _choose_files(labels, data_dir, folder, required=not classes)
-    by_stem = bool(files) and next(iter(files.values())).is_dir()
-    if not files:
-        table = _images_without_labels(folder, classes, how)
-    elif by_stem:
-        table = _read_cls(files[""], data_dir)
-    else:
-        table = _read_files(files, DataFolder(data_dir, folder, groups, how))
-    if groups:
-        table = _apply_groups(table, groups, groups_file)
+    table = _read_rows_and_images(files, classes, data_dir, folder, how)
 
-    if files:
-        table = _attach_images(table, folder, by_stem)
     # Images that only answers are about get their rows now, so that they are compared with the
     # others, but their labels last, since splits must not depend on answers.
     if any(answers):
         answers = _find_answered(table, answers)
     if how.split_column == "folder":
-        table.parts = [_part_of_folder(path.removeprefix(folder.root)) for path in table.paths]
-        if not any(table.parts):
-            raise InputError(f"--split-column folder: no folder below {folder.root} is called "
-                             "train, val or test")
-        table.notes.append("split: by the folders below the image folder")
+        _split_by_folders(table)
 
     # Duplicates come first, since parts and rows can only be compared if it is known what is one image.
     table = _find_copies(table)
     table = _merge_rows(_separate_parts(table, how.drop_overlap))
     _make_ids_unique(table)
+
     if any(table.parts) and any(table.added):
         _place_added(table)
     if any(answers) and files:
@@ -282,6 +266,32 @@ def read_labels(data_dir, labels=None, images=None, classes=(), **how):
     _merge_answers(table, answers, how.answers)
     _compare_copies(table)
     return table
+
+
+def _read_rows_and_images(files, classes, data_dir, folder, how):
+    """Return the rows of the label files, as find_labels() returns these, with their images."""
+    groups_file = Path(how.label_groups or data_dir / "label_groups.json")
+    groups = _read_groups(groups_file) if how.label_groups or groups_file.is_file() else {}
+    by_stem = bool(files) and next(iter(files.values())).is_dir()
+    if not files:
+        table = _images_without_labels(folder, classes, how)
+    elif by_stem:
+        table = _read_cls(files[""], data_dir)
+    else:
+        table = _read_files(files, DataFolder(data_dir, folder, groups, how))
+
+    if groups:
+        table = _apply_groups(table, groups, groups_file)
+    return _attach_images(table, folder, by_stem) if files else table
+
+
+def _split_by_folders(table):
+    """Set the parts of a table to those that the folders of its images name."""
+    table.parts = [_part_of_folder(path.removeprefix(table.root)) for path in table.paths]
+    if not any(table.parts):
+        raise InputError(f"--split-column folder: no folder below {table.root} is called train, val "
+                         "or test")
+    table.notes.append("split: by the folders below the image folder")
 
 
 def add_data_options(parser):

@@ -1508,7 +1508,7 @@ def cross_validate(options, tables):
             write_pr_curves(out, table, probabilities, classifier)
         print_once(options, format_folds(report))
         if is_leader():
-            if options.calibration == "none":  # suspects are sorted by calibrated ones
+            if options.calibration == "none":
                 probabilities = cross_calibrate(table.targets, raw[good], parts[good])
             network_of = dict(zip(table.paths, (classifiers[k] for k in parts[good])))
             print_once(options, write_suspects(out, table, probabilities, network_of))
