@@ -326,6 +326,23 @@ def test_what_was_answered_already_is_not_asked_again(trained, partly, tmp_path)
     assert {(row["ID"], row["label"]) for row in again} == open_before - answered
 
 
+def test_an_answer_about_one_of_two_identical_images_is_about_both(trained, partly, tmp_path):
+    rows = {i: list(ALL_KNOWN[i % 2]) for i in range(10)}
+    rows[0][0] = rows[1][0] = "NA"
+    folder = partly(rows, parts=dict.fromkeys(range(10), "train") | {9: "test", 8: "val"})
+    (folder / "images" / "copy.jpg").write_bytes((folder / "images" / "00.jpg").read_bytes())
+    with open(folder / "labels.csv", "a") as file:
+        file.write("\ncopy,train,NA," + ",".join(rows[0][1:]))
+    label = dataset.DEMO_LABELS[0]
+    (folder / "answers.csv").write_text(f"ID,label,given,probability,answer\ncopy,{label},NA,0.5,NA\n")
+
+    model = trained[0] / "model.pth"
+    assert {row["ID"] for row in ask(folder, model, tmp_path / "q.csv")} == {"00", "01"}
+    # The name of the file is looked up in the data folder too.
+    again = ask(folder, model, tmp_path / "q.csv", "--answers", "answers.csv")
+    assert [(row["ID"], row["label"]) for row in again] == [("01", label)]
+
+
 @pytest.mark.parametrize("arguments, message", [
     ([], "--out questions.csv"),
     (["--out", "questions.html"], "--out questions.csv"),
