@@ -2239,6 +2239,8 @@ def to_cell(target):
 
 def holds_questions(path):
     """Return True if a file has the columns of write_questions(), answered or not."""
+    if not os.path.isfile(path):  # to open a pipe would wait for somebody to write into it
+        return False
     try:
         with open(path, "rb") as file:
             start = file.read(1000)
