@@ -163,7 +163,7 @@ def _parse_options(argv):
     if options.sheet and not options.sheet.lower().endswith(".png"):
         raise InputError(f"--sheet {options.sheet} is a PNG file: name a file that ends in .png")
     if options.out and not options.out.lower().endswith(".csv"):
-        raise InputError(f"--out {options.out} is a CSV file: name a file that ends in .csv")
+        raise InputError(f"--out {options.out}: a CSV file is written: name a file that ends in .csv")
     options.data = options.data or "data"
     return options
 
@@ -2278,7 +2278,7 @@ def read_answers(path):
     _refuse_repeated(f"{path}:{line}", [title for title in titles if title in ANSWER_COLUMNS])
     lacking = [title for title in ANSWER_COLUMNS if title not in titles]
     if lacking:
-        raise InputError(f"{path} has no column {' or '.join(lacking)}: a file of answers has the "
+        raise InputError(f"{path} has no column {', '.join(lacking)}: a file of answers has the "
                          f"columns {','.join(ANSWER_COLUMNS)}")
 
     answers = []
@@ -2408,7 +2408,7 @@ def _merge_answers(table, files, names):
         note = f"answers: {name}: " + ", ".join(f"{counts[kind]} {kind}" for kind in CHANGES)
         origins = {answer.origin for answer in answers}  # a row that an answer added has its origin
         if added := len(origins.intersection(table.origins)):
-            note += f"; {added} rows added"
+            note += f"; {added} row{'s' * (added > 1)} added"
         table.notes.append(note)
 
 

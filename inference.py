@@ -553,6 +553,10 @@ def ask(options):
     write_review(page, questions, heat, f"Questions about {options.ask}")
     print_text(f"{options.out}: {len(questions)} questions about {len({one.path for one in questions})} "
                f"images; answer them in {page}")
+    left = np.count_nonzero(np.isnan(images.targets)) - len(questions)
+    if left and len(questions) < count:
+        _note(f"{left} more labels are unknown, but at most {per_image} of an image and {per_class} of a "
+              "class are asked for at once")
     return questions
 
 
@@ -1850,15 +1854,17 @@ python train.py --data DATA --answers answers.csv</pre>
     button("skip").disabled = !card;
     button("back").disabled = !previous();
     button("heatmap").disabled = !card || !card.heat;
+    button("heatmap").title = button("heatmap").disabled ? "the network sees it nowhere" : "";
     card ? renderCard() : renderEnd();
   }
 
   function renderCard() {
-    const probability = Number(card.probability), sure = Math.max(probability, 1 - probability);
-    const percent = sure < 0.995 ? `${Math.round(100 * sure)}%` : "over 99%";
+    // No word of its own such as "absent": that would take the model's threshold.
+    const percent = Math.round(100 * card.probability);
+    const guess = percent < 1 ? "under 1%" : percent > 99 ? "over 99%" : `${percent}%`;
     find("label").textContent = card.label;
     find("given").textContent = words.get(card.given);
-    find("guess").textContent = `${probability < 0.5 ? "absent" : "present"}, ${percent}`;
+    find("guess").textContent = `${guess} present`;
     find("name").textContent = card.name;
 
     const {ratio, file, reason} = card.image, glows = Boolean(heated && card.heat);

@@ -1609,7 +1609,7 @@ def write_suspects(out, table, probabilities, network_of):
     dataset.write_questions(out / "suspects.csv", suspects)
     inference.write_review(out / "review.html", suspects, heat, "Suspicious labels")
 
-    lines = [f"{len(suspects)} known labels are probably wrong: review them in {out / 'review.html'}"]
+    lines = [f"{len(suspects)} known labels may be wrong: review them in {out / 'review.html'}"]
     for one in suspects[:5]:  # enough to see whether it is worth looking at more
         given = "present" if one.given else "absent"
         lines.append(f"  {one.name}: {one.label} is given as {given}, probability {one.probability:.3f}")

@@ -183,7 +183,7 @@ def test_files_share_the_rows_that_they_add(folder):
     second = write_answers(folder, "new.jpg,rust,0,1", "new.jpg,dent,NA,1", "sub/d.jpg,rust,NA,1", name="second.csv")
     table = dataset.read_labels(folder, answers=[first, second])
     assert list(known_rows(table).items())[3:] == [("new.jpg", [1, 1]), ("sub/d.jpg", [1, NA])]
-    assert [note.endswith("; 1 rows added") for note in table.notes[-2:]] == [True, True]
+    assert [note.endswith("; 1 row added") for note in table.notes[-2:]] == [True, True]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,7 +439,7 @@ def test_a_table_of_all_labels_is_written_with_the_answers(folder, capsys):
     out = write_table(folder, "--answers", path)
     assert out.read_text() == "ID,rust,dent\na.jpg,0,0\nb.jpg,0,NA\nsub/c.jpg,NA,1\nsub/d.jpg,NA,1\n"
     assert written(capsys) == [
-        f"answers: {path}: 0 confirmed, 1 changed, 1 filled in, 0 set to unknown; 1 rows added",
+        f"answers: {path}: 0 confirmed, 1 changed, 1 filled in, 0 set to unknown; 1 row added",
         "left out: 1 rows whose image is missing",
         f"training on {out} draws a new split: to compare with earlier runs, use --answers instead",
         f"written: {out}; next: python train.py --data {folder} --labels {out}"]
