@@ -261,9 +261,8 @@ def read_labels(data_dir, labels=None, images=None, classes=(), **how):
 
     if any(table.parts) and any(table.added):
         _place_added(table)
-    if any(answers) and files:
-        table.before = table.targets.copy()  # from which splits are drawn
-    _merge_answers(table, answers, how.answers)
+    if how.answers:
+        _merge_answers(table, answers, how.answers, bool(files))
     _compare_copies(table)
     return table
 
@@ -2384,15 +2383,18 @@ def _follow_copies(table, parts):
                      for image, part, added in zip(images, parts, table.is_added)])
 
 
-def _merge_answers(table, files, names):
+def _merge_answers(table, files, names, labelled):
     """Set the targets to what was answered, file by file, and note what became of them.
 
-    Args: files: as _find_answered() returns them; names: those of the files.
+    Args: files: as _find_answered() returns them; names: those of the files; labelled: whether there
+        is a label file, whose labels are kept for the splits.
 
     Raises InputError if an answer contradicts another one, or is about another state of the labels.
     """
     before = table.targets.copy()
-    table.answered = np.zeros(before.shape, bool) if any(files) else None
+    if any(files):
+        table.answered = np.zeros(before.shape, bool)
+        table.before = before if labelled else None
 
     earlier = {}  # (row, column) -> the Answers of earlier files
     for name, answers in zip(names, files):
@@ -2482,6 +2484,7 @@ def _kind_of_change(old, new):
     if old == "NA":
         return "filled in"
     return "set to unknown" if new == "NA" else "changed"
+
 
 # --------------------------------------------------------------------------------------------------
 # Writing all labels as one table

@@ -581,8 +581,8 @@ def _find_unknown_labels(classifier, table, options):
     images = dataset.images_to_ask_about(table, held_out)
     odd = [name for name in images.ids if not dataset.can_be_answered(name)]
     if odd:
-        _note(f"skipped: {len(odd)} images with names that are not UTF-8 or contain a carriage "
-              f"return, such as {odd[0]!r}: rename them")
+        _note(f"skipped: {len(odd)} images with names that are not UTF-8, contain a carriage return, or "
+              f"start or end with a blank, such as {odd[0]!r}: rename them")
 
     images.targets = images.targets[:, [table.classes.index(name) for name in common]]
     images.classes = common
@@ -603,7 +603,7 @@ def _held_out_rows(classifier, table):
 
     # A model that was trained on these images knows which of them it was trained on, whatever other
     # options had a say in that. Rows that answers added later belong to train.
-    if not all(table.parts) or not table.parts:
+    if not (table.parts and all(table.parts)):
         known = np.isin(image_keys(table), classifier.trained_on)
         if 2 * known.sum() > len(train):
             train = np.flatnonzero(known | table.is_added)
