@@ -546,11 +546,9 @@ def ask(options):
     questions = [dataset.Question(images.ids[row], images.paths[row], images.classes[c], math.nan,
                                   float(probabilities[row, c])) for row, c in chosen]
 
-    def heat(path, labels):
-        return heatmaps(classifier, path, [classifier.classes.index(label) for label in labels])
-
     dataset.write_questions(options.out, questions)
-    write_review(page, questions, heat, f"Questions about {options.ask}")
+    write_review(page, questions, functools.partial(named_heatmaps, classifier),
+                 f"Questions about {options.ask}")
     print_text(f"{options.out}: {len(questions)} questions about {len({one.path for one in questions})} "
                f"images; answer them in {page}")
     left = np.count_nonzero(np.isnan(images.targets)) - len(questions)
@@ -1352,6 +1350,11 @@ def heatmaps(classifier, image, labels):
     # Each network's map has its highest value at 1, so that all count the same in the mean.
     total = sum(_member_heatmaps(member, images, labels) for member in classifier.members)
     return total / total.max(axis=(1, 2), keepdims=True, initial=1e-30)  # a map of zeros stays 0
+
+
+def named_heatmaps(classifier, image, names):
+    """Compute heatmaps() of the labels with these names."""
+    return heatmaps(classifier, image, [classifier.classes.index(name) for name in names])
 
 
 def _member_heatmaps(member, images, labels):

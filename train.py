@@ -1603,8 +1603,7 @@ def write_suspects(out, table, probabilities, network_of):
     suspects = find_suspects(table, probabilities)
 
     def heat(path, labels):
-        columns = [table.classes.index(label) for label in labels]
-        return inference.heatmaps(network_of[path], path, columns)
+        return inference.named_heatmaps(network_of[path], path, labels)
 
     dataset.write_questions(out / "suspects.csv", suspects)
     inference.write_review(out / "review.html", suspects, heat, "Suspicious labels")

@@ -5,6 +5,7 @@
 It needs Debian's chromium and chromium-driver, or those of another system.
 """
 
+import functools
 import shutil
 import sys
 import tempfile
@@ -30,9 +31,7 @@ def review_page(classifier, table, probabilities, folder):
     questions = [dataset.Question(table.ids[row], table.paths[row], table.classes[c], np.nan, probabilities[row, c])
                  for row, c in metrics.choose_questions(unknown, probabilities, 100, 2, 40)]
 
-    def heat(path, labels):
-        return inference.heatmaps(classifier, path, [table.classes.index(label) for label in labels])
-
+    heat = functools.partial(inference.named_heatmaps, classifier)
     inference.write_review(folder / "review.html", questions, heat, "Questions about data/")
     options = webdriver.ChromeOptions()
     for switch in ("--headless=new", "--no-sandbox", f"--user-data-dir={folder / 'profile'}", "--window-size=900,700"):
