@@ -40,6 +40,7 @@ from functools import cache, cached_property
 from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -82,11 +83,13 @@ class LabelTable:
     answered: np.ndarray = None  # True where a person answered, if only that they cannot tell
 
     # How the label files were read.
+    sources: list = field(default_factory=list)  # the files that were read, apart from the images
     missing: list = field(default_factory=list)  # ids of rows that were dropped for lack of an image
     root: str = ""  # the image folder
     unlabelled: list = field(default_factory=list)  # images without a row, as paths below `root`
     notes: list = field(default_factory=list)  # how the files were understood, one line each
     warnings: list = field(default_factory=list)  # what looks wrong in them, one line each
+    part_of: dict = field(default_factory=dict)  # {image below `root`: its part}, if files list them
     merged: int = 0  # number of rows that were merged with an earlier row of the same image
     absent: float = math.nan  # label of classes that a row does not name; 0 in lists
 
@@ -124,7 +127,7 @@ def main(argv=None):
 
     table = read_labels(options.data, **data_options(options))
     if options.sheet:
-        refuse_to_replace("--sheet", options.sheet, table.paths)
+        refuse_to_replace("--sheet", options.sheet, [*table.sources, *table.paths])
     written = _write_table(options, table) if options.out else ""
     print_text(summary(table, options.data, most=10**9 if options.all else 30))
     print_text(f"\n{pairs_summary(table)}\n\n{images_summary(table)}")
@@ -203,6 +206,7 @@ class Reading:
     image_list: str = None
     drop_overlap: bool = False
     answers: list = ()  # a list of files; a single file is also accepted
+    background: bool = False
 
     def __post_init__(self):
         files = [self.answers] if isinstance(self.answers, (str, os.PathLike)) else self.answers
@@ -218,7 +222,8 @@ def read_labels(data_dir, labels=None, images=None, classes=(), **how):
 
     Args:
         data_dir: the folder with labels and images.
-        labels: the label file, or the folder of .cls files; by default what find_labels() finds.
+        labels: the label file, or the folder of .cls, YOLO or Pascal VOC files; by default what
+            find_labels() finds.
         images: the image folder; by default DATA/images, or DATA itself.
         classes: the classes of a folder without a label file. It has no rows then, except for the
             images that answers are about, whose labels are classes too.
@@ -244,8 +249,8 @@ def read_labels(data_dir, labels=None, images=None, classes=(), **how):
     folder = ImageFolder(root, data_dir, guessed=not images)
     answers = [read_answers(_given_file(name, data_dir)) for name in how.answers]  # file by file
     classes = list(dict.fromkeys([*classes, *(one.label for one in chain(*answers))]))
-    files = _choose_files(labels, data_dir, folder, required=not classes)
-    table = _read_rows_and_images(files, classes, data_dir, folder, how)
+    chosen = _choose_files(labels, data_dir, folder, required=not classes)
+    table = _read_rows_and_images(chosen, classes, data_dir, folder, how)
 
     # Images that only answers are about get their rows now, so that they are compared with the
     # others, but their labels last, since splits must not depend on answers.
@@ -262,26 +267,50 @@ def read_labels(data_dir, labels=None, images=None, classes=(), **how):
     if any(table.parts) and any(table.added):
         _place_added(table)
     if how.answers:
-        _merge_answers(table, answers, how.answers, bool(files))
+        _merge_answers(table, answers, how.answers, bool(chosen.files))
     _compare_copies(table)
     return table
 
 
-def _read_rows_and_images(files, classes, data_dir, folder, how):
-    """Return the rows of the label files, as find_labels() returns these, with their images."""
+def _read_rows_and_images(chosen, classes, data_dir, folder, how):
+    """Return the rows of the label files, which are given as LabelFiles, with their images."""
+    kind, files = chosen
+    if how.background and kind not in ("yolo", "voc"):
+        raise InputError(f"--background is for YOLO and Pascal VOC, which have a label file per image, "
+                         f"and {data_dir} is not read as one of them: leave it out")
+    if kind != "table" or not files:
+        _refuse_columns(how, data_dir)
+
     groups_file = Path(how.label_groups or data_dir / "label_groups.json")
     groups = _read_groups(groups_file) if how.label_groups or groups_file.is_file() else {}
-    by_stem = bool(files) and next(iter(files.values())).is_dir()
     if not files:
         table = _images_without_labels(folder, classes, how)
-    elif by_stem:
-        table = _read_cls(files[""], data_dir)
-    else:
+    elif kind == "table":
         table = _read_files(files, DataFolder(data_dir, folder, groups, how))
+    else:
+        readers = {"cls": _read_cls, "yolo": _read_yolo, "voc": _read_voc, "coco": _read_coco}
+        table = readers[kind](files, data_dir)
 
+    options = (_given_file(name, data_dir) for name in (how.image_list, *how.answers) if name)
+    table.sources += [*chosen.paths(), *options, *([groups_file] if groups else []),
+                      *filter(None, [_class_file(data_dir)])]
     if groups:
         table = _apply_groups(table, groups, groups_file)
-    return _attach_images(table, folder, by_stem) if files else table
+    if files:
+        table = _attach_images(table, folder, kind)
+    if kind in ("yolo", "voc"):
+        table = _keep_split(table, folder, kind, how.background)
+    elif kind == "coco" and len({*table.parts}) == 1:
+        table.parts = []  # a single part is no split
+    return table
+
+
+def _refuse_columns(how, data_dir):
+    """Raise InputError if an option names a column, in data without columns."""
+    for option in ("group", "split_column"):
+        if getattr(how, option) not in (None, "folder"):
+            raise InputError(f"--{option.replace('_', '-')} {getattr(how, option)}: {data_dir} has "
+                             "no label file with columns: leave it out")
 
 
 def _split_by_folders(table):
@@ -296,10 +325,13 @@ def _split_by_folders(table):
 def add_data_options(parser):
     """Add --labels, --images and the options of Reading to a parser (or to a group of one)."""
     add = parser.add_argument
-    add("--labels", metavar="FILE", help="label file, or folder of .cls files (default: search DATA)")
+    add("--labels", metavar="FILE", help="label file, or folder of .cls, YOLO or Pascal VOC files "
+        "(default: search DATA)")
     add("--images", metavar="DIR", help="image folder (default: DATA/images if it exists, else DATA)")
     add("--answers", action="append", default=[], metavar="FILE", help="CSV file of answers "
         "to merge into the labels; repeat it for several files, the oldest first")
+    add("--background", action="store_true", help="in YOLO and Pascal VOC data, all classes are absent "
+        "in images without a label file (default: leave these out)")
 
     # What columns mean, where the titles do not tell.
     add("--label-groups", metavar="FILE",
@@ -343,14 +375,46 @@ PART_WORDS = {
 
 
 def _choose_files(labels, data_dir, folder, required):
-    """Return the label file that --labels names, as find_labels() does, or those that it finds."""
+    """Return the LabelFiles that --labels names, or those that find_labels() finds."""
     if not labels:
         return find_labels(data_dir, folder, required)
     path = _given_file(labels, data_dir)
     if holds_questions(path):
         raise InputError(f"--labels {labels} holds answers about single labels, and is not a label "
                          f"file: use --answers {labels}")
-    return {"": path}
+    if path.suffix.lower() == ".json":
+        return LabelFiles("coco", {_part_of_file(path.name): path})
+    if not path.is_dir():
+        return LabelFiles("table", {"": path})
+
+    found = _find_annotations(path, ImageFolder(path, path).names, given=True)
+    if not found:
+        raise InputError(f"{path} holds no .cls files, no YOLO files (.txt), no Pascal VOC files "
+                         "(.xml) and no COCO JSON: name another label file or folder with --labels")
+    return _only_one(found, path)
+
+
+class LabelFiles(NamedTuple):
+    """Name the label files of a data folder, all of one format."""
+
+    kind: str  # "table" (which lists and vectors are too), "cls", "yolo", "voc" or "coco"
+    files: dict  # {part: Path}, where a single file may have the part ""; a list if images have one each
+
+    def paths(self):
+        """Return the files as a list."""
+        return list(self.files.values() if isinstance(self.files, dict) else self.files)
+
+    def __str__(self):
+        names = {"table": "a table", "cls": ".cls files", "yolo": "YOLO files", "voc": "Pascal VOC files",
+                 "coco": "COCO JSON"}
+        return f"{names[self.kind]} in {self.place()}"
+
+    def place(self):
+        """Return what --labels takes: the folder of the files, or the only file."""
+        paths = self.paths()
+        if self.kind in ("table", "coco"):
+            return paths[0] if len(paths) == 1 else " and ".join(map(str, paths))
+        return os.path.commonpath({path.parent for path in paths})
 
 
 def find_labels(data_dir, folder=None, required=True):
@@ -361,21 +425,24 @@ def find_labels(data_dir, folder=None, required=True):
     Args:
         data_dir: a Path.
         folder: the ImageFolder, which helps to tell a table of class names from a table of images.
-        required: False if the folder may have no label file at all, neither a table nor .cls files.
+        required: False if the folder may have no label file at all, of any format.
 
-    Returns {part: Path}; a single file, or the folder of .cls files, has the part "". Without a
-    label file it is empty. Raises InputError.
+    Returns LabelFiles, without files if there are none. Raises InputError.
     """
-    # The more specific name wins: labels.txt, then train.csv and the like, then .cls, then any table.
+    # The more specific name wins: labels.txt, then train.csv and the like or a format with a name of
+    # its own for its files, then any table.
     for name in ("labels.txt", "labels.csv", "labels.tsv", "image_data.csv"):
         path = data_dir / name
         if path.is_file() and not holds_questions(path) and not _read_class_table(path, folder):
-            return {"": path}
-    divided = _find_divided(data_dir)
+            return LabelFiles("table", {"": path})
+    is_listed = folder and os.path.samefile(folder.root, data_dir)
+    names = (folder if is_listed else ImageFolder(data_dir, data_dir)).names
+    formats = _find_annotations(data_dir, names)
+    divided = _find_divided(data_dir, formats)
     if "train" in divided and len(divided) > 1:
-        return divided
-    if next((data_dir / "labels").rglob("*.cls"), None):
-        return {"": data_dir / "labels"}
+        formats.insert(0, LabelFiles("table", divided))
+    if formats:
+        return _only_one(formats, data_dir)
 
     found = _table_files(data_dir)
     candidates = [path for path in found if path.name.lower() != "classes.txt"
@@ -384,17 +451,25 @@ def find_labels(data_dir, folder=None, required=True):
     # the folder has no labels.
     tables = [path for path in candidates if not path.name.lower().startswith("sample")]
     if len(tables) == 1:
-        return {"": tables[0]}
+        return LabelFiles("table", {"": tables[0]})
     if not required and not candidates:
-        return {}
+        return LabelFiles("table", {})
 
     names = ", ".join(path.name for path in found) or "no .txt, .csv or .tsv file"
     more = ("; for a matrix of labels beside a list of images --labels MATRIX --image-list LIST"
-            if found else "")
+            if found else ", and no annotations of boxes (YOLO, COCO JSON, Pascal VOC)")
     if questions := [path for path in data_dir.glob("*.csv") if holds_questions(path)]:
         more += f"; {questions[0].name} holds answers: give it as --answers {questions[0]}"
     raise InputError(f"{data_dir} has {names}: name the label file with --labels FILE, or call it "
                      f"labels.txt{more}")
+
+
+def _only_one(formats, data_dir):
+    """Return the only one of several LabelFiles. Raises InputError if there are more."""
+    if len(formats) > 1:
+        raise InputError(f"{data_dir} has labels in several formats: {' and '.join(map(str, formats))}: "
+                         f"choose one with {' or '.join(f'--labels {one.place()}' for one in formats)}")
+    return formats[0]
 
 
 def _table_files(folder):
@@ -405,18 +480,24 @@ def _table_files(folder):
                   and not holds_questions(path))
 
 
-def _find_divided(data_dir):
-    """Find train.csv, train_metadata.csv, or the only table in train/; likewise for val and test."""
+def _find_divided(data_dir, formats):
+    """Find train.csv, train_metadata.csv, or the only table in train/; likewise for val and test.
+
+    Args: formats: the LabelFiles of other formats, whose files and lists of images are no tables.
+    """
+    taken = set(chain(*(one.paths() for one in formats)))
     divided = {}
     for path in _table_files(data_dir):
         part = PART_WORDS.get(path.stem.lower().removesuffix("_metadata"))
+        if not part or path in taken or (formats and _lists_images(path)):
+            continue
         if part in divided:
             raise InputError(f"{divided[part]} and {path} are both {part}: remove one, or give --labels")
-        if part:
-            divided[part] = path
+        divided[part] = path
 
     for word, part in PART_WORDS.items():
-        inside = _table_files(data_dir / word)
+        inside = [path for path in _table_files(data_dir / word)
+                  if path not in taken and not (formats and SIDE_FILE.fullmatch(path.name))]
         if len(inside) == 1:
             divided.setdefault(part, inside[0])
     return {part: divided[part] for part in PARTS if part in divided}
@@ -428,6 +509,120 @@ def _given_file(name, data_dir):
         if path.exists():
             return path
     raise InputError(f"{name} cannot be read: No such file or directory, nor in {data_dir}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Annotation files: cls, YOLO, Pascal VOC and COCO JSON
+
+
+# Folders of label files, which lie beside a folder of images or among its parents.
+LABEL_FOLDERS = {"labels", "annotations", "xmls"}
+
+# Text files beside those of YOLO which hold no labels of an image.
+SIDE_FILE = re.compile(r"(readme|licen[cs]e|classes|labelmap|notes|requirements)\b.*\.txt", re.IGNORECASE)
+COCO_FILE = re.compile(r"(.*/)?(instances_[^/]*|_annotations\.coco[^/]*)\.json")
+
+
+def _find_annotations(data_dir, names, given=False):
+    """Find the files of each format that is not a table.
+
+    Args:
+        names: the files below data_dir, as paths with "/".
+        given: whether an option names this folder, so that no name has to tell that it holds labels.
+
+    Returns a list of LabelFiles, which is empty if there are none. Raises InputError.
+    """
+    stems = {stem for stem, suffix in map(_image_suffix, names) if suffix}
+    found = {"cls": [], "yolo": [], "voc": []}
+    beside = []  # text files that lie beside their images, which may also hold captions
+    for name in sorted(names):
+        kind = {".cls": "cls", ".txt": "yolo", ".xml": "voc"}.get(name[-4:].lower())
+        if not kind or "/." in f"/{name}":
+            continue
+        words = name.lower().split("/")[:-1] or [""]
+        if kind == "yolo" and name[:-4] not in stems and _is_side_file(data_dir / name):
+            continue
+
+        # CVAT's YOLO has its files in obj_train_data/, whether or not the images are there too.
+        if given or not LABEL_FOLDERS.isdisjoint(words) or re.fullmatch(r"obj_\w+_data", words[-1]):
+            found[kind].append(data_dir / name)
+        elif name[:-4] in stems and kind == "yolo":
+            beside.append(data_dir / name)
+        elif name[:-4] in stems:
+            found[kind].append(data_dir / name)
+
+    if found["yolo"] or _holds_boxes(beside):
+        found["yolo"] = sorted(found["yolo"] + beside)
+    formats = [LabelFiles(kind, files) for kind, files in found.items() if files]
+    coco = _find_coco(data_dir, names, stems)
+    return formats + [LabelFiles("coco", coco)] * bool(coco)
+
+
+def _is_side_file(path):
+    """Return True if a text file among those of YOLO holds no labels: classes.txt, train.txt, ..."""
+    word = path.stem.lower().rstrip("0123456789")  # as in train2017.txt
+    return bool(SIDE_FILE.fullmatch(path.name)) or (word in PART_WORDS and _lists_images(path))
+
+
+def _part_of_file(name):
+    """Return the part that the name of a file tells, as instances_val2017.json does, or ""."""
+    return _part_of_folder(f"{name.rpartition('.')[0]}/")
+
+
+def _lists_images(path):
+    """Return True if the first line of a text file is the name of an image and nothing else."""
+    if path.suffix.lower() != ".txt":
+        return False
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return bool(_image_suffix(file.readline(10_000).strip())[1])
+    except (OSError, ValueError):
+        return False
+
+
+def _holds_boxes(paths):
+    """Return True if the first of some files that is not blank starts with a line of YOLO."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            start = path.read_bytes()[:1000].split(b"\n")[0].split()
+            if start:
+                cells = [cell.decode("utf-8", "replace") for cell in start]
+                return len(cells) >= 5 and all(map(NUMBER.fullmatch, cells[:5]))
+    return False
+
+
+def _find_coco(data_dir, names, stems):
+    """Return {part: Path} of the COCO JSON files below DATA, or {}. Raises InputError."""
+    candidates = sorted(name for name in names if name.lower().endswith(".json")
+                        and "/." not in f"/{name}" and name[:-5] not in stems)
+    # COCO has more files for the same images, such as captions_train2017.json.
+    files = [name for name in candidates if COCO_FILE.fullmatch(name)]
+    files = files or [name for name in candidates if name.count("/") < 2 and _looks_like_coco(data_dir / name)]
+    if len(files) < 2:
+        return {_part_of_file(name) or _part_of_folder(name): data_dir / name for name in files}
+
+    parts = {}
+    for name in files:
+        part = _part_of_file(name) or _part_of_folder(name)
+        if part in parts:
+            raise InputError(f"{data_dir / parts[part]} and {data_dir / name} are both "
+                             f"{part or 'of no part, train, val or test'}: choose one with --labels")
+        parts[part] = name
+    return {part: data_dir / parts[part] for part in ("", *PARTS) if part in parts}
+
+
+def _looks_like_coco(path):
+    """Return True if a JSON file has at least two of the three lists that make it COCO."""
+    keys = (b'"images"', b'"annotations"', b'"categories"')
+    try:
+        with open(path, "rb") as file:
+            start = file.read(2**16)
+            if not start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{") or not any(map(start.count, keys)):
+                return False
+            content = start + file.read()
+    except OSError:
+        return False
+    return sum(key in content for key in keys) >= 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -607,7 +802,7 @@ FOREIGN = {b"PK\x03\x04": "an Excel workbook or a ZIP archive", b"\x93NUMPY": "a
            b"PAR1": "a Parquet file", b"%PDF": "a PDF document", b"\x80\x04": "a Python pickle",
            b"<?xml": "XML"}
 READABLE = ("label files are tables (.txt, .csv, .tsv) with a column per class, .csv lists of label "
-            "names, or a folder of .cls files: export one of these")
+            "names, COCO JSON, or a folder of .cls, YOLO or Pascal VOC files: export one of these")
 
 
 def read_rows(path):
@@ -1507,12 +1702,9 @@ def _class_number(name):
 # Format "cls": a file LABELS/**/NAME.cls for each image, with a class index per line
 
 
-def _read_cls(folder, data_dir):
-    """Read a folder of .cls files into a LabelTable without paths."""
+def _read_cls(files, data_dir):
+    """Read .cls files into a LabelTable without paths."""
     names = _read_class_names(data_dir) or dict(zip(map(str, range(len(COCO_CLASSES))), COCO_CLASSES))
-    files = sorted(folder.rglob("*.cls"))
-    if not files:
-        raise InputError(f"{folder} holds no .cls files")
 
     # An index that is not listed is absent, so an empty file is an image without any label.
     targets = np.zeros((len(files), len(names)), np.float32)
@@ -1526,11 +1718,582 @@ def _read_cls(folder, data_dir):
             if index:
                 targets[row, indices[index]] = 1
 
-    ids = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
     source = _class_file(data_dir) or "the 80 of COCO"
-    notes = [f"{folder}: {len(files)} .cls files of class indices", f"class names: {source}"]
-    return LabelTable(ids, [], targets, [*names.values()], origins=[*map(str, files)], notes=notes,
-                      absent=0.0)
+    notes = [f"{len(files)} .cls files of class indices", f"class names: {source}"]
+    return _file_per_image(files, data_dir, targets, [*names.values()], notes)
+
+
+def _file_per_image(files, data_dir, targets, classes, notes):
+    """Return the LabelTable of files that have the stems of their images.
+
+    The IDs are the paths of the files without suffix, and without the folder that says labels.
+    """
+    place = Path(os.path.commonpath({file.parent for file in files}))
+    notes[0] = f"{place}: {notes[0]}"
+    base = data_dir if data_dir in (place, *place.parents) else place
+    ids = []
+    for file in files:
+        *folders, name = file.relative_to(base).with_suffix("").parts
+        ids.append("/".join([*_replace_label_folder(folders), name]))
+    return LabelTable(ids, [], targets, classes, origins=[*map(str, files)], notes=notes, absent=0.0)
+
+
+def _replace_label_folder(folders, *new):
+    """Return the folders of a label file with the last one of LABEL_FOLDERS replaced or taken out."""
+    for at in reversed(range(len(folders))):
+        if folders[at].lower() in LABEL_FOLDERS:
+            return [*folders[:at], *new, *folders[at + 1 :]]
+    return [*folders]
+
+
+# --------------------------------------------------------------------------------------------------
+# Format "YOLO": a file LABELS/**/NAME.txt for each image, with a class number and a box per line
+
+
+def _read_yolo(files, data_dir):
+    """Read YOLO files into a LabelTable without paths. A class is present if it has a box."""
+    names, sources = _yolo_names(files, data_dir)
+    targets = np.zeros((len(files), len(names)), np.float32)
+    column_of = {number: column for column, number in enumerate(names)}
+
+    for row, file in enumerate(files):
+        for line_number, line in enumerate(read_lines(file), 1):
+            if cells := line.split():
+                number = _class_of_box(cells, f"{file}:{line_number}")
+                if number not in column_of:
+                    raise InputError(f"{file}:{line_number}: there is no class {number}: {sources[0]} "
+                                     f"has {min(names)} to {max(names)}: correct the line, or add the "
+                                     "name")
+                targets[row, column_of[number]] = 1
+
+    notes = [f"{len(files)} YOLO files of boxes", f"class names: {sources[0]}"]
+    table = _file_per_image(files, data_dir, targets, [*names.values()], notes)
+    table.sources = sources
+    return table
+
+
+def _class_of_box(cells, place):
+    """Return the class number in a line of YOLO. Raises InputError.
+
+    Four numbers are the place and size of a box; polygons, oriented boxes and key points have more.
+    """
+    try:
+        numbers = [*map(float, cells)]
+    except ValueError:
+        numbers = []
+    if not (numbers and all(map(math.isfinite, numbers)) and "_" not in "".join(cells)):
+        raise InputError(f"{place}: a YOLO line is a class number and the numbers of a box, not "
+                         f"{shortened(cells, 6)}: correct it")
+    if len(numbers) < 5:
+        raise InputError(f"{place}: {len(numbers)} numbers are too few for a class and a box, which "
+                         "take 5: correct the line")
+    if not numbers[0].is_integer() or numbers[0] < 0:
+        raise InputError(f"{place}: {cells[0]} is not a class number: correct the line")
+    return int(numbers[0])
+
+
+def _yolo_names(files, data_dir):
+    """Return {class number: name} of YOLO files, in order, and the files that say so.
+
+    Raises InputError if there are none, or if two of them differ.
+    """
+    named = {}
+    if config := _find_config(data_dir):
+        named[config] = _read_config(config)["names"]
+    if source := _class_file(data_dir):
+        named[source] = {int(number): name for number, name in _read_class_names(data_dir).items()}
+    # Some programs put the names beside the label files; darknet and CVAT call them obj.names.
+    for folder in _folders_of(files, data_dir):
+        for name in ("classes.txt", "obj.names", "_darknet.labels"):
+            path = folder / name
+            if path not in named and path.is_file():
+                names = _read_names(path)
+                _refuse_repeated(path, names)
+                named[path] = dict(enumerate(names))
+
+    named = {path: names for path, names in named.items() if names}
+    if not named:
+        raise InputError(f"{data_dir} has YOLO files ({files[0]}), but no names of the classes: add "
+                         "data.yaml with names: [...], or classes.txt with a name per line")
+    sources = [*named]
+    for source in sources[1:]:
+        if named[source] != named[sources[0]]:
+            raise InputError(f"{sources[0]} and {source} name different classes: remove the wrong one")
+    return named[sources[0]], sources
+
+
+def _folders_of(files, data_dir):
+    """Return data_dir and the folders on the way from there to some files, sorted."""
+    folders = {data_dir}
+    for folder in {file.parent for file in files}:
+        above = [parent for parent in folder.parents if data_dir in parent.parents]
+        folders.update([folder, *above])
+    return sorted(folders)
+
+
+# --------------------------------------------------------------------------------------------------
+# data.yaml: the names and parts of YOLO data. Only simple forms of YAML are read
+
+
+CONFIG_KEYS = {"names", "nc", "path"} | PART_WORDS.keys()
+QUOTED = r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\""""
+START = r"""[^\s,\[\]{}'"#&*!|>%@`]"""  # of a plain text; the other marks start what is not read here
+PLAIN = START + r"(?:[^:#]|:(?!\s|$)|(?<!\s)#)*"
+PLAIN_IN_BRACKETS = START + r"(?:[^:#,\[\]{}]|:(?![\s,\[\]{}]|$)|(?<!\s)#)*"
+YAML_TEXT = re.compile(f"{QUOTED}|{PLAIN}")
+YAML_LINE = re.compile(rf"(?P<key>{QUOTED}|{PLAIN})\s*:(?:\s+(?P<value>.*))?")
+YAML_TOKEN = re.compile(r"""\s*(?:(?P<mark>[\[\]{},]|:(?=[\s"']|$))|"""
+                        rf"(?P<text>{QUOTED}|{PLAIN_IN_BRACKETS}))")
+SIMPLE_YAML = "write names: [cat, dog], or a line - cat or 0: cat per class"
+
+
+def _find_config(data_dir):
+    """Return data.yaml or a file like it, or None. Raises InputError if there are several."""
+    paths = sorted(path for suffix in ("*.yaml", "*.yml") for path in data_dir.glob(suffix))
+    for name in ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml"):
+        if data_dir / name in paths:
+            return data_dir / name
+    found = [path for path in paths if re.search(rb"^names\s*:", path.read_bytes(), re.MULTILINE)]
+    if len(found) > 1:
+        raise InputError(f"{found[0]} and {found[1]} both have names: call the right one data.yaml")
+    return found[0] if found else None
+
+
+def _read_config(path):
+    """Read the keys of data.yaml that matter here.
+
+    Returns {"names": {number: name}, "path": text, "train": [text, ...], "val": ..., "test": ...},
+    without the keys that the file lacks, except for "names". Raises InputError.
+    """
+    config = {"names": {}}
+    count = None
+    for key, (number, value) in _yaml_values(path).items():
+        place = f"{path}:{number}"
+        if key == "names":
+            config["names"] = _config_names(value, place)
+        elif key == "nc":
+            count = value
+        elif isinstance(value, dict) or (key == "path" and isinstance(value, list)):
+            raise InputError(f"{place}: {key} must be a path: correct it")
+        elif key == "path":
+            config["path"] = value
+        elif value not in ("", "~", "null"):
+            paths = value if isinstance(value, list) else [value]
+            config.setdefault(PART_WORDS[key], []).extend(paths)
+
+    if not config["names"]:
+        raise InputError(f"{path} has no names of the classes: add a line names: [...]")
+    if count is not None and count != str(len(config["names"])):
+        raise InputError(f"{path}: nc is {count}, but there are {len(config['names'])} names: correct one")
+    return config
+
+
+def _config_names(value, place):
+    """Return {class number: name} from the value of names. Raises InputError."""
+    if isinstance(value, str):
+        raise InputError(f"{place}: names must be a list: write names: [cat, dog]")
+    names = value if isinstance(value, dict) else {str(number): name for number, name in enumerate(value)}
+    if wrong := [number for number in names if not re.fullmatch(r"[0-9]{1,9}", number)]:
+        raise InputError(f"{place}: {wrong[0]!r} is not a class number: write names as 0: cat")
+    if "" in names.values():
+        raise InputError(f"{place}: a name is blank: write one for each class")
+    _refuse_repeated(place, [*names.values()])
+    return dict(sorted((int(number), name) for number, name in names.items()))
+
+
+def _yaml_values(path):
+    """Return {key: (line number, value)} of CONFIG_KEYS in a YAML file; a value is text, list or dict."""
+    found = {}
+    block = None  # the lines of the key that is read; None for keys that do not matter
+    for number, line in enumerate(read_lines(path), 1):
+        entry = YAML_LINE.fullmatch(line.rstrip())
+        if line[:1] in ("", " ", "\t", "-", "#", "]", "}"):  # a key starts at the left margin
+            if block and not line.startswith("---"):
+                block.append((number, line))
+        elif entry and (key := _yaml_text(entry["key"], f"{path}:{number}").lower()) in CONFIG_KEYS:
+            if key in found:
+                raise InputError(f"{path}:{number}: {key} is there twice: remove one")
+            block = found[key] = [(number, entry["value"] or "")]
+        elif entry:
+            block = None
+        elif block and not line.startswith("..."):
+            raise InputError(f"{path}:{number}: {line.strip()!r} is not understood: {SIMPLE_YAML}")
+    return {key: (lines[0][0], _yaml_value(path, lines)) for key, lines in found.items()}
+
+
+def _yaml_value(path, lines):
+    """Return the value of the lines [(number, text), ...] of a key: text, a list or a dict of text."""
+    lines = [(number, _without_comment(text)) for number, text in lines]
+    lines = [lines[0], *((number, text) for number, text in lines[1:] if text.strip())]
+    number, first = lines[0]
+    if first.startswith(("[", "{")) or (not first and lines[1:] and lines[1][1].strip()[0] in "[{"):
+        return _yaml_brackets(path, lines)
+    if first or len(lines) == 1:
+        if len(lines) > 1:
+            number, text = lines[1]
+            raise InputError(f"{path}:{number}: {text.strip()!r} is not understood: {SIMPLE_YAML}")
+        return _yaml_text(first, f"{path}:{number}")
+
+    values = {}
+    indent = re.match(r"\s*", lines[1][1])[0]
+    listed = lines[1][1].strip().startswith("-")
+    for number, text in lines[1:]:
+        place = f"{path}:{number}"
+        entry = re.fullmatch(r"-\s+(?P<value>.*)", text.strip()) if listed else YAML_LINE.fullmatch(text.strip())
+        if not entry or re.match(r"\s*", text)[0] != indent:
+            raise InputError(f"{place}: {text.strip()!r} is not understood: {SIMPLE_YAML}")
+        key = len(values) if listed else _yaml_text(entry["key"], place)
+        if key in values:
+            raise InputError(f"{place}: {key} is there twice: remove one")
+        values[key] = _yaml_text(entry["value"] or "", place)
+    return [*values.values()] if listed else values
+
+
+def _yaml_brackets(path, lines):
+    """Return the list or dict of text between brackets. Raises InputError."""
+    tokens = []  # (place, mark or "", text)
+    for number, text in lines:
+        position = 0
+        text = text.strip()
+        while position < len(text):
+            token = YAML_TOKEN.match(text, position)
+            if not token:
+                raise InputError(f"{path}:{number}: {text[position:].strip()!r} is not understood: {SIMPLE_YAML}")
+            tokens.append((f"{path}:{number}", token["mark"] or "", token["text"]))
+            position = token.end()
+
+    # A comma may follow the last entry.
+    is_list = tokens[0][1] == "["
+    entry, between = (("",) if is_list else ("", ":", "")), ","
+    marks = [mark for _, mark, _ in tokens[1:-1]]
+    if marks and marks[-1] == between:
+        marks.pop()
+    count = (len(marks) + 1) // (len(entry) + 1)
+    expected = [*((*entry, between) * count)][:-1]
+    if marks != expected or tokens[-1][1] != ("]" if is_list else "}") or len(tokens) < 2:
+        raise InputError(f"{tokens[0][0]}: the brackets are not understood: {SIMPLE_YAML}")
+
+    texts = [_yaml_text(text, place) for place, mark, text in tokens if not mark]
+    if is_list:
+        return texts
+    keys = texts[::2]
+    _refuse_repeated(tokens[0][0], keys)
+    return dict(zip(keys, texts[1::2]))
+
+
+def _without_comment(text):
+    """Return a line of YAML without its comment, which a quoted # does not start."""
+    return re.match(rf"(?:(?<![^\s,\[{{])(?:{QUOTED})|(?<=\S)#|[^#])*", text)[0].rstrip()
+
+
+def _yaml_text(text, place):
+    """Return the text of a scalar of YAML. Raises InputError if it is more than quotes or plain text."""
+    text = text.strip()
+    if not text:
+        return ""
+    if not YAML_TEXT.fullmatch(text) or (text[0] in "-?" and text[1:2] in ("", " ")):
+        raise InputError(f"{place}: {text!r} is not understood: {SIMPLE_YAML}")
+    if text[0] == "'":
+        return text[1:-1].replace("''", "'")
+    if text[0] == '"':
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise InputError(f"{place}: {text} is not understood: use single quotes") from None
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
+# Format "Pascal VOC": a file Annotations/**/NAME.xml for each image, with an <object> per box
+
+
+class _NoEntities(ElementTree.TreeBuilder):
+    """Refuse XML that declares entities, which could grow without limit or name other files."""
+
+    def doctype(self, name, pubid, system):
+        raise InputError("DOCTYPE and entities are not read: remove them")
+
+
+def _read_voc(files, data_dir):
+    """Read Pascal VOC files into a LabelTable without paths.
+
+    A class is present if it has a box. If all its boxes in an image are difficult, it is NA there.
+    """
+    labels = [_read_voc_file(file)[1] for file in files]
+    classes = _in_order(set(chain(*labels)))
+    if not classes:
+        raise InputError(f"{files[0]}: none of {len(files)} Pascal VOC files has an <object>: name "
+                         "another label file or folder with --labels")
+
+    column_of = {name: column for column, name in enumerate(classes)}
+    targets = np.zeros((len(files), len(classes)), np.float32)
+    for row, own in enumerate(labels):
+        for name, target in own.items():
+            targets[row, column_of[name]] = target
+    return _file_per_image(files, data_dir, targets, classes, [f"{len(files)} Pascal VOC files of boxes"])
+
+
+def _read_voc_file(path):
+    """Read a Pascal VOC file. Returns (the image that it names or "", {class: 1, or NaN if difficult})."""
+    try:
+        root = ElementTree.XML(path.read_bytes(), ElementTree.XMLParser(target=_NoEntities()))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # such as an unknown encoding
+        line = getattr(error, "position", (1,))[0]
+        raise InputError(f"{path}:{line}: not XML: {error}: repair or remove the file") from None
+    if root.tag != "annotation":
+        raise InputError(f"{path}: <{root.tag}> is not Pascal VOC, which starts with <annotation>: remove "
+                         "the file, or name other label files with --labels")
+
+    labels = {}
+    for number, item in enumerate(root.findall("object"), 1):
+        name = (item.findtext("name") or "").strip()
+        if not name:
+            raise InputError(f"{path}: object {number} has no <name>: add it")
+        difficult = (item.findtext("difficult") or "").strip() == "1"
+        labels[name] = labels.get(name, math.nan) if difficult else 1.0
+    return (root.findtext("filename") or "").strip(), labels
+
+
+# --------------------------------------------------------------------------------------------------
+# The parts of YOLO and Pascal VOC, and images without a label file
+
+
+def _keep_split(table, folder, kind, background):
+    """Set the parts of a table with a file per image to those of the data's own split.
+
+    They come from data.yaml, from lists of images, or else from the names of folders. Rows of images
+    that no list names are dropped with a warning. The IDs become the paths of the images.
+
+    Args: background: whether images without a label file become rows, in which all is absent.
+    """
+    start = f"{folder.root}/"
+    table.ids = [path.removeprefix(start) for path in table.paths]
+    if background:
+        count = len(table.unlabelled)
+        table.notes.append(f"background: {count} images without a label file, all classes absent")
+        table.ids += table.unlabelled
+        table.paths += [start + name for name in table.unlabelled]
+        table.origins += [start + name for name in table.unlabelled]
+        table.targets = np.pad(table.targets, ((0, count), (0, 0)))
+        table.unlabelled = []
+
+    listed = _listed_images(table, folder, kind)
+    if len(listed) < 2:  # a single part is no split
+        parts = [_part_of_folder(name) for name in table.ids]
+        table.parts = parts if len({*parts} - {""}) > 1 else []
+        return table
+
+    parts_of = {}
+    for part, images in listed.items():
+        for image in images:
+            parts_of.setdefault(image, []).append(part)
+    table.part_of = {image: parts[0] for image, parts in parts_of.items()}
+    # An image in two lists gets two rows, which _separate_parts() then finds.
+    rows = [row for row, name in enumerate(table.ids) for _ in parts_of.get(name, ())]
+    if not rows:
+        raise InputError(f"{table.sources[-1]}: the split names none of the {len(table)} images with "
+                         "labels: correct it, or remove it")
+    parts = list(chain(*(parts_of.get(name, ()) for name in table.ids)))
+    if others := [name for name in table.ids if name not in parts_of]:
+        table.warnings.append(f"{len(others)} images are in no part of the data's own split, and were "
+                              f"left out: {shortened(others)}")
+    table = table.subset(np.array(rows, int))
+    table.parts = parts
+    return table
+
+
+def _listed_images(table, folder, kind):
+    """Return {part: set of images below the image folder}, as files of the data set list them."""
+    data_dir = Path(folder.data_dir)
+    config = _find_config(data_dir) if kind == "yolo" else None
+    listed = _config_images(table, folder, config) if config else {}
+    if len(listed) < 2:
+        places = [data_dir] if kind == "yolo" else [
+            place / "ImageSets" / "Main" for place in _folders_of(map(Path, table.origins), data_dir)]
+        listed = {}
+        for path in sorted(path for place in places for path in place.glob("*.txt")):
+            word = path.stem.lower().rstrip("0123456789")  # as in train2017.txt
+            if word in PART_WORDS and (kind == "voc" or _lists_images(path)):
+                base = path.parents[2] if kind == "voc" else None
+                images = listed.setdefault(PART_WORDS[word], set())
+                images.update(_read_image_list(path, table, folder, base))
+
+    for part in [*listed]:
+        same = next((first for first in listed if first != part and listed[first] == listed[part]), None)
+        if same and PARTS.index(same) < PARTS.index(part):
+            table.warnings.append(f"{same} and {part} are the same images, so there is no {part}: these "
+                                  f"are {same}")
+            del listed[part]
+    return listed
+
+
+def _config_images(table, folder, path):
+    """Return {part: set of images} of train, val and test in data.yaml."""
+    config = _read_config(path)
+    listed = {}
+    for part in PARTS:
+        for value in config.get(part, ()):
+            target = _find_listed(value, config.get("path", ""), Path(folder.data_dir))
+            if target is None:
+                table.warnings.append(f"{path}: {part}: {value} is not in {folder.data_dir}")
+            elif target.is_dir():
+                images = listed.setdefault(part, set())
+                below = _place_below(os.path.realpath(target), folder.real_root)
+                start = f"{below}/" if below else ""
+                if below is not None:
+                    images.update(name for name in folder.names if name.startswith(start)
+                                  and _image_suffix(name)[1] in IMAGE_SUFFIXES)
+            else:
+                listed.setdefault(part, set()).update(_read_image_list(target, table, folder))
+    if len(listed) > 1:
+        table.notes.append(f"split: {path}")
+    return listed
+
+
+def _find_listed(value, base, data_dir):
+    """Return the folder or list of images that a path in data.yaml means, or None.
+
+    The path may have been written on another computer, or for another working directory, as Roboflow's
+    ../train/images: its end is enough.
+    """
+    plain = _plain_path(posixpath.join(base.replace("\\", "/"), value.replace("\\", "/")))
+    folders = [folder for folder in plain.split("/") if folder not in ("", ".", "..")]
+    for skipped in range(len(folders)):
+        end = "/".join(folders[skipped:])
+        # Of valid/images, images alone is not the end, as it may be another part.
+        if skipped and _part_of_folder("/".join([*folders[:skipped], ""])) and not _part_of_folder(f"{end}/"):
+            break
+        if (data_dir / end).exists():
+            return data_dir / end
+    return data_dir if not folders else None
+
+
+def _read_image_list(path, table, folder, base=None):
+    """Return the set of images that the lines of a file name.
+
+    Args: base: in Pascal VOC, the folder in which JPEGImages lies; the lines have no suffix then.
+    """
+    table.sources.append(path)
+    images, missing = set(), []
+    for number, line in enumerate(read_lines(path), 1):
+        if name := line.strip():
+            found = folder.beside(base / "Annotations" / name) if base else []
+            image = found[0] if len(found) == 1 else folder.find(name, f"{path}:{number}", path.parent)[0]
+            if image:
+                images.add(image)
+            else:
+                missing.append(name)
+    if missing:
+        table.warnings.append(f"{path} names {len(missing)} images that are not there: {shortened(missing)}")
+    table.notes.append(f"split: {path}, {len(images)} images")
+    return images
+
+
+# --------------------------------------------------------------------------------------------------
+# Format "COCO JSON": lists of images, categories and annotations, each annotation with a box
+
+
+# The keys that count. Polygons are dropped as soon as they are read, as they can fill the memory.
+COCO_KEYS = ("images", "annotations", "categories", "id", "name", "file_name", "image_id",
+             "category_id", "iscrowd")
+
+
+def _read_coco(files, data_dir):
+    """Read COCO JSON files {part: Path} into a LabelTable without paths.
+
+    A class is present if it has a box. If all its boxes in an image are crowds, it is NA there.
+    """
+    table = LabelTable([], [], None, [], absent=0.0)
+    column_of = {}  # class name -> column, in the order of the category ids
+    rows, columns, crowds = [], [], []
+    for part, path in files.items():
+        content = _read_coco_file(path)
+        names = {}
+        for i, (number, name) in enumerate(_entries(content, path, "categories", id=int, name=str)):
+            if number in names:
+                raise InputError(f"{path}: categories[{i}].id {number} is there twice: correct one")
+            names[number] = name.strip()
+        for number in sorted(names):
+            column_of.setdefault(names[number], len(column_of))
+
+        row_of = {}
+        for i, (number, name) in enumerate(_entries(content, path, "images", id=(int, str), file_name=str)):
+            if number in row_of:
+                raise InputError(f"{path}: images[{i}].id {number} is there twice: correct one")
+            row_of[number] = len(table.ids)
+            table.ids.append(name)
+            table.origins.append(f"{path}:images[{i}]")
+
+        used = {}  # class name -> category id
+        fields = {"image_id": (int, str), "category_id": int}
+        for i, (image, number) in enumerate(_entries(content, path, "annotations", **fields)):
+            if image not in row_of:
+                raise InputError(f"{path}: annotations[{i}].image_id {image} is no image: correct it")
+            if number not in names:
+                raise InputError(f"{path}: annotations[{i}].category_id {number} is no category: correct it")
+            name = names[number]
+            if used.setdefault(name, number) != number:
+                raise InputError(f"{path}: the categories {used[name]} and {number} are both called "
+                                 f"{name}: rename one")
+            rows.append(row_of[image])
+            columns.append(column_of[name])
+            crowds.append(bool(content["annotations"][i].get("iscrowd")))
+        table.parts += [part] * len(row_of)
+        table.notes.append(f"{path}: {len(row_of)} images and {len(content['annotations'])} annotations "
+                           f"of COCO JSON")
+
+    table.targets = np.zeros((len(table), len(column_of)), np.float32)
+    rows, columns, crowds = np.array(rows, int), np.array(columns, int), np.array(crowds, bool)
+    table.targets[rows[crowds], columns[crowds]] = np.nan
+    table.targets[rows[~crowds], columns[~crowds]] = 1
+
+    seen = np.isin(np.arange(len(column_of)), columns)
+    table.classes = [name for name, column in column_of.items() if seen[column]]
+    table.targets = table.targets[:, seen]
+    if unseen := [name for name, column in column_of.items() if not seen[column]]:
+        table.warnings.append(f"{len(unseen)} categories without an annotation were left out: "
+                              f"{shortened(unseen)}")
+    if not table.classes:
+        raise InputError(f"{' and '.join(map(str, files.values()))}: no image has an annotation: name "
+                         "another label file with --labels")
+    return table
+
+
+def _read_coco_file(path):
+    """Read the COCO_KEYS of a JSON file. Raises InputError."""
+    def reduce(entry):
+        return {key: entry[key] for key in COCO_KEYS if key in entry}
+
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8-sig"), object_hook=reduce)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8: save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON: "
+                         f"{getattr(error, 'msg', error)}: export it again") from None
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise InputError(f"{path} has no list {key}: COCO JSON needs images, annotations and "
+                             "categories; for another label file say --labels FILE")
+    return content
+
+
+def _entries(content, path, key, **fields):
+    """Yield the values of the given fields of each entry of a list, checked: name=type."""
+    for i, entry in enumerate(content[key]):
+        if not isinstance(entry, dict):
+            raise InputError(f"{path}: {key}[{i}] is not an object with {' and '.join(fields)}")
+        for name, kind in fields.items():
+            if not isinstance(entry.get(name), kind) or entry[name] == "":
+                problem = "is not valid" if name in entry else "is missing"
+                raise InputError(f"{path}: {key}[{i}].{name} {problem}: correct it")
+        yield tuple(entry[name] for name in fields)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1650,9 +2413,15 @@ refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush
 # The images of the rows: one rule for all formats
 
 
-def _attach_images(table, folder, by_stem):
-    """Set the paths of a table, drop rows whose image is missing, and note how names were matched."""
-    found, how, meant = _match_by_stem(table, folder) if by_stem else _match_paths(table, folder)
+def _attach_images(table, folder, kind):
+    """Set the paths of a table, drop rows whose image is missing, and note how names were matched.
+
+    Args: kind: that of the LabelFiles.
+    """
+    if kind in ("table", "coco"):
+        found, how, meant = _match_paths(table, folder, own_folder=kind == "coco")
+    else:
+        found, how, meant = _match_by_stem(table, folder)
     _refuse_shared_images(table, folder, found, meant)
     rows = np.array([row for row, image in enumerate(found) if image])
     table.missing = list(dict.fromkeys(name for name, image in zip(table.ids, found) if not image))
@@ -1687,11 +2456,6 @@ def _attach_images(table, folder, by_stem):
 
 def _images_without_labels(folder, classes, how):
     """Return the table of a folder without a label file: no rows, and all its images unlabelled."""
-    for option in ("group", "split_column"):
-        if getattr(how, option) not in (None, "folder"):
-            raise InputError(f"--{option.replace('_', '-')} {getattr(how, option)}: "
-                             f"{folder.data_dir} has no label file, and so no such column: leave "
-                             "it out")
     notes = [f"labels: {folder.data_dir} has no label file", f"images: {folder.root}"]
     warnings = []
     if how.answers:
@@ -1707,13 +2471,17 @@ def _images_except(folder, used):
                   if name not in used and _image_suffix(name)[1] in IMAGE_SUFFIXES)
 
 
-def _match_paths(table, folder):
+def _match_paths(table, folder, own_folder=False):
     """Find the file of each row by its path.
+
+    Args: own_folder: whether a row has no image in the folder of another part, if its own part has a
+        folder: COCO's train2017/1.jpg and val2017/1.jpg are both called 1.jpg.
 
     Returns the files, how each was matched, and the path that each row means; None if it is missing.
     """
     found = []
     places = {}  # label file -> (its folder, the part it belongs to, starts of relative paths)
+    folder_parts = {_part_of_folder(f"{place}/") for place in set(map(os.path.dirname, folder.names))}
     for row, (name, origin) in enumerate(zip(table.ids, table.origins)):
         source = origin.rpartition(":")[0]
         if source not in places:
@@ -1728,23 +2496,29 @@ def _match_paths(table, folder):
         if name in folder.names and not name.startswith(starts):
             found.append((name, "full path", name))
         else:
-            found.append(folder.find(name, origin, place, table.parts[row] if table.parts else part))
+            part = table.parts[row] if table.parts else part
+            image, how, meant = folder.find(name, origin, place, part)
+            if own_folder and image and how != "full path" and part in folder_parts:
+                image = image if _part_of_folder(image) == part else None
+            found.append((image, how, meant) if image else (None, None, None))
     return zip(*found)
 
 
 def _match_by_stem(table, folder):
     """Find the image of each label file, by its path without the suffix. Returns as _match_paths().
 
-    The rule for paths goes first. If it finds nothing, since labels/train and images/train-resized
-    have different names, the image with the same stem is taken that no other label file has: one in
-    a folder of the same split, or else one in a folder of no split.
+    An image beside the label file goes first, then the rule for paths. If both find nothing, since
+    labels/train and images/train-resized have different names, the image with the same stem is taken
+    that no other label file has: one in a folder of the same split, or else one in a folder of no
+    split. Last, Pascal VOC files name their images, but not after these were renamed.
     """
-    found = [folder.find(name, origin, folder.root)[0]
+    found = [_only_image(folder.beside(os.path.splitext(origin)[0]), origin)
+             or folder.find(name, origin, folder.root)[0]
              for name, origin in zip(table.ids, table.origins)]
     # An image that matches a label file by its path is not given to another one.
     taken = set(found)
     folders = {os.path.dirname(name) for name in table.ids} - {""}
-    for row, name in enumerate(table.ids):
+    for row, (name, origin) in enumerate(zip(table.ids, table.origins)):
         if found[row]:
             continue
 
@@ -1755,12 +2529,20 @@ def _match_by_stem(table, folder):
         images = {image for image in images if os.path.dirname(image) not in folders}
         same = [image for image in images if own and _part_of_folder(image) == own]
         fitting = sorted(same or (image for image in images if not own or not _part_of_folder(image)))
-        if len(fitting) > 1:
-            raise InputError(f"{table.origins[row]}: its image can be {fitting[0]} or "
-                             f"{fitting[1]}: give the folders of labels and of images the same "
-                             "names")
-        found[row] = fitting[0] if fitting else None
+        found[row] = _only_image(fitting, origin)
+
+        if not found[row] and origin.lower().endswith(".xml"):
+            named = _read_voc_file(Path(origin))[0]
+            found[row] = folder.find(named, origin, os.path.dirname(origin), own)[0] if named else None
     return found, [image and "stem" for image in found], table.ids
+
+
+def _only_image(images, origin):
+    """Return the only image that fits a label file, or None. Raises InputError if there are more."""
+    if len(images) > 1:
+        raise InputError(f"{origin}: its image can be {images[0]} or {images[1]}: give the folders of "
+                         "labels and of images the same names")
+    return images[0] if images else None
 
 
 def _refuse_shared_images(table, folder, found, meant):
@@ -1773,6 +2555,10 @@ def _refuse_shared_images(table, folder, found, meant):
                              f"{table.origins[other]}, {table.ids[other]} would both be "
                              f"{folder.root}/{image}, which can be the image of only one of them: "
                              "add the other image, or correct its path")
+
+
+# Folders of Pascal VOC whose files have the names of images, but show what is where in these.
+MASK_FOLDERS = ("SegmentationClass", "SegmentationObject")
 
 
 class ImageFolder:
@@ -1802,6 +2588,7 @@ class ImageFolder:
         self.data_dir = str(data_dir)
         self.names = set()
         self.folders = set()  # names of the folders below it
+        self._beside = {}  # cache of beside()
         self._tails = {}  # cache of tails()
         self._starts = {}  # cache of starts_from()
         self._elsewhere = {}  # cache of _look_elsewhere()
@@ -1810,8 +2597,8 @@ class ImageFolder:
         for folder, folders, names in os.walk(self.root, followlinks=True):
             visited.add(os.path.realpath(folder))
             self.folders.update(folders)
-            folders[:] = [name for name in folders
-                          if os.path.realpath(f"{folder}/{name}") not in visited]
+            folders[:] = [name for name in folders if name not in MASK_FOLDERS
+                          and os.path.realpath(f"{folder}/{name}") not in visited]
             inside = os.path.relpath(folder, self.root).replace(os.sep, "/")
             prefix = "" if inside == "." else inside + "/"
             self.names.update(prefix + name for name in names if not name.startswith("._"))
@@ -1859,6 +2646,20 @@ class ImageFolder:
         if not _image_suffix(path)[1] and not found[0].endswith(path):
             how = "stem"
         return found[0], how, found[0] if full else path
+
+    def beside(self, label):
+        """Return the images of a label file (its path without suffix), as formats with a file per image lay
+        them out: with labels/ replaced by images/ or JPEGImages/ or left out, or in the same folder.
+        """
+        place, stem = os.path.split(label)
+        if place not in self._beside:
+            root, folders = os.path.abspath(self.root), os.path.relpath(place, self.data_dir).split(os.sep)
+            ways = [_replace_label_folder(folders, *new) for new in (["images"], ["JPEGImages"], [])]
+            places = (os.path.abspath(os.path.join(self.data_dir, *way)) for way in [*ways, folders])
+            inside = (_place_below(path, root) for path in places)
+            self._beside[place] = [path and path + "/" for path in dict.fromkeys(inside) if path is not None]
+        stems = self.tails(0, True)
+        return next((stems[start + stem] for start in self._beside[place] if start + stem in stems), [])
 
     def _full_paths(self, name, origin, place):
         """Return the files that a full path means: an absolute one, or one from a known folder."""
@@ -1990,7 +2791,7 @@ def _plain_path(name):
 
 # Words that say nothing about the part, as in train-images-resized.
 FOLDER_WORDS = {"", "images", "image", "imgs", "img", "jpg", "jpeg", "png", "resized", "small", "data",
-                "set", "labels"}
+                "set", "labels", "obj", "instances", "annotations", "coco"}
 
 
 def _part_of_folder(path):
@@ -2202,7 +3003,7 @@ def images_to_ask_about(table, held_out):
     left_out[list(held_out)] = True
     divided = any(table.parts) or any(_part_of_folder(path) == "train" for path in table.paths)
     if divided:
-        left_out[len(table) :] = [_part_of_folder(name) in PARTS[1:] for name in table.unlabelled]
+        left_out[len(table) :] = [_part_of_image(table, name) in PARTS[1:] for name in table.unlabelled]
 
     # Identical images become one: the first of them, with the labels that are known of any. Groups
     # are numbered in the order of their first rows, so first[g] is the first row of group g.
@@ -2367,12 +3168,18 @@ def _answered_image(answer, by_id, by_path, table):
 def _place_added(table):
     """Set the parts of the rows that answers added, in data with a split of its own.
 
-    Such a row is in the part of an identical image, or that its folder names, or in train.
+    Such a row is in the part of an identical image, or that a list or its folder names, or in train.
     """
     images = table.copies or table.paths
-    parts = [_part_of_folder(image.removeprefix(table.root)) or "train" if added else part
+    start = f"{table.root}/"
+    parts = [_part_of_image(table, image.removeprefix(start)) or "train" if added else part
              for image, part, added in zip(images, table.parts, table.is_added)]
     table.parts = _follow_copies(table, np.array(parts)).tolist()
+
+
+def _part_of_image(table, name):
+    """Return the part of an image below the image folder without a row, as a list or folder says, or ""."""
+    return table.part_of.get(name) or _part_of_folder(name)
 
 
 def _follow_copies(table, parts):
@@ -2496,7 +3303,7 @@ def _write_table(options, table):
     Raises InputError, and writes nothing, if the file could not be read back as the same labels.
     """
     data_dir, out = Path(options.data), Path(options.out)
-    _refuse_to_lose(options, table)
+    refuse_to_replace("--out", options.out, [*table.sources, *table.paths])
     how = {"images": options.images, "group": options.group, "label_groups": options.label_groups}
     if np.isnan(table.targets).any() and not (table.targets == 0).any():
         how["unknown"] = "NA"  # without a 0, NA could mean absent
@@ -2535,17 +3342,6 @@ def _closing_lines(options, table, how):
     for name, value in how.items():
         command += [f"--{name.replace('_', '-')}", value] if value else []
     return [*lines, f"written: {options.out}; next: {shlex.join(command)}"]
-
-
-def _refuse_to_lose(options, table):
-    """Raise InputError if --out is a file that was read, or one that may hold answers."""
-    data_dir = Path(options.data)
-    folder = ImageFolder(table.root, data_dir, guessed=not options.images)
-    files = _choose_files(options.labels, data_dir, folder, required=False).values()
-    named = filter(None, [options.label_groups, options.image_list, *options.answers])
-    given = [path for name in named for path in (name, data_dir / name)]  # options may mean either
-    refuse_to_replace("--out", options.out, [*files, *given, *filter(None, [_class_file(data_dir)]),
-                                             *table.paths])
 
 
 def _table_rows(table, ids, group):

@@ -394,7 +394,7 @@ def test_answers_that_a_spreadsheet_saved_are_read(folder, program):
     (folder / "answers.csv").write_bytes(SPREADSHEETS[program].encode())
     table = dataset.read_labels(folder, answers=folder / "answers.csv")
     assert known_rows(table) == {"a.jpg": [0, 0], "b.jpg": [0, 1], "sub/c.jpg": [NA, 1]}
-    assert dataset.find_labels(folder) == {"": folder / "labels.csv"}
+    assert dataset.find_labels(folder).files == {"": folder / "labels.csv"}
 
 
 def test_ids_and_labels_with_any_letters_are_answered(tmp_path):
