@@ -292,8 +292,7 @@ def _read_rows_and_images(chosen, classes, data_dir, folder, how):
         table = readers[kind](files, data_dir)
 
     options = (_given_file(name, data_dir) for name in (how.image_list, *how.answers) if name)
-    table.sources += [*chosen.paths(), *options, *([groups_file] if groups else []),
-                      *filter(None, [_class_file(data_dir)])]
+    table.sources += [*chosen.paths(), *options, *([groups_file] if groups else [])]
     if groups:
         table = _apply_groups(table, groups, groups_file)
     if files:
@@ -640,9 +639,11 @@ class DataFolder:
     first: "LabelColumns" = None  # those of the first file, which the other files must have too
     meanings: dict = field(default_factory=dict)  # {cell: 1.0, 0.0, NaN or None} of label columns
     titles: dict = field(default_factory=dict)  # {file: the titles of its columns}
+    sources: list = field(default_factory=list)  # files that were read beside the label files
 
     @cached_property
     def class_names(self):
+        self.sources += filter(None, [_class_file(self.path)])
         return _read_class_names(self.path)
 
 
@@ -708,6 +709,7 @@ def _read_files(files, data):
     table.warnings += left_out
     if divided:
         table.notes.append(f"divided: {', '.join(f'{files[part]} is {part}' for part in tables)}")
+    table.sources += data.sources
     _require_negatives(table, data)
     return table
 
@@ -1720,7 +1722,9 @@ def _read_cls(files, data_dir):
 
     source = _class_file(data_dir) or "the 80 of COCO"
     notes = [f"{len(files)} .cls files of class indices", f"class names: {source}"]
-    return _file_per_image(files, data_dir, targets, [*names.values()], notes)
+    table = _file_per_image(files, data_dir, targets, [*names.values()], notes)
+    table.sources += filter(None, [_class_file(data_dir)])
+    return table
 
 
 def _file_per_image(files, data_dir, targets, classes, notes):
@@ -1768,7 +1772,7 @@ def _read_yolo(files, data_dir):
 
     notes = [f"{len(files)} YOLO files of boxes", f"class names: {sources[0]}"]
     table = _file_per_image(files, data_dir, targets, [*names.values()], notes)
-    table.sources = sources
+    table.sources += sources
     return table
 
 

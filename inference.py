@@ -30,7 +30,7 @@ import pickle
 import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -436,7 +436,7 @@ def evaluate_or_calibrate(options):
     metrics = import_metrics(option)
     table = dataset.read_labels(data, **dataset.data_options(options))
     if options.out:
-        dataset.refuse_to_replace("--out", options.out, _files_read(options, data, table))
+        dataset.refuse_to_replace("--out", options.out, _files_read(options, table))
     _note(f"{', '.join(options.model)}: {classifier}")
 
     # A model does better on its training images than on new ones, so these are left out if possible.
@@ -475,14 +475,10 @@ def _held_out(table, parts):
     return "all", table
 
 
-def _files_read(options, data, table):
-    """List the files that --evaluate and --calibrate read, which --out must not replace."""
-    named = [options.labels, options.label_groups, options.image_list, *options.answers]
-    named = [name for name in named if name]
-    names = [*named, "label_groups.json", "classes.txt", "classes.json"]  # may be inside DATA
-    label_files = {origin.rpartition(":")[0] for origin in table.origins}
+def _files_read(options, table):
+    """List the files that --evaluate, --calibrate and --ask read, which --out must not replace."""
     models = [] if options.calibrate else options.model  # a model may be recalibrated in place
-    return [*named, *(Path(data) / name for name in names), *label_files, *models, *table.paths]
+    return [*table.sources, *table.paths, *models]
 
 
 def evaluate(classifier, table, batch_size=32, workers=None, recalibrate=False):
@@ -521,7 +517,7 @@ def ask(options):
     metrics = import_metrics("--ask")
     table = dataset.read_labels(options.ask, classes=classifier.classes, **dataset.data_options(options))
     page = Path(options.out).with_suffix(".html")
-    dataset.refuse_to_replace("--out", options.out, _files_read(options, options.ask, table))
+    dataset.refuse_to_replace("--out", options.out, _files_read(options, table))
     dataset.refuse_answered(options.out)
     refuse_other_page(page)
     _note(f"{', '.join(options.model)}: {classifier}")
@@ -931,9 +927,17 @@ def load_weights(network, weights, backbone, classes=()):
             taken[name] = tensor
 
     _refuse_other_backbone(weights.source, state, taken, backbone)
-    network.load_state_dict(taken, strict=False)  # everything else keeps its initial values
+    load_tensors(network, taken, strict=False)  # everything else keeps its initial values
     missing = [name for name in own if name not in taken and name not in skipped]
     return list(taken), skipped | dict.fromkeys(missing, "not in the file"), common
+
+
+def load_tensors(network, tensors, **how):
+    """Load tensors into a network, with the options of load_state_dict()."""
+    # MNASNet only loads a state_dict that says of which version of it the tensors are. Files do not.
+    state = OrderedDict(tensors)
+    state._metadata = network.state_dict()._metadata
+    network.load_state_dict(state, **how)
 
 
 def read_weights(weights, backbone):
@@ -1142,7 +1146,7 @@ def _load_member(path, saved, num_classes, device):
     try:
         with torch.device("meta"):  # no time is spent on random values that are replaced at once
             network = build_model(saved["backbone"], saved["head"], num_classes, saved["dropout"])
-        network.load_state_dict(saved["network"], assign=True)  # meta tensors cannot be filled
+        load_tensors(network, saved["network"], assign=True)  # there is no memory to copy them to
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # of wrong content
         raise InputError(f"{path} is damaged: its tensors are not those of a {saved['backbone']} "
                          f"network with a {saved['head']} head for its classes") from None

@@ -1409,7 +1409,7 @@ def load_state(run, content):
         run.classifier.epoch, run.classifier.scores = saved["epoch"], saved["scores"]
     check_best_is_kept(run, content["options"])
 
-    run.member.network.load_state_dict(content["network"])
+    inference.load_tensors(run.member.network, content["network"])
     run.optimizer.load_state_dict(content["optimizer"])
     if run.scaler.is_enabled() and content["scaler"]:  # --precision may have changed
         run.scaler.load_state_dict(content["scaler"])
@@ -1663,7 +1663,7 @@ def check_out(options, tables):
         ours = files_of_run(folder)
         there = [folder / name for name in sorted(names) if os.path.lexists(folder / name)]
         for path in [*ours, *(there if folder in written else [])]:
-            if what := reads.get(os.path.realpath(path)):
+            if what := reads.get(file_number(path)):
                 raise InputError(f"{what} lies in --out, and would be replaced: name another --out")
             if path.name == "suspects.csv":
                 dataset.refuse_answered(path)
@@ -1681,24 +1681,25 @@ def check_out(options, tables):
 
 
 def files_read(options, tables, names):
-    """Return what the run reads, as a dict from real path to a description for messages."""
+    """Return what the run reads, as a dict from file_number() to a description for messages."""
     # Of the images, of which there may be millions, only those that share a name with an output.
-    data = Path(options.data)
-    paths = {str(data / "label_groups.json")}
-    for table in tables.values():
-        paths.update(origin.rpartition(":")[0] for origin in table.origins)  # FILE:LINE
-        paths.update(str(path) for path in table.paths if os.path.basename(path) in names)
-    reads = {os.path.realpath(path): f"{path}, which the run reads," for path in paths}
-
-    given = [(name, getattr(options, name)) for name in ("labels", "label_groups", "image_list")]
-    given += [("answers", name) for name in options.answers]
-    if options.folds or not options.resume:  # a resumed run does not read them
-        given.append(("weights", options.weights))
-    for option, value in given:
-        if value:  # a label file may be given relative to DATA
-            path = Path(value) if option == "weights" or Path(value).exists() else data / value
-            reads[os.path.realpath(path)] = f"--{option.replace('_', '-')} {value}"
+    images = [path for path in itertools.chain(*(table.paths for table in tables.values()))
+              if os.path.basename(str(path)) in names]
+    sources = dict.fromkeys(itertools.chain(*(table.sources for table in tables.values())))
+    reads = {file_number(path): f"{path}, which the run reads," for path in (*images, *sources)}
+    if options.weights and (options.folds or not options.resume):  # a resumed run does not read them
+        reads[file_number(options.weights)] = f"--weights {options.weights}"
+    reads.pop(None, None)
     return reads
+
+
+def file_number(path):
+    """Return what tells a file from all others, whatever path and links lead to it; None without one."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def files_of_run(folder):

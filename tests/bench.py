@@ -8,6 +8,7 @@
     python tests/bench.py recipe PHOTOS SMALL WEIGHTS [VARIANT...]  # recipes at equal minutes; takes hours
     python tests/bench.py infer MODEL DIR    # inference.py beside the bare imports, and beside a plain loop
     python tests/bench.py labels             # read_labels beside pandas (pip install pandas)
+    python tests/bench.py coco [MEGABYTES]   # read_labels of a large COCO file, and of many files of YOLO and VOC
     python tests/bench.py cache              # peak memory with and without a cache of 2 GiB
     python tests/bench.py thresholds RUN...  # threshold methods and calibration, on the val and test splits of runs
     python tests/bench.py suspects DATA WEIGHTS [SHARE [SEEDS]]  # are flipped labels found? beside cleanlab
@@ -617,6 +618,86 @@ def bench_labels(rows=200_000, classes=80):
             mine, other, ratio = alternate(lambda: dataset.read_labels(folder), reference)
             print(f"{rows} x {classes}, {kind}: read_labels {mine:.2f} s; pandas and os.scandir {other:.2f} s; "
                   f"ratio {1 / ratio:.2f}")
+
+
+def bench_coco(megabytes=450, files=100_000):
+    """Time read_labels() of a COCO file with polygons, and of YOLO and Pascal VOC files, and print the peak memory.
+
+    Each is read in a process of its own. The images are empty files, which read_labels() does not open.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("coco", "yolo", "voc"):
+            data = Path(folder, kind)
+            write = {"coco": write_large_coco, "yolo": write_many_yolo, "voc": write_many_voc}[kind]
+            count = write(data, int(megabytes) if kind == "coco" else int(files))
+            code = (f"import resource, sys, time; sys.path.insert(0, {str(ROOT)!r}); import dataset; "
+                    f"start = time.perf_counter(); table = dataset.read_labels({str(data)!r}); "
+                    f"print(len(table), time.perf_counter() - start, "
+                    f"resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+            result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+            images, seconds, peak = map(float, result.stdout.split())
+            assert images == count
+            print(f"{kind}: {images:.0f} images in {seconds:.1f} s, peak {peak / 2**20:.2f} GiB, imports included",
+                  flush=True)
+
+
+def write_large_coco(folder, megabytes):
+    """Write COCO JSON of about this size, with empty files as images. Returns the number of images."""
+    rng = np.random.default_rng(0)
+    polygons = [[[round(value, 2) for value in rng.uniform(0, 640, 2 * length).tolist()]]
+                for length in rng.integers(4, 30, 1000)]
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "train2017").mkdir()
+    names = [f"{number:012d}.jpg" for number in range(megabytes * 260)]  # 118,000 in the 450 MB of COCO's train2017
+    for name in names:
+        (folder / "train2017" / name).touch()
+
+    images = (f'{{"license": 1, "file_name": "{name}", "coco_url": "http://images.cocodataset.org/{name}", '
+              f'"height": 480, "width": 640, "id": {number}}}' for number, name in enumerate(names))
+    categories = (f'{{"supercategory": "x", "id": {k}, "name": "class {k}"}}' for k in range(1, 91))
+    with open(folder / "annotations" / "instances_train2017.json", "w") as file:
+        file.write(f'{{"info": {{}}, "images": [{", ".join(images)}], "categories": [{", ".join(categories)}], '
+                   '"annotations": [')
+        number = 0
+        while file.tell() < megabytes * 1e6:
+            file.write(f'{", " if number else ""}{{"segmentation": {polygons[number % 1000]}, "area": 702.1, '
+                       f'"iscrowd": 0, "image_id": {number * 7 % len(names)}, "bbox": [473.07, 395.93, 38.65, 28.67], '
+                       f'"category_id": {number % 90 + 1}, "id": {number}}}')
+            number += 1
+        file.write("]}")
+    return len(names)
+
+
+def write_many_yolo(folder, count):
+    """Write YOLO files, with empty files as images. Returns their number."""
+    for place in ("images/train", "images/val", "labels/train", "labels/val"):
+        (folder / place).mkdir(parents=True)
+    (folder / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [a, b, c, d, e]\n")
+    for number in range(count):
+        name = f"{'val' if number % 10 == 0 else 'train'}/{number:012d}"
+        (folder / "images" / f"{name}.jpg").touch()
+        lines = (f"{(number + box) % 5} 0.479492 0.688771 0.955609 0.595500\n" for box in range(number % 8))
+        (folder / "labels" / f"{name}.txt").write_text("".join(lines))
+    return count
+
+
+def write_many_voc(folder, count):
+    """Write Pascal VOC files, with empty files as images. Returns their number."""
+    for place in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / place).mkdir(parents=True)
+    names = [f"{number:06d}" for number in range(count)]
+    for number, name in enumerate(names):
+        (folder / "JPEGImages" / f"{name}.jpg").touch()
+        objects = "".join(
+            f"<object>\n<name>class {(number + box) % 20}</name>\n<pose>Left</pose>\n<truncated>1</truncated>\n"
+            "<difficult>0</difficult>\n<bndbox><xmin>263</xmin><ymin>211</ymin><xmax>324</xmax><ymax>339</ymax>"
+            "</bndbox>\n</object>\n" for box in range(1 + number % 3))
+        (folder / "Annotations" / f"{name}.xml").write_text(
+            f"<annotation>\n<folder>VOC2007</folder>\n<filename>{name}.jpg</filename>\n<size><width>500</width>"
+            f"<height>375</height><depth>3</depth></size>\n<segmented>0</segmented>\n{objects}</annotation>\n")
+    for part, chosen in (("train", names[: count // 2]), ("val", names[count // 2 :])):
+        (folder / "ImageSets" / "Main" / f"{part}.txt").write_text("\n".join(chosen) + "\n")
+    return count
 
 
 def bench_cache(gigabytes=None):

@@ -698,7 +698,7 @@ def test_no_output_replaces_answers(extended, tmp_path, capsys, trained):
     out.mkdir()
     answers = answers.rename(out / "predictions.csv")
     error = refused(capsys, train.main, "--data", data, "--out", out, *RUN, "--answers", answers)
-    assert f"--answers {answers} lies in --out" in error
+    assert f"{answers}, which the run reads, lies in --out" in error
     before = answers.read_bytes()
     error = refused(capsys, inference.main, "--model", trained[0] / "model.pth", "--evaluate", data, "--out", answers,
                     "--answers", answers, warns=True)
