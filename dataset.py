@@ -381,6 +381,9 @@ def _choose_files(labels, data_dir, folder, required):
     if holds_questions(path):
         raise InputError(f"--labels {labels} holds answers about single labels, and is not a label "
                          f"file: use --answers {labels}")
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise InputError(f"--labels {labels} has the names of classes: name the folder of the YOLO files, or "
+                         "leave the option out")
     if path.suffix.lower() == ".json":
         return LabelFiles("coco", {_part_of_file(path.name): path})
     if not path.is_dir():
@@ -2070,7 +2073,7 @@ def _keep_split(table, folder, kind, background):
     """Set the parts of a table with a file per image to those of the data's own split.
 
     They come from data.yaml, from lists of images, or else from the names of folders. Rows of images
-    that no list names are dropped with a warning. The IDs become the paths of the images.
+    that are in no list are dropped with a warning. The IDs become the paths of the images.
 
     Args: background: whether images without a label file become rows, in which all is absent.
     """
@@ -2085,54 +2088,61 @@ def _keep_split(table, folder, kind, background):
         table.targets = np.pad(table.targets, ((0, count), (0, 0)))
         table.unlabelled = []
 
-    listed = _listed_images(table, folder, kind)
-    if len(listed) < 2:  # a single part is no split
-        parts = [_part_of_folder(name) for name in table.ids]
-        table.parts = parts if len({*parts} - {""}) > 1 else []
-        return table
-
+    listed, sources = _listed_images(table, folder, kind)
     parts_of = {}
     for part, images in listed.items():
         for image in images:
             parts_of.setdefault(image, []).append(part)
-    table.part_of = {image: parts[0] for image, parts in parts_of.items()}
-    # An image in two lists gets two rows, which _separate_parts() then finds.
-    rows = [row for row, name in enumerate(table.ids) for _ in parts_of.get(name, ())]
-    if not rows:
-        raise InputError(f"{table.sources[-1]}: the split names none of the {len(table)} images with "
-                         "labels: correct it, or remove it")
-    parts = list(chain(*(parts_of.get(name, ()) for name in table.ids)))
-    if others := [name for name in table.ids if name not in parts_of]:
-        table.warnings.append(f"{len(others)} images are in no part of the data's own split, and were "
-                              f"left out: {shortened(others)}")
-    table = table.subset(np.array(rows, int))
-    table.parts = parts
+    if len(listed) < 2:
+        table.parts, sources = [_part_of_folder(name) for name in table.ids], "the names of folders"
+    else:
+        # An image in two lists gets two rows, which _separate_parts() then finds.
+        rows = [row for row, name in enumerate(table.ids) for _ in parts_of.get(name, ())]
+        parts = list(chain(*(parts_of.get(name, ()) for name in table.ids)))
+        if not rows:
+            raise InputError(f"{sources}: none of the {len(table)} images with labels is in the split: "
+                             "correct it, or remove it")
+        if others := [name for name in table.ids if name not in parts_of]:
+            table.warnings.append(f"{len(others)} images are in no part of the data's own split, and "
+                                  f"were left out: {shortened(others)}")
+        table.part_of = {image: own[0] for image, own in parts_of.items()}
+        table = table.subset(np.array(rows, int))
+        table.parts = parts
+
+    if len({*table.parts} - {""}) < 2:  # a single part is no split
+        table.parts = []
+    else:
+        table.notes.append(f"split: from {sources}")
     return table
 
 
 def _listed_images(table, folder, kind):
-    """Return {part: set of images below the image folder}, as files of the data set list them."""
+    """Find the images of each part, as files of the data set list them, and these files.
+
+    Returns ({part: set of images below the image folder}, names of the files).
+    """
     data_dir = Path(folder.data_dir)
     config = _find_config(data_dir) if kind == "yolo" else None
     listed = _config_images(table, folder, config) if config else {}
-    if len(listed) < 2:
+    sources = [config]
+    if not listed:
         places = [data_dir] if kind == "yolo" else [
             place / "ImageSets" / "Main" for place in _folders_of(map(Path, table.origins), data_dir)]
-        listed = {}
+        sources = []
         for path in sorted(path for place in places for path in place.glob("*.txt")):
             word = path.stem.lower().rstrip("0123456789")  # as in train2017.txt
             if word in PART_WORDS and (kind == "voc" or _lists_images(path)):
                 base = path.parents[2] if kind == "voc" else None
                 images = listed.setdefault(PART_WORDS[word], set())
                 images.update(_read_image_list(path, table, folder, base))
+                sources.append(path)
 
-    for part in [*listed]:
-        same = next((first for first in listed if first != part and listed[first] == listed[part]), None)
-        if same and PARTS.index(same) < PARTS.index(part):
-            table.warnings.append(f"{same} and {part} are the same images, so there is no {part}: these "
-                                  f"are {same}")
-            del listed[part]
-    return listed
+    # Ultralytics insists on a val part, so that the images of another one are often given twice.
+    for part, other in (("val", "train"), ("test", "train"), ("test", "val")):
+        if listed.get(part) and listed[part] == listed.get(other):
+            table.warnings.append(f"{other} and {part} are the same images, which count as {other}")
+            listed[part] = set()
+    return listed, ", ".join(map(str, sources))
 
 
 def _config_images(table, folder, path):
@@ -2153,8 +2163,6 @@ def _config_images(table, folder, path):
                                   and _image_suffix(name)[1] in IMAGE_SUFFIXES)
             else:
                 listed.setdefault(part, set()).update(_read_image_list(target, table, folder))
-    if len(listed) > 1:
-        table.notes.append(f"split: {path}")
     return listed
 
 
@@ -2193,7 +2201,6 @@ def _read_image_list(path, table, folder, base=None):
                 missing.append(name)
     if missing:
         table.warnings.append(f"{path} names {len(missing)} images that are not there: {shortened(missing)}")
-    table.notes.append(f"split: {path}, {len(images)} images")
     return images
 
 
@@ -2448,7 +2455,8 @@ def _attach_images(table, folder, kind):
     table.root = folder.root
     table.unlabelled = _images_except(folder, set(found))
     if table.unlabelled:
-        table.notes.append(f"images without a row: {len(table.unlabelled)}, such as "
+        what = "a label file" if kind in ("yolo", "voc") else "a row"
+        table.notes.append(f"images without {what}: {len(table.unlabelled)}, such as "
                            f"{', '.join(table.unlabelled[:3])}")
     if others:
         table.warnings.append(f"{len(others)} images are missing, but there with another suffix "
