@@ -2445,11 +2445,11 @@ def _attach_images(table, folder, kind):
                          f"folder with --images{more}")
 
     table.notes.append(f"images: {folder.root}")
-    for kind, count in Counter(filter(None, how)).items():
-        matched = islice((row for row, one in enumerate(how) if one == kind), 3)
-        pairs = [found[row] if kind == "full path" else f"{table.ids[row]} = {found[row]}"
+    for way, count in Counter(filter(None, how)).items():
+        matched = islice((row for row, one in enumerate(how) if one == way), 3)
+        pairs = [found[row] if way == "full path" else f"{table.ids[row]} = {found[row]}"
                  for row in matched]
-        table.notes.append(f"matched by {kind}: {count} rows, such as {', '.join(pairs)}")
+        table.notes.append(f"matched by {way}: {count} rows, such as {', '.join(pairs)}")
 
     # Images without a row are no error, as part of a data set may be unlabelled.
     table.root = folder.root
