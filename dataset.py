@@ -1844,7 +1844,7 @@ def _folders_of(files, data_dir):
 
 CONFIG_KEYS = {"names", "nc", "path"} | PART_WORDS.keys()
 QUOTED = r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\""""
-START = r"""[^\s,\[\]{}'"#&*!|>%@`]"""  # of a plain text; the other marks start what is not read here
+START = r"""[^\s,\[\]{}'"#&*!|>%@`?]"""  # of a plain text; the other marks start what is not read here
 PLAIN = START + r"(?:[^:#]|:(?!\s|$)|(?<!\s)#)*"
 PLAIN_IN_BRACKETS = START + r"(?:[^:#,\[\]{}]|:(?![\s,\[\]{}]|$)|(?<!\s)#)*"
 YAML_TEXT = re.compile(f"{QUOTED}|{PLAIN}")
@@ -1998,7 +1998,7 @@ def _yaml_text(text, place):
     text = text.strip()
     if not text:
         return ""
-    if not YAML_TEXT.fullmatch(text) or (text[0] in "-?" and text[1:2] in ("", " ")):
+    if not YAML_TEXT.fullmatch(text) or (text[0] == "-" and text[1:2] in ("", " ")):
         raise InputError(f"{place}: {text!r} is not understood: {SIMPLE_YAML}")
     if text[0] == "'":
         return text[1:-1].replace("''", "'")
@@ -2540,7 +2540,7 @@ def _match_by_stem(table, folder):
         # A folder that has label files of its own keeps its images for them.
         images = {image for image in images if os.path.dirname(image) not in folders}
         same = [image for image in images if own and _part_of_folder(image) == own]
-        fitting = sorted(same or (image for image in images if not own or not _part_of_folder(image)))
+        fitting = same or [image for image in images if not own or not _part_of_folder(image)]
         found[row] = _only_image(fitting, origin)
 
         if not found[row] and origin.lower().endswith(".xml"):
@@ -2552,7 +2552,7 @@ def _match_by_stem(table, folder):
 def _only_image(images, origin):
     """Return the only image that fits a label file, or None. Raises InputError if there are more."""
     if len(images) > 1:
-        raise InputError(f"{origin}: its image can be {images[0]} or {images[1]}: give the folders of "
+        raise InputError(f"{origin}: its image can be {' or '.join(sorted(images)[:2])}: give the folders of "
                          "labels and of images the same names")
     return images[0] if images else None
 
