@@ -2079,9 +2079,12 @@ def _keep_split(table, folder, kind, background):
     """
     start = f"{folder.root}/"
     table.ids = [path.removeprefix(start) for path in table.paths]
+    if count := len(table.unlabelled):
+        meaning = ("background, where all classes are absent" if background else
+                   "left out, while --background makes all classes absent there")
+        table.notes.append(f"images without a label file: {count}, such as "
+                           f"{', '.join(table.unlabelled[:3])}: {meaning}")
     if background:
-        count = len(table.unlabelled)
-        table.notes.append(f"background: {count} images without a label file, all classes absent")
         table.ids += table.unlabelled
         table.paths += [start + name for name in table.unlabelled]
         table.origins += [start + name for name in table.unlabelled]
@@ -2236,7 +2239,8 @@ def _read_coco(files, data_dir):
             if number in row_of:
                 raise InputError(f"{path}: images[{i}].id {number} is there twice: correct one")
             row_of[number] = len(table.ids)
-            table.ids.append(name)
+            # Label Studio may write the path from its own folder, ../../label-studio/media/1.jpg.
+            table.ids.append(re.sub(r"^(\.\.[/\\])+", "", name))
             table.origins.append(f"{path}:images[{i}]")
 
         used = {}  # class name -> category id
@@ -2454,9 +2458,8 @@ def _attach_images(table, folder, kind):
     # Images without a row are no error, as part of a data set may be unlabelled.
     table.root = folder.root
     table.unlabelled = _images_except(folder, set(found))
-    if table.unlabelled:
-        what = "a label file" if kind in ("yolo", "voc") else "a row"
-        table.notes.append(f"images without {what}: {len(table.unlabelled)}, such as "
+    if table.unlabelled and kind not in ("yolo", "voc"):  # where these may become background
+        table.notes.append(f"images without a row: {len(table.unlabelled)}, such as "
                            f"{', '.join(table.unlabelled[:3])}")
     if others:
         table.warnings.append(f"{len(others)} images are missing, but there with another suffix "
@@ -2494,6 +2497,7 @@ def _match_paths(table, folder, own_folder=False):
     found = []
     places = {}  # label file -> (its folder, the part it belongs to, starts of relative paths)
     folder_parts = {_part_of_folder(f"{place}/") for place in set(map(os.path.dirname, folder.names))}
+    bases = _find_bases(table, folder, folder_parts) if own_folder else {}
     for row, (name, origin) in enumerate(zip(table.ids, table.origins)):
         source = origin.rpartition(":")[0]
         if source not in places:
@@ -2505,7 +2509,10 @@ def _match_paths(table, folder, own_folder=False):
         place, part, starts = places[source]
 
         # Most names need no search: they are paths from the image folder, and nothing else.
-        if name in folder.names and not name.startswith(starts):
+        if source in bases:
+            image = bases[source] + _plain_path(name)
+            found.append((image, "trailing part" if bases[source] else "full path", image))
+        elif name in folder.names and not name.startswith(starts):
             found.append((name, "full path", name))
         else:
             part = table.parts[row] if table.parts else part
@@ -2514,6 +2521,28 @@ def _match_paths(table, folder, own_folder=False):
                 image = image if _part_of_folder(image) == part else None
             found.append((image, how, meant) if image else (None, None, None))
     return zip(*found)
+
+
+def _find_bases(table, folder, folder_parts):
+    """Return {label file: folder below the image folder} where only one folder holds all of its images.
+
+    COCO's names are paths from one folder, so that in default/ 1.jpg is not default/night/1.jpg.
+
+    Args: folder_parts: the parts that have a folder of their own.
+    """
+    names = {}
+    for row, (name, origin) in enumerate(zip(table.ids, table.origins)):
+        names.setdefault((origin.rpartition(":")[0], table.parts[row]), []).append(_plain_path(name))
+
+    bases = {}
+    for (source, part), paths in names.items():
+        starts = [file.removesuffix(paths[0]) for file in folder.ends(paths[0]) if file.endswith(paths[0])]
+        starts = [start for start in starts if all(start + path in folder.names for path in paths)]
+        if part in folder_parts - {""}:
+            starts = [start for start in starts if _part_of_folder(start + paths[0]) == part]
+        if len(starts) == 1:
+            bases[source] = starts[0]
+    return bases
 
 
 def _match_by_stem(table, folder):
@@ -2569,8 +2598,9 @@ def _refuse_shared_images(table, folder, found, meant):
                              "add the other image, or correct its path")
 
 
-# Folders of Pascal VOC whose files have the names of images, but show what is where in these.
-MASK_FOLDERS = ("SegmentationClass", "SegmentationObject")
+# Folders whose pictures have the names of images, but are masks, or predictions that Ultralytics drew.
+NO_IMAGES = re.compile(r"(.*/)?(SegmentationClass|SegmentationObject|panoptic_(train|val)\d*|"
+                       r"stuff_(train|val)\d*_pixelmaps|runs/(detect|segment|pose|obb))")
 
 
 class ImageFolder:
@@ -2609,10 +2639,10 @@ class ImageFolder:
         for folder, folders, names in os.walk(self.root, followlinks=True):
             visited.add(os.path.realpath(folder))
             self.folders.update(folders)
-            folders[:] = [name for name in folders if name not in MASK_FOLDERS
-                          and os.path.realpath(f"{folder}/{name}") not in visited]
             inside = os.path.relpath(folder, self.root).replace(os.sep, "/")
             prefix = "" if inside == "." else inside + "/"
+            folders[:] = [name for name in folders if not NO_IMAGES.fullmatch(prefix + name)
+                          and os.path.realpath(f"{folder}/{name}") not in visited]
             self.names.update(prefix + name for name in names if not name.startswith("._"))
 
     def names_image(self, name):

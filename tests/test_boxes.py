@@ -112,7 +112,7 @@ def test_background_makes_all_absent_in_images_without_a_label_file(tmp_path):
         with_all = dataset.read_labels(folder, background=True)
         assert with_all.ids == ["a.jpg", "b.jpg", "c.jpg"] and with_all.unlabelled == [], name
         assert (with_all.targets[:2] == table.targets).all() and (with_all.targets[2] == 0).all()
-        assert "background: 1 images" in told(with_all)
+        assert "c.jpg: background, where all classes are absent" in told(with_all)
 
 
 def test_background_joins_the_part_of_its_folder_or_list(tmp_path):
