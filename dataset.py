@@ -1,5 +1,7 @@
 """Read label files and images, and turn them into tensors.
 
+Label files are tables, lists of names, .cls files, or the boxes of YOLO, COCO JSON and Pascal VOC.
+
     python dataset.py data/                     # show what a data folder holds
     python dataset.py data/ --check             # also decode every image and list identical ones
     python dataset.py data/ --sheet sheet.png   # also draw a sample of the images with their labels
@@ -220,6 +222,9 @@ class Reading:
 def read_labels(data_dir, labels=None, images=None, classes=(), **how):
     """Read a data folder and detect its label format.
 
+    The formats are tables, lists of names, .cls files, and boxes (YOLO, COCO JSON, Pascal VOC), where a
+    class is present if it has a box.
+
     Args:
         data_dir: the folder with labels and images.
         labels: the label file, or the folder of .cls, YOLO or Pascal VOC files; by default what
@@ -231,8 +236,8 @@ def read_labels(data_dir, labels=None, images=None, classes=(), **how):
 
     Returns:
         A LabelTable. Rows whose image is missing are dropped and listed in `missing`; `notes` says
-        how the files were understood. IDs are unique: where several images share one, theirs are
-        their paths below the image folder.
+        how the files were understood. IDs are unique: where several images share one, and in YOLO and
+        Pascal VOC, they are paths below the image folder.
 
     Raises:
         InputError: something is wrong, or the data can be read in two ways.
@@ -291,8 +296,8 @@ def _read_rows_and_images(chosen, classes, data_dir, folder, how):
         readers = {"cls": _read_cls, "yolo": _read_yolo, "voc": _read_voc, "coco": _read_coco}
         table = readers[kind](files, data_dir)
 
-    options = (_given_file(name, data_dir) for name in (how.image_list, *how.answers) if name)
-    table.sources += [*chosen.paths(), *options, *([groups_file] if groups else [])]
+    named = (_given_file(name, data_dir) for name in (how.image_list, *how.answers) if name)
+    table.sources += [*chosen.paths(), *named, *([groups_file] if groups else [])]
     if groups:
         table = _apply_groups(table, groups, groups_file)
     if files:
@@ -412,10 +417,10 @@ class LabelFiles(NamedTuple):
         return f"{names[self.kind]} in {self.place()}"
 
     def place(self):
-        """Return what --labels takes: the folder of the files, or the only file."""
+        """Return what --labels takes: a file, or the folder of the files."""
         paths = self.paths()
-        if self.kind in ("table", "coco"):
-            return paths[0] if len(paths) == 1 else " and ".join(map(str, paths))
+        if self.kind == "table" or (self.kind == "coco" and len(paths) == 1):
+            return paths[0]
         return os.path.commonpath({path.parent for path in paths})
 
 
@@ -457,9 +462,10 @@ def find_labels(data_dir, folder=None, required=True):
     if not required and not candidates:
         return LabelFiles("table", {})
 
-    names = ", ".join(path.name for path in found) or "no .txt, .csv or .tsv file"
+    names = (", ".join(path.name for path in found)
+             or "no boxes of YOLO, COCO or Pascal VOC, and no .txt, .csv or .tsv file")
     more = ("; for a matrix of labels beside a list of images --labels MATRIX --image-list LIST"
-            if found else ", and no annotations of boxes (YOLO, COCO JSON, Pascal VOC)")
+            if found else "")
     if questions := [path for path in data_dir.glob("*.csv") if holds_questions(path)]:
         more += f"; {questions[0].name} holds answers: give it as --answers {questions[0]}"
     raise InputError(f"{data_dir} has {names}: name the label file with --labels FILE, or call it "
@@ -470,7 +476,8 @@ def _only_one(formats, data_dir):
     """Return the only one of several LabelFiles. Raises InputError if there are more."""
     if len(formats) > 1:
         raise InputError(f"{data_dir} has labels in several formats: {' and '.join(map(str, formats))}: "
-                         f"choose one with {' or '.join(f'--labels {one.place()}' for one in formats)}")
+                         f"choose one with {' or '.join(f'--labels {one.place()}' for one in formats)}, "
+                         "or move the others away")
     return formats[0]
 
 
@@ -541,17 +548,17 @@ def _find_annotations(data_dir, names, given=False):
         kind = {".cls": "cls", ".txt": "yolo", ".xml": "voc"}.get(name[-4:].lower())
         if not kind or "/." in f"/{name}":
             continue
-        words = name.lower().split("/")[:-1] or [""]
-        if kind == "yolo" and name[:-4] not in stems and _is_side_file(data_dir / name):
+        has_image = name[:-4] in stems
+        if kind == "yolo" and not has_image and _is_side_file(data_dir, name):
             continue
 
         # CVAT's YOLO has its files in obj_train_data/, whether or not the images are there too.
-        if given or not LABEL_FOLDERS.isdisjoint(words) or re.fullmatch(r"obj_\w+_data", words[-1]):
+        folders = name.lower().split("/")[:-1]
+        own = {"labels"} if kind == "yolo" else LABEL_FOLDERS
+        if given or not own.isdisjoint(folders) or re.fullmatch(r"obj_\w+_data", folders[-1] if folders else ""):
             found[kind].append(data_dir / name)
-        elif name[:-4] in stems and kind == "yolo":
-            beside.append(data_dir / name)
-        elif name[:-4] in stems:
-            found[kind].append(data_dir / name)
+        elif has_image:
+            (beside if kind == "yolo" else found[kind]).append(data_dir / name)
 
     if found["yolo"] or _holds_boxes(beside):
         found["yolo"] = sorted(found["yolo"] + beside)
@@ -560,10 +567,11 @@ def _find_annotations(data_dir, names, given=False):
     return formats + [LabelFiles("coco", coco)] * bool(coco)
 
 
-def _is_side_file(path):
+def _is_side_file(data_dir, name):
     """Return True if a text file among those of YOLO holds no labels: classes.txt, train.txt, ..."""
-    word = path.stem.lower().rstrip("0123456789")  # as in train2017.txt
-    return bool(SIDE_FILE.fullmatch(path.name)) or (word in PART_WORDS and _lists_images(path))
+    file = name.rpartition("/")[2]
+    word = file[:-4].lower().rstrip("0123456789")  # as in train2017.txt
+    return bool(SIDE_FILE.fullmatch(file)) or (word in PART_WORDS and _lists_images(data_dir / name))
 
 
 def _part_of_file(name):
@@ -583,12 +591,10 @@ def _lists_images(path):
 
 
 def _holds_boxes(paths):
-    """Return True if the first of some files that is not blank starts with a line of YOLO."""
+    """Return True if the first of some files whose first line is not blank starts with a line of YOLO."""
     for path in paths:
-        with contextlib.suppress(OSError):
-            start = path.read_bytes()[:1000].split(b"\n")[0].split()
-            if start:
-                cells = [cell.decode("utf-8", "replace") for cell in start]
+        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+            if cells := file.readline(1000).split():
                 return len(cells) >= 5 and all(map(NUMBER.fullmatch, cells[:5]))
     return False
 
@@ -2066,6 +2072,110 @@ def _read_voc_file(path):
 
 
 # --------------------------------------------------------------------------------------------------
+# Format "COCO JSON": lists of images, categories and annotations, each annotation with a box
+
+
+# The keys that count. Polygons are dropped as soon as they are read, as they can fill the memory.
+COCO_KEYS = ("images", "annotations", "categories", "id", "name", "file_name", "image_id",
+             "category_id", "iscrowd")
+
+
+def _read_coco(files, data_dir):
+    """Read COCO JSON files {part: Path} into a LabelTable without paths.
+
+    A class is present if it has a box. If all its boxes in an image are crowds, it is NA there.
+    """
+    table = LabelTable([], [], None, [], absent=0.0)
+    column_of = {}  # class name -> column, in the order of the category ids
+    rows, columns, crowds = [], [], []
+    for part, path in files.items():
+        content = _read_coco_file(path)
+        names = {}
+        for i, (number, name) in enumerate(_entries(content, path, "categories", id=int, name=str)):
+            if number in names:
+                raise InputError(f"{path}: categories[{i}].id {number} is there twice: correct one")
+            names[number] = name.strip()
+        for number in sorted(names):
+            column_of.setdefault(names[number], len(column_of))
+
+        row_of = {}
+        for i, (number, name) in enumerate(_entries(content, path, "images", id=(int, str), file_name=str)):
+            if number in row_of:
+                raise InputError(f"{path}: images[{i}].id {number} is there twice: correct one")
+            row_of[number] = len(table.ids)
+            # Label Studio may write the path from its own folder, ../../label-studio/media/1.jpg.
+            table.ids.append(re.sub(r"^(\.\.[/\\])+", "", name))
+            table.origins.append(f"{path}:images[{i}]")
+
+        used = {}  # class name -> category id
+        fields = {"image_id": (int, str), "category_id": int}
+        for i, (image, number) in enumerate(_entries(content, path, "annotations", **fields)):
+            if image not in row_of:
+                raise InputError(f"{path}: annotations[{i}].image_id {image} is no image: correct it")
+            if number not in names:
+                raise InputError(f"{path}: annotations[{i}].category_id {number} is no category: correct it")
+            name = names[number]
+            if used.setdefault(name, number) != number:
+                raise InputError(f"{path}: the categories {used[name]} and {number} are both called "
+                                 f"{name}: rename one")
+            rows.append(row_of[image])
+            columns.append(column_of[name])
+            crowds.append(content["annotations"][i].get("iscrowd") == 1)
+        table.parts += [part] * len(row_of)
+        table.notes.append(f"{path}: {len(row_of)} images and {len(content['annotations'])} annotations "
+                           f"of COCO JSON")
+
+    table.targets = np.zeros((len(table), len(column_of)), np.float32)
+    rows, columns, crowds = np.array(rows, int), np.array(columns, int), np.array(crowds, bool)
+    table.targets[rows[crowds], columns[crowds]] = np.nan
+    table.targets[rows[~crowds], columns[~crowds]] = 1
+
+    seen = np.isin(np.arange(len(column_of)), columns)
+    table.classes = [name for name, column in column_of.items() if seen[column]]
+    table.targets = table.targets[:, seen]
+    if unseen := [name for name, column in column_of.items() if not seen[column]]:
+        table.warnings.append(f"{len(unseen)} categories without an annotation were left out: "
+                              f"{shortened(unseen)}")
+    if not table.classes:
+        raise InputError(f"{' and '.join(map(str, files.values()))}: no image has an annotation: name "
+                         "another label file with --labels")
+    return table
+
+
+def _read_coco_file(path):
+    """Read the COCO_KEYS of a JSON file. Raises InputError."""
+    def reduce(entry):
+        return {key: entry[key] for key in COCO_KEYS if key in entry}
+
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8-sig"), object_hook=reduce)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8: save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON: "
+                         f"{getattr(error, 'msg', error)}: export it again") from None
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise InputError(f"{path} has no list {key}: COCO JSON needs images, annotations and "
+                             "categories; for another label file say --labels FILE")
+    return content
+
+
+def _entries(content, path, key, **fields):
+    """Yield the values of the given fields of each entry of a list, checked: name=type."""
+    for i, entry in enumerate(content[key]):
+        if not isinstance(entry, dict):
+            raise InputError(f"{path}: {key}[{i}] is not an object with {' and '.join(fields)}")
+        for name, kind in fields.items():
+            if not isinstance(entry.get(name), kind) or entry[name] == "":
+                problem = "is not valid" if name in entry else "is missing"
+                raise InputError(f"{path}: {key}[{i}].{name} {problem}: correct it")
+        yield tuple(entry[name] for name in fields)
+
+
+# --------------------------------------------------------------------------------------------------
 # The parts of YOLO and Pascal VOC, and images without a label file
 
 
@@ -2205,110 +2315,6 @@ def _read_image_list(path, table, folder, base=None):
     if missing:
         table.warnings.append(f"{path} names {len(missing)} images that are not there: {shortened(missing)}")
     return images
-
-
-# --------------------------------------------------------------------------------------------------
-# Format "COCO JSON": lists of images, categories and annotations, each annotation with a box
-
-
-# The keys that count. Polygons are dropped as soon as they are read, as they can fill the memory.
-COCO_KEYS = ("images", "annotations", "categories", "id", "name", "file_name", "image_id",
-             "category_id", "iscrowd")
-
-
-def _read_coco(files, data_dir):
-    """Read COCO JSON files {part: Path} into a LabelTable without paths.
-
-    A class is present if it has a box. If all its boxes in an image are crowds, it is NA there.
-    """
-    table = LabelTable([], [], None, [], absent=0.0)
-    column_of = {}  # class name -> column, in the order of the category ids
-    rows, columns, crowds = [], [], []
-    for part, path in files.items():
-        content = _read_coco_file(path)
-        names = {}
-        for i, (number, name) in enumerate(_entries(content, path, "categories", id=int, name=str)):
-            if number in names:
-                raise InputError(f"{path}: categories[{i}].id {number} is there twice: correct one")
-            names[number] = name.strip()
-        for number in sorted(names):
-            column_of.setdefault(names[number], len(column_of))
-
-        row_of = {}
-        for i, (number, name) in enumerate(_entries(content, path, "images", id=(int, str), file_name=str)):
-            if number in row_of:
-                raise InputError(f"{path}: images[{i}].id {number} is there twice: correct one")
-            row_of[number] = len(table.ids)
-            # Label Studio may write the path from its own folder, ../../label-studio/media/1.jpg.
-            table.ids.append(re.sub(r"^(\.\.[/\\])+", "", name))
-            table.origins.append(f"{path}:images[{i}]")
-
-        used = {}  # class name -> category id
-        fields = {"image_id": (int, str), "category_id": int}
-        for i, (image, number) in enumerate(_entries(content, path, "annotations", **fields)):
-            if image not in row_of:
-                raise InputError(f"{path}: annotations[{i}].image_id {image} is no image: correct it")
-            if number not in names:
-                raise InputError(f"{path}: annotations[{i}].category_id {number} is no category: correct it")
-            name = names[number]
-            if used.setdefault(name, number) != number:
-                raise InputError(f"{path}: the categories {used[name]} and {number} are both called "
-                                 f"{name}: rename one")
-            rows.append(row_of[image])
-            columns.append(column_of[name])
-            crowds.append(bool(content["annotations"][i].get("iscrowd")))
-        table.parts += [part] * len(row_of)
-        table.notes.append(f"{path}: {len(row_of)} images and {len(content['annotations'])} annotations "
-                           f"of COCO JSON")
-
-    table.targets = np.zeros((len(table), len(column_of)), np.float32)
-    rows, columns, crowds = np.array(rows, int), np.array(columns, int), np.array(crowds, bool)
-    table.targets[rows[crowds], columns[crowds]] = np.nan
-    table.targets[rows[~crowds], columns[~crowds]] = 1
-
-    seen = np.isin(np.arange(len(column_of)), columns)
-    table.classes = [name for name, column in column_of.items() if seen[column]]
-    table.targets = table.targets[:, seen]
-    if unseen := [name for name, column in column_of.items() if not seen[column]]:
-        table.warnings.append(f"{len(unseen)} categories without an annotation were left out: "
-                              f"{shortened(unseen)}")
-    if not table.classes:
-        raise InputError(f"{' and '.join(map(str, files.values()))}: no image has an annotation: name "
-                         "another label file with --labels")
-    return table
-
-
-def _read_coco_file(path):
-    """Read the COCO_KEYS of a JSON file. Raises InputError."""
-    def reduce(entry):
-        return {key: entry[key] for key in COCO_KEYS if key in entry}
-
-    try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"), object_hook=reduce)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8: save it as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON: "
-                         f"{getattr(error, 'msg', error)}: export it again") from None
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise InputError(f"{path} has no list {key}: COCO JSON needs images, annotations and "
-                             "categories; for another label file say --labels FILE")
-    return content
-
-
-def _entries(content, path, key, **fields):
-    """Yield the values of the given fields of each entry of a list, checked: name=type."""
-    for i, entry in enumerate(content[key]):
-        if not isinstance(entry, dict):
-            raise InputError(f"{path}: {key}[{i}] is not an object with {' and '.join(fields)}")
-        for name, kind in fields.items():
-            if not isinstance(entry.get(name), kind) or entry[name] == "":
-                problem = "is not valid" if name in entry else "is missing"
-                raise InputError(f"{path}: {key}[{i}].{name} {problem}: correct it")
-        yield tuple(entry[name] for name in fields)
 
 
 # --------------------------------------------------------------------------------------------------
