@@ -2009,10 +2009,11 @@ def _yaml_text(text, place):
     if text[0] == "'":
         return text[1:-1].replace("''", "'")
     if text[0] == '"':
-        try:
-            return json.loads(text)
-        except ValueError:
-            raise InputError(f"{place}: {text} is not understood: use single quotes") from None
+        with contextlib.suppress(ValueError):
+            value = json.loads(text)
+            if not value or _is_text(value):
+                return value
+        raise InputError(f"{place}: {text} is not understood: use single quotes")
     return text
 
 
@@ -2063,7 +2064,7 @@ def _read_voc_file(path):
 
     labels = {}
     for number, item in enumerate(root.findall("object"), 1):
-        name = (item.findtext("name") or "").strip()
+        name = " ".join((item.findtext("name") or "").split())
         if not name:
             raise InputError(f"{path}: object {number} has no <name>: add it")
         difficult = (item.findtext("difficult") or "").strip() == "1"
@@ -2087,48 +2088,19 @@ def _read_coco(files, data_dir):
     """
     table = LabelTable([], [], None, [], absent=0.0)
     column_of = {}  # class name -> column, in the order of the category ids
-    rows, columns, crowds = [], [], []
+    boxes = []
     for part, path in files.items():
-        content = _read_coco_file(path)
-        names = {}
-        for i, (number, name) in enumerate(_entries(content, path, "categories", id=int, name=str)):
-            if number in names:
-                raise InputError(f"{path}: categories[{i}].id {number} is there twice: correct one")
-            names[number] = name.strip()
-        for number in sorted(names):
-            column_of.setdefault(names[number], len(column_of))
+        boxes += _read_coco_part(path, table, column_of)
+        table.parts += [part] * (len(table) - len(table.parts))
+    if not boxes:
+        raise InputError(f"{' and '.join(map(str, files.values()))}: no image has an annotation: name "
+                         "another label file with --labels")
 
-        row_of = {}
-        for i, (number, name) in enumerate(_entries(content, path, "images", id=(int, str), file_name=str)):
-            if number in row_of:
-                raise InputError(f"{path}: images[{i}].id {number} is there twice: correct one")
-            row_of[number] = len(table.ids)
-            # Label Studio may write the path from its own folder, ../../label-studio/media/1.jpg.
-            table.ids.append(re.sub(r"^(\.\.[/\\])+", "", name))
-            table.origins.append(f"{path}:images[{i}]")
-
-        used = {}  # class name -> category id
-        fields = {"image_id": (int, str), "category_id": int}
-        for i, (image, number) in enumerate(_entries(content, path, "annotations", **fields)):
-            if image not in row_of:
-                raise InputError(f"{path}: annotations[{i}].image_id {image} is no image: correct it")
-            if number not in names:
-                raise InputError(f"{path}: annotations[{i}].category_id {number} is no category: correct it")
-            name = names[number]
-            if used.setdefault(name, number) != number:
-                raise InputError(f"{path}: the categories {used[name]} and {number} are both called "
-                                 f"{name}: rename one")
-            rows.append(row_of[image])
-            columns.append(column_of[name])
-            crowds.append(content["annotations"][i].get("iscrowd") == 1)
-        table.parts += [part] * len(row_of)
-        table.notes.append(f"{path}: {len(row_of)} images and {len(content['annotations'])} annotations "
-                           f"of COCO JSON")
-
+    # Clear boxes come last, as they count more than crowds.
+    rows, columns, crowds = np.array(boxes).T
     table.targets = np.zeros((len(table), len(column_of)), np.float32)
-    rows, columns, crowds = np.array(rows, int), np.array(columns, int), np.array(crowds, bool)
-    table.targets[rows[crowds], columns[crowds]] = np.nan
-    table.targets[rows[~crowds], columns[~crowds]] = 1
+    table.targets[rows[crowds == 1], columns[crowds == 1]] = np.nan
+    table.targets[rows[crowds == 0], columns[crowds == 0]] = 1
 
     seen = np.isin(np.arange(len(column_of)), columns)
     table.classes = [name for name, column in column_of.items() if seen[column]]
@@ -2136,19 +2108,55 @@ def _read_coco(files, data_dir):
     if unseen := [name for name, column in column_of.items() if not seen[column]]:
         table.warnings.append(f"{len(unseen)} categories without an annotation were left out: "
                               f"{shortened(unseen)}")
-    if not table.classes:
-        raise InputError(f"{' and '.join(map(str, files.values()))}: no image has an annotation: name "
-                         "another label file with --labels")
     return table
+
+
+def _read_coco_part(path, table, column_of):
+    """Add the images of a COCO JSON file to a table, and its classes to {name: column}.
+
+    Returns a tuple (row, column, True for a crowd) for each annotation. Raises InputError.
+    """
+    content = _read_coco_file(path)
+    names = {}
+    for i, (number, name) in enumerate(_entries(content, path, "categories", id=int, name=str)):
+        if number in names:
+            raise InputError(f"{path}: categories[{i}].id {number} is there twice: correct one")
+        names[number] = " ".join(name.split())
+    # The ids of a name may differ from part to part; the first part decides the order.
+    for number in sorted(names):
+        column_of.setdefault(names[number], len(column_of))
+
+    row_of = {}
+    for i, (number, name) in enumerate(_entries(content, path, "images", id=(int, str), file_name=str)):
+        if number in row_of:
+            raise InputError(f"{path}: images[{i}].id {number} is there twice: correct one")
+        row_of[number] = len(table)
+        # Label Studio may write the path from its own folder, ../../label-studio/media/1.jpg.
+        table.ids.append(re.sub(r"^(\.\.[/\\])+", "", name))
+        table.origins.append(f"{path}:images[{i}]")
+
+    boxes = []
+    used = {}  # class name -> category id
+    for i, (image, number) in enumerate(_entries(content, path, "annotations",
+                                                 image_id=(int, str), category_id=int)):
+        if image not in row_of:
+            raise InputError(f"{path}: annotations[{i}].image_id {image} is no image: correct it")
+        if number not in names:
+            raise InputError(f"{path}: annotations[{i}].category_id {number} is no category: correct it")
+        # Roboflow adds a category without annotations, which may have the name of a class.
+        name = names[number]
+        if used.setdefault(name, number) != number:
+            raise InputError(f"{path}: the categories {used[name]} and {number} are both called "
+                             f"{name}: rename one")
+        boxes.append((row_of[image], column_of[name], content["annotations"][i].get("iscrowd") == 1))
+    table.notes.append(f"{path}: COCO JSON of {len(row_of)} images and {len(boxes)} annotations")
+    return boxes
 
 
 def _read_coco_file(path):
     """Read the COCO_KEYS of a JSON file. Raises InputError."""
-    def reduce(entry):
-        return {key: entry[key] for key in COCO_KEYS if key in entry}
-
     try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"), object_hook=reduce)
+        content = json.loads(path.read_bytes().decode("utf-8-sig"), object_hook=_only_coco_keys)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -2163,16 +2171,27 @@ def _read_coco_file(path):
     return content
 
 
+def _only_coco_keys(entry):
+    """Return an object of JSON without the keys that do not count."""
+    return {key: entry[key] for key in COCO_KEYS if key in entry}
+
+
 def _entries(content, path, key, **fields):
     """Yield the values of the given fields of each entry of a list, checked: name=type."""
     for i, entry in enumerate(content[key]):
         if not isinstance(entry, dict):
             raise InputError(f"{path}: {key}[{i}] is not an object with {' and '.join(fields)}")
         for name, kind in fields.items():
-            if not isinstance(entry.get(name), kind) or entry[name] == "":
+            value = entry.get(name)
+            if not isinstance(value, kind) or (isinstance(value, str) and not _is_text(value)):
                 problem = "is not valid" if name in entry else "is missing"
                 raise InputError(f"{path}: {key}[{i}].{name} {problem}: correct it")
         yield tuple(entry[name] for name in fields)
+
+
+def _is_text(value):
+    """Return False if a text is blank, or if it has letters that no file name and no UTF-8 file can have."""
+    return bool(value.strip()) and not re.search("[\0\ud800-\udfff]", value)
 
 
 # --------------------------------------------------------------------------------------------------

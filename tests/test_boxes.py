@@ -135,7 +135,7 @@ def test_background_is_refused_for_other_formats(tmp_path, make_data, capsys):
         assert "--background is for YOLO and Pascal VOC" in refused(capsys, dataset.main, folder, "--background")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=6), min_size=1, max_size=5))
 def test_all_three_formats_say_what_a_loop_over_the_boxes_says(tmp_path_factory, images):
     folder = tmp_path_factory.mktemp("boxes")
@@ -419,6 +419,7 @@ WRONG_CONFIGS = {
     "number twice": ("names:\n  0: cat\n  0: dog\n", "data.yaml:3: 0 is there twice"),
     "repeated": ("names: [cat, dog, cat]\n", "cat"),
     "blank": ("names: [cat, '', dog]\n", "data.yaml:1: a name is blank"),
+    "half a letter": ('names: [cat, "\\ud800", dog]\n', "data.yaml:1: "),
     "no number": ("names: {a: cat}\n", "data.yaml:1: 'a' is not a class number"),
     "none": ("nc: 3\n", "data.yaml has no names of the classes"),
     "gap": ("names: {0: cat, 1: dog, 3: cow}\n", "labels/a.txt:1: there is no class 2: "),
@@ -524,6 +525,8 @@ WRONG_JSON = {
     "image without name": (changed(images=[{"id": 1}]), "images[0].file_name is missing"),
     "image without id": (changed(images=[{"file_name": "a.jpg"}]), "images[0].id is missing"),
     "image of another type": (changed(images=[5]), "images[0] is not an object"),
+    "zero byte": (changed(images=[{"id": 1, "file_name": "a\0/b.jpg"}]), "images[0].file_name is not valid"),
+    "half a letter": (changed(images=[{"id": 1, "file_name": "\ud800/b.jpg"}]), "images[0].file_name is not valid"),
     "repeated image": (changed(images=[{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}]),
                        "images[1].id 1 is there twice"),
     "repeated category": (changed(categories=[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]),
@@ -580,7 +583,7 @@ PIECES = [b"", b"\n", b"\r\n", b" ", b"\0", b"\xff", b"\xef\xbb\xbf", b"'", b'"'
           b"true", b"..", b"../", b"\\", b",", b"0: x", b"names:", b"val: ", b"\t", b"|", b"\xc3\xa9"]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(sorted(DAMAGED)), st.data())
 def test_a_damaged_file_is_a_table_or_one_line_that_says_what_is_wrong(tmp_path_factory, kind, data):
     files, damaged = DAMAGED[kind]
