@@ -30,7 +30,7 @@ import pickle
 import re
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -927,17 +927,9 @@ def load_weights(network, weights, backbone, classes=()):
             taken[name] = tensor
 
     _refuse_other_backbone(weights.source, state, taken, backbone)
-    load_tensors(network, taken, strict=False)  # everything else keeps its initial values
+    network.load_state_dict(taken, strict=False)  # everything else keeps its initial values
     missing = [name for name in own if name not in taken and name not in skipped]
     return list(taken), skipped | dict.fromkeys(missing, "not in the file"), common
-
-
-def load_tensors(network, tensors, **how):
-    """Load tensors into a network, with the options of load_state_dict()."""
-    # MNASNet only loads a state_dict that says of which version of it the tensors are. Files do not.
-    state = OrderedDict(tensors)
-    state._metadata = network.state_dict()._metadata
-    network.load_state_dict(state, **how)
 
 
 def read_weights(weights, backbone):
@@ -1146,7 +1138,7 @@ def _load_member(path, saved, num_classes, device):
     try:
         with torch.device("meta"):  # no time is spent on random values that are replaced at once
             network = build_model(saved["backbone"], saved["head"], num_classes, saved["dropout"])
-        load_tensors(network, saved["network"], assign=True)  # there is no memory to copy them to
+        network.load_state_dict(saved["network"], assign=True)  # meta tensors cannot be filled
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # of wrong content
         raise InputError(f"{path} is damaged: its tensors are not those of a {saved['backbone']} "
                          f"network with a {saved['head']} head for its classes") from None

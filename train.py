@@ -1409,7 +1409,7 @@ def load_state(run, content):
         run.classifier.epoch, run.classifier.scores = saved["epoch"], saved["scores"]
     check_best_is_kept(run, content["options"])
 
-    inference.load_tensors(run.member.network, content["network"])
+    run.member.network.load_state_dict(content["network"])
     run.optimizer.load_state_dict(content["optimizer"])
     if run.scaler.is_enabled() and content["scaler"]:  # --precision may have changed
         run.scaler.load_state_dict(content["scaler"])

@@ -78,17 +78,19 @@ def test_every_backbone_takes_every_head(real_networks, backbone):
 
 
 def fill(network):
-    """Give a network without values random weights, faster than its own initial ones."""
+    """Give a network on the meta device random weights, faster than its own initial ones."""
+    network.to_empty(device="cpu")
     torch.manual_seed(0)
-    state = network.state_dict()
-    for name, tensor in state.items():
-        if tensor.is_meta:
-            state[name] = torch.empty_like(tensor, device="cpu").uniform_(-0.2, 0.2)
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
             if tensor.dim() >= 2:
-                state[name].normal_(0, (2 / tensor[0].numel()) ** 0.5)
-            elif name.endswith("weight"):
-                state[name].uniform_(0.5, 1.5)
-    network.load_state_dict(state, assign=True)
+                tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5)
+            elif name.endswith(("running_var", "weight")):
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.is_floating_point():
+                tensor.uniform_(-0.2, 0.2)
+            else:
+                tensor.zero_()
 
     for module in network.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -122,8 +124,8 @@ def test_every_backbone_trains_saves_loads_and_predicts(real_networks, number, b
     loaded = inference.load_model(tmp_path / "model.pth", "cpu", "fp32")
     (tmp_path / "model.pth").unlink()
     few = np.concatenate([inference.predict(loaded, images[:8]), inference.predict(loaded, images[8:])])
-    np.testing.assert_allclose(few[:8], inference.predict(made, images[:8]), rtol=0, atol=5e-4)
-    assert few.std(axis=0).max() > 5e-4
+    np.testing.assert_allclose(few[:8], inference.predict(made, images[:8]), rtol=0, atol=1e-4)
+    assert few.std(axis=0).max() > 0.01
     many = inference.predict(loaded, images)  # in another way, whose rounding these networks magnify
     np.testing.assert_allclose(many, few, rtol=0, atol=2e-3)
 
