@@ -1139,11 +1139,13 @@ def _without_prefix(weights, own):
 
 def _fit_positions(network, state):
     """Return a state_dict with ViT's vectors of places interpolated to the size of its images."""
-    from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
-
-    if isinstance(network, VisionTransformer) and "encoder.pos_embedding" in state:
-        return interpolate_embeddings(network.image_size, network.patch_size, state)
-    return state
+    transformers = torchvision_models().vision_transformer
+    if not isinstance(network, transformers.VisionTransformer) or "encoder.pos_embedding" not in state:
+        return state
+    try:
+        return transformers.interpolate_embeddings(network.image_size, network.patch_size, state)
+    except (AttributeError, ValueError):  # no tensor, or one of another shape, which is reported
+        return state
 
 
 def _class_tensors(network):

@@ -143,16 +143,16 @@ def option_parser():
         help="dropout rates in the head (default: 0.5 0.3 for mlp, else 0)")
     add("--weights", default="imagenet", metavar="W",
         help="initial weights: imagenet, none (random), or a .pth file of the same backbone")
-    add("--size", type=number(int, 32), help="resize images to SIZE x SIZE pixels (default: what the "
-        "weights of the backbone expect, for most of them 224)")
+    add("--size", type=number(int, 32), help="resize images to SIZE x SIZE pixels (default: what "
+        "the weights of the backbone expect, 224 for ResNet18)")
 
     add = parser.add_argument_group("recipe").add_argument
     add("--preset", choices=PRESETS, default="default", help="defaults of a published recipe")
     add("--epochs", type=count, help="number of epochs; with --patience the maximum")
     add("-b", "--batch-size", type=count, help="images per step, over all processes")
     add("--lr", type=real, help="learning rate of the head")
-    add("--lr-backbone", type=real, help="learning rate of the backbone (default: as --lr; 5e-5 for a "
-        "pretrained one without BatchNorm)")
+    add("--lr-backbone", type=real, help="learning rate of the backbone (default: as --lr; 5e-5 "
+        "for a pretrained one without BatchNorm)")
     add("--wd", type=real, help="weight decay of AdamW; 0 makes it Adam")
     add("--schedule", choices=("constant", "cosine", "multistep"), help="learning rate schedule")
     add("--milestones", type=count, nargs="+", metavar="EPOCH",
@@ -689,8 +689,8 @@ def parameter_groups(network):
 def set_rates(run, progress):
     """Set the learning rates and the weight decay after `progress` epochs, a fraction."""
     rates = learning_rates(run.options, progress)
-    for number, group in enumerate(run.optimizer.param_groups):  # as parameter_groups() orders them
-        group.update(lr=rates[number % 2], weight_decay=run.options.wd if number < 2 else 0.0)
+    for place, group in enumerate(run.optimizer.param_groups):  # as parameter_groups() orders them
+        group.update(lr=rates[place % 2], weight_decay=run.options.wd if place < 2 else 0.0)
 
 
 def read_weights(options):
@@ -856,7 +856,7 @@ def select_parameters(network, layers, fresh=()):
 
     wrong = [name for name in layers.split(",") if name not in prefixes | inside]
     if wrong:
-        depth = sorted(name.count(".") for name in inside)[:5][-1]  # as deep as it takes to name five
+        depth = sorted(name.count(".") for name in inside)[:5][-1]  # at which there are five
         outer = [name for name in inside if name.count(".") <= depth]
         raise InputError(f"the network has no layer {', '.join(wrong)}; it has "
                          f"{', '.join([*prefixes, *outer])}, and the layers inside these")
@@ -874,7 +874,7 @@ def late_parameters(network):
     limit = 0.07 * sum(sizes.values())
 
     def layers(module, prefix=""):
-        """Yield the name and size of each layer; instead of one above the limit, those inside it."""
+        """Yield the prefix and size of each layer, or of those inside one above the limit."""
         for name, layer in module.named_children():
             path = f"{prefix}{name}."
             size = sum(count for name, count in sizes.items() if name.startswith(path))
@@ -883,14 +883,14 @@ def late_parameters(network):
             else:
                 yield path, size
 
+    names = list(sizes)
     passed = 0
     for path, size in layers(network):
         passed += size
         if passed > limit:
-            break
-    names = list(sizes)
-    first = next((place for place, name in enumerate(names) if name.startswith(path)), 0)
-    return names[first:]
+            first = next(place for place, name in enumerate(names) if name.startswith(path))
+            return names[first:]
+    return names
 
 
 def train_mode(network):
@@ -2058,8 +2058,8 @@ def print_warning(text):
 
 # Not listed among "not the defaults": options whose default depends on others, most of which the
 # other lines show; and --quiet.
-NOT_LISTED = ("milestones", "dropout", "lr_backbone", "train_layers", "unfreeze", "unfreeze_epoch",
-              "monitor", "sam", "quiet")
+NOT_LISTED = ("size", "milestones", "dropout", "lr_backbone", "train_layers", "unfreeze",
+              "unfreeze_epoch", "monitor", "sam", "quiet")
 
 
 def print_configuration(options):

@@ -13,6 +13,7 @@
     python tests/bench.py suspects DATA WEIGHTS [SHARE [SEEDS]]  # are flipped labels found? beside cleanlab
     python tests/bench.py corrections DATA WEIGHTS   # what correcting the most suspicious labels recovers
     python tests/bench.py ask DATA WEIGHTS   # single labels chosen by --ask beside random ones and whole images
+    python tests/bench.py backbones [NAME...]   # does every classification network of torchvision train and predict?
     python tests/bench.py pointing MODEL     # how often the heatmap of a demo defect is highest on the defect
 """
 
@@ -31,6 +32,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -963,6 +965,53 @@ def rounds_of_answers(folder, way, truth, pool, seed, weights, steps, first=None
                 for row, c in chosen]
         dataset.write_csv(answers[-1], [dataset.ANSWER_COLUMNS, *rows])
     return scores
+
+
+def bench_backbones(*names):
+    """Train one step with each network of torchvision, at a small size, and use the model in every way there is."""
+    import torchvision.models
+
+    names = names or torchvision.models.list_models(module=torchvision.models)
+    print(f"{describe_machine()}\n\n| backbone | parameters | size | loss of one step | predicts | heatmap |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    for name in names:
+        print(try_backbone(name), flush=True)
+
+
+def try_backbone(name):
+    """Return the row of a table that says what works with a backbone."""
+    import contextlib
+    import io
+
+    import inference
+    import train
+
+    sizes = (size for size in (64, 96, 224) if inference.build_without_values(name, size))
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        try:
+            size = next(sizes)
+            noise = np.random.default_rng(0).integers(0, 256, (6, size, size, 3), np.uint8)
+            for number, pixels in enumerate(noise):
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+            rows = [f"{number}.png {number % 2} {number // 3}" for number in range(6)]
+            (folder / "labels.txt").write_text("\n".join(["image a b", *rows]))
+
+            options = ["--data", folder, "--out", folder / "out", "--backbone", name, "--size", size, "--epochs", 1,
+                       "-b", 4, "--weights", "none", "--split", 0.67, 0.33, 0, "--device", "cpu", "--precision", "fp32"]
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                train.main([*map(str, options)])
+            (folder / "out" / "last.pth").unlink()  # of three times the size of the model
+            loss = re.search(r"^1,.*", (folder / "out" / "history.csv").read_text(), re.MULTILINE)[0].split(",")[2]
+            classifier = inference.load_model(folder / "out" / "model.pth", "cpu", "fp32")
+        except (ValueError, RuntimeError) as error:
+            return f"| {name} | | | {error} | | |"
+
+        probabilities = inference.predict(classifier, list(noise))
+        heat = inference.heatmaps(classifier, noise[0], [0, 1])
+        millions = sum(weight.numel() for weight in classifier.network.parameters()) / 1e6
+        return (f"| {name} | {millions:.1f} M | {size} | {float(loss):.3f} | "
+                f"{'yes' if np.isfinite(probabilities).all() else 'no'} | {'yes' if heat.any() else 'no'} |")
 
 
 BENCHES = {name.removeprefix("bench_"): value for name, value in list(globals().items()) if name.startswith("bench_")}

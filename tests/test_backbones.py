@@ -145,7 +145,7 @@ def test_the_file_of_another_size_of_a_convnext_is_named(tmp_path):
     with torch.device("meta"):
         state = inference.build_model("convnext_small", "linear", 3).state_dict()
         network = inference.build_model("swin_t", "linear", 3)
-    with pytest.raises(InputError, match="w.pth has no tensor that fits swin_t|it looks like convnext_small"):
+    with pytest.raises(InputError, match="it looks like convnext_small"):
         inference.load_weights(network, inference.Weights("w.pth", state, [], []), "swin_t")
 
 
@@ -156,8 +156,8 @@ def test_the_file_of_another_size_of_a_convnext_is_named(tmp_path):
 @pytest.mark.parametrize("argv, rate", [
     (["--backbone", "convnext_tiny"], 5e-5), (["--backbone", "swin_t"], 5e-5), (["--backbone", "vit_b_16"], 5e-5),
     (["--backbone", "vgg16"], 5e-5), (["--backbone", "resnet18"], 1e-3), (["--backbone", "maxvit_t"], 1e-3),
-    (["--backbone", "convnext_tiny", "--weights", "none"], 1e-3), (["--backbone", "convnext_tiny", "--lr", "1e-5"], 1e-5),
-    (["--backbone", "convnext_tiny", "--preset", "coco"], 1e-3), (["--backbone", "swin_t", "--lr-backbone", "0.1"], 0.1),
+    (["--backbone", "swin_t", "--weights", "none"], 1e-3), (["--backbone", "swin_t", "--lr", "1e-5"], 1e-5),
+    (["--backbone", "swin_t", "--preset", "coco"], 1e-3), (["--backbone", "swin_t", "--lr-backbone", "0.1"], 0.1),
 ])
 def test_pretrained_backbones_without_batchnorm_train_at_a_low_rate(argv, rate, real_networks):
     assert train.parse_options(argv).lr_backbone == rate
@@ -184,9 +184,9 @@ def test_weight_decay_spares_norms_and_biases_of_networks_without_batchnorm(back
 
 
 def test_rates_and_weight_decay_reach_their_groups(few_images, tmp_path):
-    options = train.parse_options(["--data", str(few_images), *SMALL, "--backbone", "convnext_tiny", "--wd", "0.3",
-                                   "--weights", "none", "--schedule", "constant", "--lr", "0.01", "--lr-backbone", "0.001",
-                                   "--out", str(tmp_path / "out")])
+    options = train.parse_options(["--data", str(few_images), "--out", str(tmp_path / "out"), *SMALL, "--backbone",
+                                   "convnext_tiny", "--weights", "none", "--schedule", "constant", "--wd", "0.3",
+                                   "--lr", "0.01", "--lr-backbone", "0.001"])
     run = train.build(options, train.read_data(options))
     train.set_rates(run, 0.5)
     assert [(group["lr"], group["weight_decay"]) for group in run.optimizer.param_groups] == [
@@ -234,7 +234,7 @@ def test_layers_inside_blocks_can_be_named(layers):
 
 
 def test_the_layers_of_a_vit_are_named_when_one_does_not_exist():
-    with pytest.raises(InputError, match="has no layer layer4; it has all, .*encoder.layers.encoder_layer_11"):
+    with pytest.raises(InputError, match=r"has no layer layer4; it has all, .*encoder.layers.encoder_layer_11"):
         train.select_parameters(without_values("vit_b_32"), "layer4")
 
 
@@ -287,4 +287,5 @@ def test_heatmaps_are_grad_cam_of_the_last_layer_with_places(backbone, layer, re
 def test_an_image_of_one_patch_has_no_places():
     network = with_values("vit_b_32", 32)
     classifier = classifier_of(network, "vit_b_32", "linear", [0.0], list("abc"), {}, [0.5] * 3, 32)
-    assert inference.heatmaps(classifier, np.zeros((32, 32, 3), np.uint8), [0, 1]).tolist() == np.zeros((2, 32, 32)).tolist()
+    heat = inference.heatmaps(classifier, np.zeros((32, 32, 3), np.uint8), [0, 1])
+    assert heat.shape == (2, 32, 32) and not heat.any()

@@ -124,7 +124,7 @@ def test_every_backbone_trains_saves_loads_and_predicts(real_networks, number, b
     network.train()
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-5)
     logits = network(dataset.normalize(batch.permute(0, 3, 1, 2)))
-    (logits * torch.randn(8, 3)).sum().backward()
+    (logits * torch.randn_like(logits)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
     after = head_of(network).state_dict()

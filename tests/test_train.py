@@ -891,7 +891,8 @@ def test_weights_of_a_larger_network_are_refused_by_its_name_and_unknown_ones_ta
         with pytest.raises(InputError, match=message):
             inference.load_weights(network, weights, wanted)
 
-        renamed = {f"{name}0" if "layer4.1" in name or "layer4.2" in name else name: tensor for name, tensor in state.items()}
+        renamed = {f"{name}0" if name.startswith(("layer4.1", "layer4.2")) else name: tensor
+                   for name, tensor in state.items()}
         if saved == "resnet152":
             weights = inference.Weights("w.pth", renamed, [], [])
             taken, skipped, _ = inference.load_weights(network, weights, wanted)
@@ -1506,7 +1507,7 @@ def test_help_shows_every_default(capsys):
     text = capsys.readouterr().out
     assert text.startswith("usage: train.py ")
     assert "(default: None)" not in text
-    for default in ("0", "224", "resnet18", "0.7 0.15 0.15"):
+    for default in ("0", "resnet18", "0.7 0.15 0.15"):
         assert f"(default: {default})" in " ".join(text.split())
     assert "imbalance:" in text
 
