@@ -1283,13 +1283,24 @@ def export_model(classifier, path):
                 "size": classifier.size}
     metadata = {name: json.dumps(value) for name, value in metadata.items()}
     convert, load = (_to_onnx, _load_onnx) if _is_onnx(path) else (_to_pt2, _load_pt2)
+    if _is_onnx(path):
+        _import_onnx()
+        _check_onnx_size(module)
 
     # The temporary file of atomic_write() is read back, so that only a file that works becomes `path`.
     with dataset.atomic_write(path, "wb") as file, warnings.catch_warnings():
         # Torch warns about its own conversion, such as weights in channels_last that "may cause issues".
         warnings.filterwarnings("ignore", module=r"torch\.(_?export|fx|onnx)\b")
         _note(f"{path}: converting")
-        file.write(convert(module, metadata))
+        try:
+            # If torch.export fails, it prints the graph of the network, which can be thousands of lines.
+            with contextlib.redirect_stderr(io.StringIO()):
+                content = convert(module, metadata)
+        except Exception as error:  # torch raises whatever a layer that it cannot convert leads it to
+            reason = str(error.__cause__ or error).strip().partition("\n")[0]
+            raise RuntimeError(f"torch {torch.__version__} cannot convert this model: {reason}") from error
+
+        file.write(content)
         file.flush()
         run, runtime = load(file.name)
         _note(f"{path}: comparing {runtime} with predict()")
@@ -1388,14 +1399,16 @@ def _import_onnx():
                          "pip install onnx onnxscript") from None
 
 
-def _to_onnx(module, metadata):
-    """Convert an ExportedClassifier, and return the bytes of an .onnx file."""
-    _import_onnx()
+def _check_onnx_size(module):
+    """Raise an InputError if the weights of a module are too large for an .onnx file."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     if weights > MAX_ONNX_BYTES:
         raise InputError(f"the weights take {weights / 1e9:.1f} GB, and an .onnx file holds 2 GB: "
                          "export to a file .pt2")
 
+
+def _to_onnx(module, metadata):
+    """Convert an ExportedClassifier, and return the bytes of an .onnx file."""
     program = torch.onnx.export(_trace(module), (), dynamo=True, verbose=False,
                                 input_names=["images"], output_names=["probabilities"])
     program.model.metadata_props.update(metadata)
