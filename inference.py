@@ -7,7 +7,7 @@
     python inference.py --evaluate data/                 # report the model on labelled data
     python inference.py --calibrate data/ --model a.pth b.pth --out ab.pth  # merge two models
     python inference.py --ask data/ --out questions.csv  # which labels to ask a person for
-    python inference.py --export model.onnx              # for other runtimes; model.pt2: for torch alone
+    python inference.py --export model.onnx              # for other runtimes (or model.pt2)
 
     classifier = inference.load_model("outputs/model.pth")
     probabilities = inference.predict(classifier, ["img.jpg"])  # (N, C)
@@ -197,11 +197,8 @@ def _check_combinations(options):
 
 
 def _check_export(options):
-    """Raise an InputError if the file of --export has no known format, or an option no effect on it."""
-    if Path(options.export).suffix.lower() not in (".pt2", ".onnx"):
-        raise InputError(f"--export {options.export}: the suffix says which format to write: name a "
-                         "file .pt2 or .onnx")
-
+    """Raise an InputError if --export names no known format, or if an option does not go with it."""
+    _is_onnx(options.export)
     others = {"images": options.paths, "--out": options.out, "--save": options.save,
               "--format": options.format != "table", "--device": options.device not in ("auto", "cpu"),
               "--precision": options.precision not in ("auto", "fp32")}
@@ -1239,8 +1236,8 @@ def check_content(path, content, names, kind):
 
 CHECKED_IMAGES = 32  # on which an exported file must give the probabilities of predict()
 
-# fp32 rounding changes probabilities by 0.000001 or less; whatever changes them by more than this has
-# another cause, such as a layer that was converted wrongly.
+# Rounding in fp32 changed probabilities by at most 0.00001. Whatever changes them by ten times as much
+# has another cause, such as a layer that was converted wrongly.
 MAX_DIFFERENCE = 1e-4
 
 # A protobuf message holds at most 2**31 bytes, which leaves the graph as much as it could ever need.
@@ -1251,7 +1248,7 @@ def export(options):
     """Run --export, and return the largest difference from predict()."""
     dataset.refuse_to_replace("--export", options.export, options.model)
     if _is_onnx(options.export):
-        _import_onnx()  # before the seconds that it takes to load a model
+        _import_onnx()  # fails before the seconds that it takes to load a model
     options.device, options.precision = "cpu", "fp32"
     classifier = _load_chosen_models(options)
     _note(f"{', '.join(options.model)}: {classifier}")
@@ -1268,65 +1265,91 @@ def export_model(classifier, path):
         metadata = dict.fromkeys(["classes", "thresholds", "size"], "")
         program = torch.export.load("model.pt2", extra_files=metadata).module()
         classes = json.loads(metadata["classes"])
+        with torch.inference_mode():
+            probabilities = program(images)
 
         session = onnxruntime.InferenceSession("model.onnx")
         classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+        [probabilities] = session.run(None, {"images": images})
 
     Args: path: a file .pt2, written by torch.export.save(), or .onnx.
     Returns: the largest difference of the probabilities of random images, which is printed too.
-    Raises InputError if ONNX is not available or cannot hold the model, and RuntimeError if the
-    network cannot be converted or the difference is above 0.0001; then no file is written.
+    Raises InputError for another suffix, or if ONNX is not available or cannot hold the model, and
+    RuntimeError if the conversion fails or the difference is above 0.0001; then no file is written.
     """
-    classifier = replace(classifier, device=torch.device("cpu"), precision=torch.float32)
+    onnx = _is_onnx(path)
+    classifier = _copy_to_cpu(classifier)
     module = ExportedClassifier(classifier).eval()
+    if onnx:
+        _import_onnx()
+        _check_onnx_size(module)
     metadata = {"classes": classifier.classes, "thresholds": classifier.thresholds,
                 "size": classifier.size}
     metadata = {name: json.dumps(value) for name, value in metadata.items()}
-    convert, load = (_to_onnx, _load_onnx) if _is_onnx(path) else (_to_pt2, _load_pt2)
-    if _is_onnx(path):
-        _import_onnx()
-        _check_onnx_size(module)
 
     # The temporary file of atomic_write() is read back, so that only a file that works becomes `path`.
     with dataset.atomic_write(path, "wb") as file, warnings.catch_warnings():
         # Torch warns about its own conversion, such as weights in channels_last that "may cause issues".
         warnings.filterwarnings("ignore", module=r"torch\.(_?export|fx|onnx)\b")
         _note(f"{path}: converting")
-        try:
-            # If torch.export fails, it prints the graph of the network, which can be thousands of lines.
-            with contextlib.redirect_stderr(io.StringIO()):
-                content = convert(module, metadata)
-        except Exception as error:  # torch raises whatever a layer that it cannot convert leads it to
-            reason = str(error.__cause__ or error).strip().partition("\n")[0]
-            raise RuntimeError(f"torch {torch.__version__} cannot convert this model: {reason}") from error
-
+        # If torch.export fails, it also prints the graph of the network, which has hundreds of lines.
+        with (_one_line_error(f"torch {torch.__version__} cannot convert this model"),
+              contextlib.redirect_stderr(io.StringIO())):
+            content = _to_onnx(module, metadata) if onnx else _to_pt2(module, metadata)
         file.write(content)
         file.flush()
-        run, runtime = load(file.name)
-        _note(f"{path}: comparing {runtime} with predict()")
-        difference = _largest_difference(classifier, run)
+
+        with _one_line_error(f"{path} was not written: the converted model does not run"):
+            run, runtime = _load_onnx(file.name) if onnx else _load_pt2(file.name)
+            _note(f"{path}: comparing {runtime} with predict()")
+            difference = _largest_difference(classifier, run)
         if not difference <= MAX_DIFFERENCE:  # also if it is NaN
             raise RuntimeError(f"{path} was not written: with {runtime}, its probabilities differ from "
                                f"those of predict() by up to {difference:.2g}, more than {MAX_DIFFERENCE}")
+
     print_text(f"{path}: largest difference from predict() on {CHECKED_IMAGES} random images, with "
                f"{runtime}: {difference:.2g}")
     return difference
 
 
+def _copy_to_cpu(classifier):
+    """Copy a Classifier to the CPU and to fp32, with networks of its own."""
+    cpu = torch.device("cpu")
+    members = [replace(member, network=to_device(copy.deepcopy(member.network), cpu))
+               for member in classifier.members]
+    return replace(classifier, members=members, device=cpu, precision=torch.float32)
+
+
+@contextlib.contextmanager
+def _one_line_error(message):
+    """Raise any exception of the block as a RuntimeError: the message, and the reason in a line."""
+    try:
+        yield
+    except Exception as error:  # torch and onnxruntime raise errors of many types
+        reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
+        raise RuntimeError(f"{message}: {reason}") from error
+
+
 class ExportedClassifier(nn.Module):
-    """Map images, uint8 (N, 3, S, S), to the mean probabilities (N, C) of a Classifier of size S."""
+    """Map images, uint8 (N, 3, S, S), to the mean probabilities (N, C) of a Classifier of size S.
+
+    The gradients of the Classifier's networks are switched off.
+    """
 
     def __init__(self, classifier):
         super().__init__()
-        # The networks are copies without gradients, so that the file's output has none either.
+        # Networks that take smaller images get a layer in front that resizes them, so that for
+        # forward_views() all of them take images of the same size.
         size = classifier.size
-        networks = [fold_batchnorm(copy.deepcopy(member.network).eval()).requires_grad_(False)
-                    for member in classifier.members]
-        self.networks = nn.ModuleList(
-            nn.Sequential(MatrixResize(size, member.size), network) if member.size < size else network
-            for member, network in zip(classifier.members, networks))
-        self.classifier = replace(
-            classifier, members=[replace(member, size=size) for member in classifier.members])
+        networks = []
+        for member in classifier.members:
+            network = fold_batchnorm(member.network.eval())
+            if member.size < size:
+                network = nn.Sequential(MatrixResize(size, member.size), network)
+            networks.append(network.requires_grad_(False))  # so that the output has no gradient either
+        self.networks = nn.ModuleList(networks)
+        members = [replace(member, size=size) for member in classifier.members]
+        self.classifier = replace(classifier, members=members)
 
     def forward(self, images):
         # Not in double precision, which predict() can afford, but many runtimes lack.
@@ -1337,8 +1360,8 @@ class ExportedClassifier(nn.Module):
 class MatrixResize(nn.Module):
     """Resize images as _resize() does, by two matrix products.
 
-    ONNX has an antialiased resize too, but onnxruntime's is up to 0.01 grey levels off, and other
-    runtimes lack it.
+    ONNX has an antialiased resize too, but onnxruntime's is up to 0.006 grey levels off, and
+    other runtimes lack it.
     """
 
     def __init__(self, size, new_size):
@@ -1352,8 +1375,12 @@ class MatrixResize(nn.Module):
 
 
 def _is_onnx(path):
-    """Return True if a file is to be written as ONNX, by its suffix."""
-    return Path(path).suffix.lower() == ".onnx"
+    """Return True for a file .onnx and False for .pt2. Raise an InputError for another suffix."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".pt2", ".onnx"):
+        raise InputError(f"--export {path}: the suffix says which format to write: name a file .pt2 or "
+                         ".onnx")
+    return suffix == ".onnx"
 
 
 def _trace(module):
@@ -1366,9 +1393,10 @@ def _trace(module):
 
     # Each step carries the line of code that it comes from, with folders of this machine: whoever gets
     # the file need not know them.
-    for graph in program.graph_module.modules():
-        for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
-            node.meta.pop("stack_trace", None)
+    for part in program.graph_module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                node.meta.pop("stack_trace", None)
     return program
 
 
@@ -1383,13 +1411,14 @@ def _load_pt2(path):
     """Load a .pt2 file. Returns a function of uint8 images, and the name of what runs it."""
     with open(path, "rb") as file:
         program = torch.export.load(file).module()
-    return lambda images: program(torch.from_numpy(images)).numpy(), "torch.export.load"
+    run = torch.no_grad()(program)  # torch 2.9 forgets that the weights have no gradients
+    return lambda images: run(torch.from_numpy(images)).numpy(), "torch.export.load"
 
 
 def _import_onnx():
     """Raise an InputError if this machine lacks what an export to ONNX needs."""
-    if torch.__version__ < (2, 6):
-        raise InputError(f"--export to ONNX needs torch 2.6 or newer, and this is {torch.__version__}: "
+    if torch.__version__ < (2, 9):  # 2.6 cannot convert the normalisation; 2.7 and 2.8 were not tried
+        raise InputError(f"--export to ONNX needs torch 2.9 or newer, and this is {torch.__version__}: "
                          "update it, or export to a file .pt2")
     try:
         import onnx  # noqa: F401

@@ -240,6 +240,14 @@ def test_a_network_that_cannot_be_converted_is_one_line(tmp_path, capsys):
     assert files_of(tmp_path) == {}
 
 
+def test_a_converted_file_that_does_not_run_is_not_put_in_place(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "_to_onnx", lambda *_: b"no model")
+    code, out, errors = as_command(capsys, inference.main, "--export", tmp_path / "model.onnx", "--model", saved)
+    assert (code, out) == (1, "")
+    assert errors.splitlines()[-1].startswith(f"error: {tmp_path / 'model.onnx'} was not written: the converted model")
+    assert files_of(tmp_path) == {}
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_missing_packages_are_named_before_a_model_is_loaded(package, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
@@ -263,7 +271,7 @@ def test_torch_export_needs_no_other_package_and_allows_for_rounding(saved, tmp_
 def test_a_torch_without_the_onnx_exporter_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.4.0+cu121"))
     error = refused(capsys, inference.main, "--export", tmp_path / "model.onnx")
-    assert "needs torch 2.6" in error
+    assert "needs torch 2.9" in error
     assert "2.4.0" in error
     assert ".pt2" in error
 
