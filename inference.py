@@ -7,6 +7,7 @@
     python inference.py --evaluate data/                 # report the model on labelled data
     python inference.py --calibrate data/ --model a.pth b.pth --out ab.pth  # merge two models
     python inference.py --ask data/ --out questions.csv  # which labels to ask a person for
+    python inference.py --export model.onnx              # for other runtimes (or model.pt2)
 
     classifier = inference.load_model("outputs/model.pth")
     probabilities = inference.predict(classifier, ["img.jpg"])  # (N, C)
@@ -31,6 +32,7 @@ import pickle
 import re
 import sys
 import time
+import warnings
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -52,7 +54,11 @@ from dataset import IMAGE_SUFFIXES, ImageDataset, ImageError, InputError, LabelT
 
 
 def main(argv=None):
-    """Run the command line, and return the probabilities (N, C), or what another command returns."""
+    """Run the command line.
+
+    Returns: the probabilities (N, C), the report, the questions, the names of --backbones, or what
+    export_model() returns.
+    """
     options = parse_options(argv)
     if options.backbones:
         print_text(format_backbones())
@@ -61,6 +67,8 @@ def main(argv=None):
         return evaluate_or_calibrate(options)
     if options.ask:
         return ask(options)
+    if options.export:
+        return export(options)
 
     # A wrong path should fail at once, not after the seconds that it takes to load a model.
     ids, paths = find_images(options.paths)
@@ -94,9 +102,9 @@ def parse_options(argv=None):
     parser = dataset.ArgumentParser(
         prog="inference.py",
         usage="%(prog)s IMAGE|DIR ... | --evaluate DATA | --calibrate DATA --out FILE | "
-              "--ask DATA --out FILE.csv [options]",
-        description="Predict the labels of images, evaluate or calibrate a model on labelled data, or "
-                    "ask for the labels that it would learn most from.")
+              "--ask DATA --out FILE.csv | --export FILE.pt2|FILE.onnx [options]",
+        description="Predict the labels of images, evaluate or calibrate a model on labelled data, "
+                    "ask for the labels that it would learn most from, or export it to other programs.")
     add = parser.add_argument
     add("paths", nargs="*", metavar="IMAGE|DIR", help="images, or folders to search for images")
     add("--image", action="append", default=[], metavar="IMAGE", help="same as the positional argument")
@@ -120,6 +128,10 @@ def parse_options(argv=None):
         "only such pictures are replaced")
     add("--heatmap", action="store_true",
         help="with --save: also show where the model sees each label (Grad-CAM)")
+    add("--export", metavar="FILE", help="write one file that needs none of this code: FILE.pt2 for "
+        "torch.export.load(), or FILE.onnx (pip install onnx onnxscript); it maps images, uint8 "
+        "(N, 3, S, S), to probabilities, float32 (N, C); classes, thresholds and the size S are in "
+        "its metadata, as JSON")
 
     group = parser.add_argument_group("labelled data")
     add = group.add_argument
@@ -161,11 +173,13 @@ def _check_combinations(options):
     """Raise an InputError if options contradict each other, or if one would have no effect."""
     if options.heatmap and not options.save:
         raise InputError("--heatmap draws into the folder of --save DIR: add that option")
-    commands = [name for name in ("evaluate", "calibrate", "ask") if getattr(options, name)]
+    commands = [name for name in ("evaluate", "calibrate", "ask", "export") if getattr(options, name)]
     if len(commands) > 1:
         raise InputError(f"--{commands[0]} and --{commands[1]} are two commands: use one of them")
 
-    command = commands[0] if commands else None
+    if options.export:
+        _check_export(options)
+    command = commands[0] if commands and not options.export else None  # one that is about DATA
     if command and (options.paths or options.save or options.format in ("csv", "probabilities")):
         raise InputError(f"--{command} is about its DATA: it takes no images and no --save, and "
                          "--format table or json")
@@ -189,6 +203,17 @@ def _check_combinations(options):
     for name, value in dataset.data_options(options).items():
         if value and not command:
             raise InputError(f"--{name.replace('_', '-')} goes with --evaluate, --calibrate or --ask DATA")
+
+
+def _check_export(options):
+    """Raise an InputError if --export names no known format, or if an option does not go with it."""
+    _is_onnx(options.export)
+    others = {"images": options.paths, "--out": options.out, "--save": options.save,
+              "--format": options.format != "table", "--device": options.device not in ("auto", "cpu"),
+              "--precision": options.precision not in ("auto", "fp32")}
+    for name, given in others.items():
+        if given:
+            raise InputError(f"--export writes a model, in fp32 and for any device: leave out {name}")
 
 
 def _check_outputs(options, paths):
@@ -411,30 +436,43 @@ def compute_logits(classifier, images, precision, batch_size=32, workers=2, rows
     # Batches have equal sizes: 33 images make 17 and 16, since a last batch of 1 is inefficient.
     order = np.array_split(rows, max(1, -(-len(rows) // batch_size)))  # -(-a // b) rounds up
 
-    # The views are what to_probabilities() averages. For the members A and B they are A and B, or,
-    # if the classifier is mirrored: A, A mirrored, B, B mirrored. All share one decoded image.
     logits = []
     for batch, _, _ in dataset.batches(images, order, workers, pin=device.type == "cuda"):
         batch = batch.to(device, non_blocking=True)
-        views = []
-        for member, network in zip(classifier.members, networks):
-            view = _resize(member.normalize(batch), member.size)
-            views.append(forward(network, view, precision))
-            if classifier.mirrored:
-                views.append(forward(network, view.flip(3), precision))
-        logits.append(torch.stack(views))
+        logits.append(forward_views(classifier, networks, batch, precision))
     return torch.cat(logits, dim=1)
+
+
+def forward_views(classifier, networks, images, precision):
+    """Compute the logits, float32 (V, B, C), of every view of a batch of images.
+
+    Args: networks: those of the members, ready for prediction; images: (B, 3, H, W) in 0..255.
+    """
+    # The views are what average_views() averages. For the members A and B they are A and B, or,
+    # if the classifier is mirrored: A, A mirrored, B, B mirrored. All share one decoded image.
+    views = []
+    for member, network in zip(classifier.members, networks):
+        view = _resize(member.normalize(images), member.size)
+        views.append(forward(network, view, precision))
+        if classifier.mirrored:
+            views.append(forward(network, view.flip(3), precision))
+    return torch.stack(views)
 
 
 def to_probabilities(classifier, logits):
     """Return the mean probabilities, float32 (N, C), of the logits of compute_logits()."""
+    return average_views(classifier, logits.cpu().double()).float().numpy()  # MPS has no double
+
+
+def average_views(classifier, logits):
+    """Return the mean probabilities (N, C) of logits (V, N, C), computed in the logits' dtype."""
     # Probabilities are averaged instead of logits, so that each member has one vote: one that is
-    # overconfident, with logits like 20, would outvote all others. On the CPU, as MPS has no double.
+    # overconfident, with logits like 20, would outvote all others.
     members = classifier.members
-    views = logits.cpu().double().unflatten(0, (len(members), -1))  # (members, 1 or 2, N, C)
-    scales = torch.tensor([member.scale for member in members]).double().view(-1, 1, 1, 1)
-    offsets = torch.tensor([member.offsets for member in members]).double()[:, None, None, :]
-    return torch.sigmoid(scales * views + offsets).mean(dim=(0, 1)).float().numpy()
+    views = logits.unflatten(0, (len(members), -1))  # (members, 1 or 2, N, C)
+    scales = torch.tensor([member.scale for member in members]).to(logits.dtype).view(-1, 1, 1, 1)
+    offsets = torch.tensor([member.offsets for member in members]).to(logits.dtype)[:, None, None, :]
+    return torch.sigmoid(scales * views + offsets).mean(dim=(0, 1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1350,6 +1388,250 @@ def check_content(path, content, names, kind):
     if content["format"] != FORMAT:
         raise InputError(f"{path} has format {content['format']}, and this program reads {FORMAT}: "
                          "use the version of the program that wrote it")
+
+
+# --------------------------------------------------------------------------------------------------
+# Export: the model as one file for other programs
+
+
+CHECKED_IMAGES = 32  # on which an exported file must give the probabilities of predict()
+
+# Rounding in fp32 changed probabilities by at most 0.00001. Whatever changes them by ten times as much
+# has another cause, such as a layer that was converted wrongly.
+MAX_DIFFERENCE = 1e-4
+
+# A protobuf message holds at most 2**31 bytes, which leaves the graph as much as it could ever need.
+MAX_ONNX_BYTES = 2_000_000_000
+
+
+def export(options):
+    """Run --export, and return the largest difference from predict()."""
+    dataset.refuse_to_replace("--export", options.export, options.model)
+    if _is_onnx(options.export):
+        _import_onnx()  # fails before the seconds that it takes to load a model
+    options.device, options.precision = "cpu", "fp32"
+    classifier = _load_chosen_models(options)
+    _note(f"{', '.join(options.model)}: {classifier}")
+    return export_model(classifier, options.export)
+
+
+def export_model(classifier, path):
+    """Write a Classifier as a file that runs without this code, and compare it with predict().
+
+    The file maps `images`, uint8 (N, 3, S, S) for any N, to `probabilities`, float32 (N, C).
+    Everything else is inside: normalisation, all members, mirrored views, calibration and averaging.
+    Its metadata are the JSON texts `classes` (C names), `thresholds` (C numbers) and `size` (S):
+
+        metadata = dict.fromkeys(["classes", "thresholds", "size"], "")
+        program = torch.export.load("model.pt2", extra_files=metadata).module()
+        classes = json.loads(metadata["classes"])
+        with torch.inference_mode():
+            probabilities = program(images)
+
+        session = onnxruntime.InferenceSession("model.onnx")
+        classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+        [probabilities] = session.run(None, {"images": images})
+
+    Args: path: a file .pt2, written by torch.export.save(), or .onnx.
+    Returns: the largest difference of the probabilities of random images, which is printed too.
+    Raises InputError for another suffix, or if ONNX is not available or cannot hold the model, and
+    RuntimeError if the conversion fails or the difference is above 0.0001; then no file is written.
+    """
+    onnx = _is_onnx(path)
+    classifier = _copy_to_cpu(classifier)
+    module = ExportedClassifier(classifier).eval()
+    if onnx:
+        _import_onnx()
+        _check_onnx_size(module)
+    metadata = {"classes": classifier.classes, "thresholds": classifier.thresholds,
+                "size": classifier.size}
+    metadata = {name: json.dumps(value) for name, value in metadata.items()}
+
+    # The temporary file of atomic_write() is read back, so that only a file that works becomes `path`.
+    with dataset.atomic_write(path, "wb") as file, warnings.catch_warnings():
+        # Torch warns about its own conversion, such as weights in channels_last that "may cause issues".
+        warnings.filterwarnings("ignore", module=r"torch\.(_?export|fx|onnx)\b")
+        _note(f"{path}: converting")
+        # If torch.export fails, it also prints the graph of the network, which has hundreds of lines.
+        with (_one_line_error(f"torch {torch.__version__} cannot convert this model"),
+              contextlib.redirect_stderr(io.StringIO())):
+            content = _to_onnx(module, metadata) if onnx else _to_pt2(module, metadata)
+        file.write(content)
+        file.flush()
+
+        with _one_line_error(f"{path} was not written: the converted model does not run"):
+            run, runtime = _load_onnx(file.name) if onnx else _load_pt2(file.name)
+            _note(f"{path}: comparing {runtime} with predict()")
+            difference = _largest_difference(classifier, run)
+        if not difference <= MAX_DIFFERENCE:  # also if it is NaN
+            raise RuntimeError(f"{path} was not written: with {runtime}, its probabilities differ from "
+                               f"those of predict() by up to {difference:.2g}, more than {MAX_DIFFERENCE}")
+
+    print_text(f"{path}: largest difference from predict() on {CHECKED_IMAGES} random images, with "
+               f"{runtime}: {difference:.2g}")
+    return difference
+
+
+def _copy_to_cpu(classifier):
+    """Copy a Classifier to the CPU and to fp32, with networks of its own."""
+    cpu = torch.device("cpu")
+    members = [replace(member, network=to_device(copy.deepcopy(member.network), cpu))
+               for member in classifier.members]
+    return replace(classifier, members=members, device=cpu, precision=torch.float32)
+
+
+@contextlib.contextmanager
+def _one_line_error(message):
+    """Raise any exception of the block as a RuntimeError: the message, and the reason in a line."""
+    try:
+        yield
+    except Exception as error:  # torch and onnxruntime raise errors of many types
+        reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
+        raise RuntimeError(f"{message}: {reason}") from error
+
+
+class ExportedClassifier(nn.Module):
+    """Map images, uint8 (N, 3, S, S), to the mean probabilities (N, C) of a Classifier of size S.
+
+    The gradients of the Classifier's networks are switched off.
+    """
+
+    def __init__(self, classifier):
+        super().__init__()
+        # Networks that take smaller images get a layer in front that resizes them, so that for
+        # forward_views() all of them take images of the same size.
+        size = classifier.size
+        networks = []
+        for member in classifier.members:
+            network = fold_batchnorm(member.network.eval())
+            if member.size < size:
+                network = nn.Sequential(MatrixResize(size, member.size), network)
+            networks.append(network.requires_grad_(False))  # so that the output has no gradient either
+        self.networks = nn.ModuleList(networks)
+        members = [replace(member, size=size) for member in classifier.members]
+        self.classifier = replace(classifier, members=members)
+
+    def forward(self, images):
+        # Not in double precision, which predict() can afford, but many runtimes lack.
+        logits = forward_views(self.classifier, self.networks, images, torch.float32)
+        return average_views(self.classifier, logits)
+
+
+class MatrixResize(nn.Module):
+    """Resize images as _resize() does, by two matrix products.
+
+    ONNX has an antialiased resize too, but onnxruntime's is up to 0.006 grey levels off, and
+    other runtimes lack it.
+    """
+
+    def __init__(self, size, new_size):
+        super().__init__()
+        identity = torch.eye(size)[None, None]
+        matrix = nn.functional.interpolate(identity, (new_size, size), mode="bilinear", antialias=True)
+        self.register_buffer("matrix", matrix[0, 0])  # resized columns are matrix @ columns
+
+    def forward(self, images):
+        return self.matrix @ images @ self.matrix.T
+
+
+def _is_onnx(path):
+    """Return True for a file .onnx and False for .pt2. Raise an InputError for another suffix."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".pt2", ".onnx"):
+        raise InputError(f"--export {path}: the suffix says which format to write: name a file .pt2 or "
+                         ".onnx")
+    return suffix == ".onnx"
+
+
+def _trace(module):
+    """Return the torch.export.ExportedProgram of an ExportedClassifier, for any number of images."""
+    # Two images, since a program that is traced with one may work for one only.
+    size = module.classifier.size
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    shapes = {"images": {0: torch.export.Dim("N")}}
+    program = torch.export.export(module, (images,), dynamic_shapes=shapes, strict=False)
+
+    # Each step carries the line of code that it comes from, with folders of this machine: whoever gets
+    # the file need not know them.
+    for part in program.graph_module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                node.meta.pop("stack_trace", None)
+    return program
+
+
+def _to_pt2(module, metadata):
+    """Convert an ExportedClassifier, and return the bytes of a .pt2 file."""
+    file = io.BytesIO()
+    torch.export.save(_trace(module), file, extra_files=metadata)
+    return file.getvalue()
+
+
+def _load_pt2(path):
+    """Load a .pt2 file. Returns a function of uint8 images, and the name of what runs it."""
+    with open(path, "rb") as file:
+        program = torch.export.load(file).module()
+    run = torch.no_grad()(program)  # torch 2.9 forgets that the weights have no gradients
+    return lambda images: run(torch.from_numpy(images)).numpy(), "torch.export.load"
+
+
+def _import_onnx():
+    """Raise an InputError if this machine lacks what an export to ONNX needs."""
+    if torch.__version__ < (2, 9):  # 2.6 cannot convert the normalisation; 2.7 and 2.8 were not tried
+        raise InputError(f"--export to ONNX needs torch 2.9 or newer, and this is {torch.__version__}: "
+                         "update it, or export to a file .pt2")
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"--export to ONNX needs two more packages ({error}): "
+                         "pip install onnx onnxscript") from None
+
+
+def _check_onnx_size(module):
+    """Raise an InputError if the weights of a module are too large for an .onnx file."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    if weights > MAX_ONNX_BYTES:
+        raise InputError(f"the weights take {weights / 1e9:.1f} GB, and an .onnx file holds 2 GB: "
+                         "export to a file .pt2")
+
+
+def _to_onnx(module, metadata):
+    """Convert an ExportedClassifier, and return the bytes of an .onnx file."""
+    program = torch.onnx.export(_trace(module), (), dynamo=True, verbose=False,
+                                input_names=["images"], output_names=["probabilities"])
+    program.model.metadata_props.update(metadata)
+    return program.model_proto.SerializeToString()
+
+
+def _load_onnx(path):
+    """Load an .onnx file. Returns a function of uint8 images, and the name of what runs it."""
+    try:
+        import onnxruntime
+    except ImportError:
+        from onnx.reference import ReferenceEvaluator
+
+        _note("onnxruntime is not installed: onnx's reference evaluator takes minutes instead of seconds")
+        program, runtime = ReferenceEvaluator(path), "onnx's reference evaluator"
+    else:
+        program = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        runtime = f"onnxruntime {onnxruntime.__version__}"
+    return lambda images: program.run(None, {"images": images})[0], runtime
+
+
+def _largest_difference(classifier, run):
+    """Return the largest difference between probabilities of predict() and of an exported file."""
+    # Each image has noise of its own coarseness, since networks see much the same in all fine noise.
+    rng = np.random.default_rng(0)
+    images = []
+    for cells in range(1, CHECKED_IMAGES + 1):
+        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
+        images.append(np.asarray(noise.resize((classifier.size, classifier.size))))
+
+    # In batches of 1 and of 31, as the file should take any number of images.
+    stacked = np.stack(images).transpose(0, 3, 1, 2)
+    exported = [run(np.ascontiguousarray(batch)) for batch in np.split(stacked, [1])]
+    return float(np.abs(np.concatenate(exported) - predict(classifier, images, workers=0)).max())
 
 
 # --------------------------------------------------------------------------------------------------

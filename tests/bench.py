@@ -7,6 +7,7 @@
     python tests/bench.py learn [DATA [WEIGHTS [SEEDS]]]   # time to the plain loop's best val mAP
     python tests/bench.py recipe PHOTOS SMALL WEIGHTS [VARIANT...]  # recipes at equal minutes; takes hours
     python tests/bench.py infer MODEL DIR    # inference.py beside the bare imports, and beside a plain loop
+    python tests/bench.py export MODEL[,MODEL...]... [--tta]   # exported files beside predict()
     python tests/bench.py labels             # read_labels beside pandas (pip install pandas)
     python tests/bench.py cache              # peak memory with and without a cache of 2 GiB
     python tests/bench.py thresholds RUN...  # threshold methods and calibration, on the val and test splits of runs
@@ -592,6 +593,55 @@ def bench_infer(model, folder):
     print(f"{len(paths)} images: predict {mine:.2f} s; plain loop: {other:.2f} s; ratio {ratio:.2f}")
 
 
+def bench_export(*arguments):
+    """Compare exported files with predict(), in fp32 and one thread: largest difference, and time per image.
+
+    Each argument is a model, or several with commas between them, whose average is exported.
+    """
+    import contextlib
+    import io
+
+    import onnxruntime
+    import torch
+
+    import inference
+
+    torch.set_num_threads(1)
+    one_thread = onnxruntime.SessionOptions()
+    one_thread.intra_op_num_threads = one_thread.inter_op_num_threads = 1
+    describe_machine()
+    print(f"onnxruntime {onnxruntime.__version__}; largest difference from predict(), and ms per image\n\n"
+          "                                       difference         batch of 1            batch of 32\n"
+          "model                                .pt2     .onnx  predict  .pt2  .onnx   predict  .pt2  .onnx")
+
+    for group in (argument for argument in arguments if argument != "--tta"):
+        classifier = inference.load_model(group.split(","), "cpu", "fp32")
+        classifier.mirrored |= "--tta" in arguments
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [str(Path(folder) / name) for name in ("model.pt2", "model.onnx")]
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                differences = [inference.export_model(classifier, path) for path in paths]
+            program = torch.export.load(paths[0]).module()
+            session = onnxruntime.InferenceSession(paths[1], one_thread)
+
+        size = classifier.size
+        images = np.random.default_rng(0).integers(0, 256, (32, size, size, 3), np.uint8)
+        stacked = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        times = []
+        for count, rounds in ((1, 25), (32, 5)):
+            ways = (lambda n=count: inference.predict(classifier, list(images[:n]), workers=0),  # noqa: B023
+                    lambda n=count: program(torch.from_numpy(stacked[:n])),  # noqa: B023
+                    lambda n=count: session.run(None, {"images": stacked[:n]}))  # noqa: B023
+            for way in ways:
+                way()  # the first call prepares
+            turns = [[seconds(way) for way in ways] for _ in range(rounds)]  # each round takes turns
+            times += (1000 * np.min(turns, axis=0) / count).tolist()  # the least disturbed
+
+        name = str(classifier).partition(";")[0] + ", mirrored" * classifier.mirrored
+        print(f"{name:34}{differences[0]:8.1e}  {differences[1]:8.1e}  {times[0]:7.1f}{times[1]:6.1f}{times[2]:7.1f}"
+              f"   {times[3]:7.1f}{times[4]:6.1f}{times[5]:7.1f}", flush=True)
+
+
 def bench_labels(rows=200_000, classes=80):
     """Time read_labels() of a large labels.txt beside pandas.read_csv() and a scan of the folder.
 
@@ -972,8 +1022,9 @@ def bench_backbones(*names):
     import torchvision.models
 
     names = names or torchvision.models.list_models(module=torchvision.models)
-    print(f"{describe_machine()}\n\n| backbone | parameters | size | loss of one step | predicts | heatmap |")
-    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    print(f"{describe_machine()}\n\n"
+          "| backbone | parameters | size | loss of one step | predicts | heatmap | .pt2 | .onnx |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for name in names:
         print(try_backbone(name), flush=True)
 
@@ -1005,13 +1056,22 @@ def try_backbone(name):
             loss = re.search(r"^1,.*", (folder / "out" / "history.csv").read_text(), re.MULTILINE)[0].split(",")[2]
             classifier = inference.load_model(folder / "out" / "model.pth", "cpu", "fp32")
         except (ValueError, RuntimeError) as error:
-            return f"| {name} | | | {error} | | |"
+            return f"| {name} | | | {error} | | | | |"
+
+        differences = []
+        for suffix in ("pt2", "onnx"):
+            try:
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    differences.append(f"{inference.export_model(classifier, folder / f'model.{suffix}'):.1g}")
+            except (ValueError, RuntimeError) as error:
+                differences.append(f"no: {str(error)[:100]}")
 
         probabilities = inference.predict(classifier, list(noise))
         heat = inference.heatmaps(classifier, noise[0], [0, 1])
         millions = sum(weight.numel() for weight in classifier.network.parameters()) / 1e6
         return (f"| {name} | {millions:.1f} M | {size} | {float(loss):.3f} | "
-                f"{'yes' if np.isfinite(probabilities).all() else 'no'} | {'yes' if heat.any() else 'no'} |")
+                f"{'yes' if np.isfinite(probabilities).all() else 'no'} | {'yes' if heat.any() else 'no'} | "
+                f"{' | '.join(differences)} |")
 
 
 BENCHES = {name.removeprefix("bench_"): value for name, value in list(globals().items()) if name.startswith("bench_")}
