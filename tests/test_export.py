@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 import inference
@@ -36,7 +38,7 @@ def make_member(seed, head="linear", size=32, dropout=None, backbone="resnet18")
         network = nn.Sequential(nn.Conv2d(3, 8, 5, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
                                 nn.Flatten(), inference._build_head(head, 8, len(CLASSES), dropout))
     network = inference.to_device(network.eval(), "cpu")
-    member = inference.Member(network, backbone, head, dropout, size, [0.0] * len(CLASSES))
+    member = inference.Member(network, backbone or "resnet18", head, dropout, size, [0.0] * len(CLASSES))
 
     logits = metrics.logit(inference.predict(make_classifier(member), make_images(size, 64), workers=0))
     member.scale = float(2 / logits.std(axis=0).mean())
@@ -172,6 +174,36 @@ def test_the_command_exports_mirrored_images_a_threshold_and_names_in_any_script
     classifier.mirrored = True
     images = make_images(32, 3)
     np.testing.assert_allclose(run(images), inference.predict(classifier, images, workers=0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone, size", [("convnext_tiny", 32), ("efficientnet_b0", 32)])
+def test_other_backbones_are_exported(backbone, size, tmp_path, capsys):
+    torch.manual_seed(0)
+    network = inference.build_model(backbone, "linear", len(CLASSES), size=size).eval()
+    member = inference.Member(network, backbone, "linear", [0.0], size, [0.0] * len(CLASSES))
+    for suffix in FORMATS:
+        path = tmp_path / f"model.{suffix}"
+        inference.export_model(make_classifier(member), path)
+        probabilities = load(path)[0](make_images(size, 3))
+        expected = inference.predict(make_classifier(member, precision=torch.float32), make_images(size, 3))
+        np.testing.assert_allclose(probabilities, expected, rtol=0, atol=1e-4)
+
+
+def test_the_lines_of_the_readme_run_exported_files(tmp_path, monkeypatch, capsys):
+    classifier = make_classifier(make_member(0, size=224))
+    for suffix in FORMATS:
+        inference.export_model(classifier, tmp_path / f"model.{suffix}")
+    photo = make_images(224, 1)[0]
+    Image.fromarray(photo).save(tmp_path / "photo.jpg", quality=100)
+    capsys.readouterr()
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("An exported file")[2]
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    ")][:5]
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(lines), {})
+    printed = re.findall(r"0\.\d+", capsys.readouterr().out)
+    expected = inference.predict(classifier, "photo.jpg")[0]
+    np.testing.assert_allclose([float(one) for one in printed], [*expected, *expected], rtol=0, atol=1e-3)
 
 
 def test_exported_files_name_no_folder_of_the_machine(exported):
