@@ -33,7 +33,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -1018,60 +1017,62 @@ def rounds_of_answers(folder, way, truth, pool, seed, weights, steps, first=None
 
 
 def bench_backbones(*names):
-    """Train one step with each network of torchvision, at a small size, and use the model in every way there is."""
+    """Take a training step with each network of torchvision, at a small size, and use the model in every way."""
     import torchvision.models
 
     names = names or torchvision.models.list_models(module=torchvision.models)
-    print(f"{describe_machine()}\n\n"
-          "| backbone | parameters | size | loss of one step | predicts | heatmap | .pt2 | .onnx |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    describe_machine()
+    print("\n| backbone | parameters | size | loss of a step | predicts | heatmap | .pt2 off by | .onnx off by |\n"
+          "| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for name in names:
-        print(try_backbone(name), flush=True)
+        print(f"| {name} | {' | '.join(try_backbone(name))} |", flush=True)
 
 
 def try_backbone(name):
-    """Return the row of a table that says what works with a backbone."""
+    """Return the cells of a table that says what works with a backbone."""
     import contextlib
     import io
 
+    from PIL import Image
+
+    import dataset
     import inference
     import train
 
-    sizes = (size for size in (64, 96, 224) if inference.build_without_values(name, size))
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        try:
-            size = next(sizes)
-            noise = np.random.default_rng(0).integers(0, 256, (6, size, size, 3), np.uint8)
-            for number, pixels in enumerate(noise):
-                Image.fromarray(pixels).save(folder / f"{number}.png")
-            rows = [f"{number}.png {number % 2} {number // 3}" for number in range(6)]
-            (folder / "labels.txt").write_text("\n".join(["image a b", *rows]))
+    try:
+        size = next(size for size in (64, 96, 224) if inference.build_without_values(name, size))
+    except ValueError as error:
+        return [str(error)]
 
-            options = ["--data", folder, "--out", folder / "out", "--backbone", name, "--size", size, "--epochs", 1,
-                       "-b", 4, "--weights", "none", "--split", 0.67, 0.33, 0, "--device", "cpu", "--precision", "fp32"]
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                train.main([*map(str, options)])
-            (folder / "out" / "last.pth").unlink()  # of three times the size of the model
-            loss = re.search(r"^1,.*", (folder / "out" / "history.csv").read_text(), re.MULTILINE)[0].split(",")[2]
-            classifier = inference.load_model(folder / "out" / "model.pth", "cpu", "fp32")
-        except (ValueError, RuntimeError) as error:
-            return f"| {name} | | | {error} | | | | |"
+    quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, quiet[0], quiet[1]:
+        noise = np.random.default_rng(0).integers(0, 256, (4, size, size, 3), np.uint8)
+        paths = [Path(folder) / f"{number}.png" for number in range(4)]
+        for path, pixels in zip(paths, noise):
+            dataset.write_png(path, Image.fromarray(pixels))
+        # Of an untrained network, the map of a label is zero as often as not: of eight, some are not.
+        targets = np.random.default_rng(0).choice([0, 1, np.nan], (4, 8)).astype(np.float32)
+        table = dataset.LabelTable(list("abcd"), paths, targets, list("stuvwxyz"))
+        options = train.parse_options([*f"--backbone {name} --size {size} -b 4 --epochs 1 --weights none --device cpu "
+                                        f"--precision fp32 -j 0 -q --out {folder}".split()])
+        run = train.build(options, dict.fromkeys(("train", "val", "test"), table))
+        train.choose_layers(run)
+        train.train_epoch(run, train.ProgressLine(run))
+        loss, classifier, run = run.state.losses[0], run.classifier, None
 
-        differences = []
+        millions = sum(weight.numel() for weight in classifier.network.parameters()) / 1e6
+        predicts = np.isfinite(inference.predict(classifier, paths)).all()
+        heat = inference.heatmaps(classifier, paths[0], list(range(8)))
+        yes_or_no = ["yes" if works else "no" for works in (predicts, heat.any())]
+        cells = [f"{millions:.1f} M", str(size), f"{loss:.3f}", *yes_or_no]
         for suffix in ("pt2", "onnx"):
             try:
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                    differences.append(f"{inference.export_model(classifier, folder / f'model.{suffix}'):.1g}")
+                path = Path(folder) / f"model.{suffix}"
+                cells.append(f"{inference.export_model(classifier, path):.1g}")
+                path.unlink()
             except (ValueError, RuntimeError) as error:
-                differences.append(f"no: {str(error)[:100]}")
-
-        probabilities = inference.predict(classifier, list(noise))
-        heat = inference.heatmaps(classifier, noise[0], [0, 1])
-        millions = sum(weight.numel() for weight in classifier.network.parameters()) / 1e6
-        return (f"| {name} | {millions:.1f} M | {size} | {float(loss):.3f} | "
-                f"{'yes' if np.isfinite(probabilities).all() else 'no'} | {'yes' if heat.any() else 'no'} | "
-                f"{' | '.join(differences)} |")
+                cells.append(f"no: {str(error)[:100]}")
+    return cells
 
 
 BENCHES = {name.removeprefix("bench_"): value for name, value in list(globals().items()) if name.startswith("bench_")}
