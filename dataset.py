@@ -3807,9 +3807,9 @@ def batches(dataset, order, workers=2, pin=False):
                 future.cancel()
 
 
-def normalize(images):
+def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Return images (B, 3, H, W) in 0..255 as float32, normalized as ImageNet networks expect."""
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=images.device).view(2, 3, 1, 1) * 255
+    mean, std = torch.tensor([mean, std], device=images.device).view(2, 3, 1, 1) * 255
     return torch.addcmul(-mean / std, images.float(), 1 / std)
 
 

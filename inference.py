@@ -7,6 +7,7 @@
     python inference.py --evaluate data/                 # report the model on labelled data
     python inference.py --calibrate data/ --model a.pth b.pth --out ab.pth  # merge two models
     python inference.py --ask data/ --out questions.csv  # which labels to ask a person for
+    python inference.py --export model.onnx              # for other runtimes (or model.pt2)
 
     classifier = inference.load_model("outputs/model.pth")
     probabilities = inference.predict(classifier, ["img.jpg"])  # (N, C)
@@ -19,6 +20,7 @@ import base64
 import contextlib
 import copy
 import csv
+import difflib
 import functools
 import hashlib
 import io
@@ -30,16 +32,19 @@ import pickle
 import re
 import sys
 import time
-from collections import Counter
+import warnings
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
 
 import dataset
 from dataset import IMAGE_SUFFIXES, ImageDataset, ImageError, InputError, LabelTable, number, print_text
@@ -49,12 +54,21 @@ from dataset import IMAGE_SUFFIXES, ImageDataset, ImageError, InputError, LabelT
 
 
 def main(argv=None):
-    """Run the command line, and return the probabilities (N, C), the report or the questions."""
+    """Run the command line.
+
+    Returns: the probabilities (N, C), the report, the questions, the names of --backbones, or what
+    export_model() returns.
+    """
     options = parse_options(argv)
+    if options.backbones:
+        print_text(format_backbones())
+        return backbone_names()
     if options.evaluate or options.calibrate:
         return evaluate_or_calibrate(options)
     if options.ask:
         return ask(options)
+    if options.export:
+        return export(options)
 
     # A wrong path should fail at once, not after the seconds that it takes to load a model.
     ids, paths = find_images(options.paths)
@@ -88,9 +102,9 @@ def parse_options(argv=None):
     parser = dataset.ArgumentParser(
         prog="inference.py",
         usage="%(prog)s IMAGE|DIR ... | --evaluate DATA | --calibrate DATA --out FILE | "
-              "--ask DATA --out FILE.csv [options]",
-        description="Predict the labels of images, evaluate or calibrate a model on labelled data, or "
-                    "ask for the labels that it would learn most from.")
+              "--ask DATA --out FILE.csv | --export FILE.pt2|FILE.onnx [options]",
+        description="Predict the labels of images, evaluate or calibrate a model on labelled data, "
+                    "ask for the labels that it would learn most from, or export it to other programs.")
     add = parser.add_argument
     add("paths", nargs="*", metavar="IMAGE|DIR", help="images, or folders to search for images")
     add("--image", action="append", default=[], metavar="IMAGE", help="same as the positional argument")
@@ -114,6 +128,10 @@ def parse_options(argv=None):
         "only such pictures are replaced")
     add("--heatmap", action="store_true",
         help="with --save: also show where the model sees each label (Grad-CAM)")
+    add("--export", metavar="FILE", help="write one file that needs none of this code: FILE.pt2 for "
+        "torch.export.load(), or FILE.onnx (pip install onnx onnxscript); it maps images, uint8 "
+        "(N, 3, S, S), to probabilities, float32 (N, C); classes, thresholds and the size S are in "
+        "its metadata, as JSON")
 
     group = parser.add_argument_group("labelled data")
     add = group.add_argument
@@ -132,6 +150,8 @@ def parse_options(argv=None):
     dataset.add_data_options(group)
 
     add = parser.add_argument_group("system").add_argument
+    add("--backbones", action="store_true",
+        help="list the networks that train.py --backbone takes, and do nothing else")
     add("-b", "--batch-size", type=number(int, 1), default=32, metavar="N", help="images per batch")
     add("-j", "--workers", type=number(int), default=default_workers(), metavar="N",
         help="threads that decode images")
@@ -153,11 +173,13 @@ def _check_combinations(options):
     """Raise an InputError if options contradict each other, or if one would have no effect."""
     if options.heatmap and not options.save:
         raise InputError("--heatmap draws into the folder of --save DIR: add that option")
-    commands = [name for name in ("evaluate", "calibrate", "ask") if getattr(options, name)]
+    commands = [name for name in ("evaluate", "calibrate", "ask", "export") if getattr(options, name)]
     if len(commands) > 1:
         raise InputError(f"--{commands[0]} and --{commands[1]} are two commands: use one of them")
 
-    command = commands[0] if commands else None
+    if options.export:
+        _check_export(options)
+    command = commands[0] if commands and not options.export else None  # one that is about DATA
     if command and (options.paths or options.save or options.format in ("csv", "probabilities")):
         raise InputError(f"--{command} is about its DATA: it takes no images and no --save, and "
                          "--format table or json")
@@ -181,6 +203,17 @@ def _check_combinations(options):
     for name, value in dataset.data_options(options).items():
         if value and not command:
             raise InputError(f"--{name.replace('_', '-')} goes with --evaluate, --calibrate or --ask DATA")
+
+
+def _check_export(options):
+    """Raise an InputError if --export names no known format, or if an option does not go with it."""
+    _is_onnx(options.export)
+    others = {"images": options.paths, "--out": options.out, "--save": options.save,
+              "--format": options.format != "table", "--device": options.device not in ("auto", "cpu"),
+              "--precision": options.precision not in ("auto", "fp32")}
+    for name, given in others.items():
+        if given:
+            raise InputError(f"--export writes a model, in fp32 and for any device: leave out {name}")
 
 
 def _check_outputs(options, paths):
@@ -293,12 +326,17 @@ class Member:
     """One network of a Classifier. Its probabilities are sigmoid(scale * logits + offsets)."""
 
     network: nn.Module
-    backbone: str  # a name in BACKBONES
+    backbone: str  # one of backbone_names()
     head: str  # a name in HEADS
     dropout: list  # of the head, one or two rates
     size: int  # images are resized to (size, size)
     offsets: list  # C numbers
     scale: float = 1.0
+
+    def normalize(self, images):
+        """Normalize images (B, 3, H, W) in 0..255 as the weights of the backbone expect."""
+        _, mean, std = pretrained_input(self.backbone)
+        return dataset.normalize(images, mean, std)
 
 
 @dataclass
@@ -398,30 +436,43 @@ def compute_logits(classifier, images, precision, batch_size=32, workers=2, rows
     # Batches have equal sizes: 33 images make 17 and 16, since a last batch of 1 is inefficient.
     order = np.array_split(rows, max(1, -(-len(rows) // batch_size)))  # -(-a // b) rounds up
 
-    # The views are what to_probabilities() averages. For the members A and B they are A and B, or,
-    # if the classifier is mirrored: A, A mirrored, B, B mirrored. All share one decoded image.
     logits = []
     for batch, _, _ in dataset.batches(images, order, workers, pin=device.type == "cuda"):
-        batch = dataset.normalize(batch.to(device, non_blocking=True))
-        views = []
-        for member, network in zip(classifier.members, networks):
-            view = _resize(batch, member.size)
-            views.append(forward(network, view, precision))
-            if classifier.mirrored:
-                views.append(forward(network, view.flip(3), precision))
-        logits.append(torch.stack(views))
+        batch = batch.to(device, non_blocking=True)
+        logits.append(forward_views(classifier, networks, batch, precision))
     return torch.cat(logits, dim=1)
+
+
+def forward_views(classifier, networks, images, precision):
+    """Compute the logits, float32 (V, B, C), of every view of a batch of images.
+
+    Args: networks: those of the members, ready for prediction; images: (B, 3, H, W) in 0..255.
+    """
+    # The views are what average_views() averages. For the members A and B they are A and B, or,
+    # if the classifier is mirrored: A, A mirrored, B, B mirrored. All share one decoded image.
+    views = []
+    for member, network in zip(classifier.members, networks):
+        view = _resize(member.normalize(images), member.size)
+        views.append(forward(network, view, precision))
+        if classifier.mirrored:
+            views.append(forward(network, view.flip(3), precision))
+    return torch.stack(views)
 
 
 def to_probabilities(classifier, logits):
     """Return the mean probabilities, float32 (N, C), of the logits of compute_logits()."""
+    return average_views(classifier, logits.cpu().double()).float().numpy()  # MPS has no double
+
+
+def average_views(classifier, logits):
+    """Return the mean probabilities (N, C) of logits (V, N, C), computed in the logits' dtype."""
     # Probabilities are averaged instead of logits, so that each member has one vote: one that is
-    # overconfident, with logits like 20, would outvote all others. On the CPU, as MPS has no double.
+    # overconfident, with logits like 20, would outvote all others.
     members = classifier.members
-    views = logits.cpu().double().unflatten(0, (len(members), -1))  # (members, 1 or 2, N, C)
-    scales = torch.tensor([member.scale for member in members]).double().view(-1, 1, 1, 1)
-    offsets = torch.tensor([member.offsets for member in members]).double()[:, None, None, :]
-    return torch.sigmoid(scales * views + offsets).mean(dim=(0, 1)).float().numpy()
+    views = logits.unflatten(0, (len(members), -1))  # (members, 1 or 2, N, C)
+    scales = torch.tensor([member.scale for member in members]).to(logits.dtype).view(-1, 1, 1, 1)
+    offsets = torch.tensor([member.offsets for member in members]).to(logits.dtype)[:, None, None, :]
+    return torch.sigmoid(scales * views + offsets).mean(dim=(0, 1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -673,14 +724,6 @@ def add_calibration(classifier, scale, offsets):
 # The network: layers, device, precision and the forward pass
 
 
-BACKBONES = {  # torchvision network -> its last linear layer, which the head replaces
-    "resnet18": "fc",
-    "resnet50": "fc",
-    "densenet121": "classifier",
-    "mobilenet_v2": "classifier.1",
-    "efficientnet_b0": "classifier.1",
-    "vgg16": "classifier.6",
-}
 HEADS = {"linear": [0.0], "mlp": [0.5, 0.3], "bn": [0.0]}  # head -> its default dropout rates
 
 # Up to this number of images, preparations do not pay. On one core, measuring bf16 takes 0.1 to 2
@@ -688,31 +731,27 @@ HEADS = {"linear": [0.0], "mlp": [0.5, 0.3], "bn": [0.0]}  # head -> its default
 FEW = 16
 
 
-def build_model(backbone, head, num_classes, dropout=None):
+def build_model(backbone, head, num_classes, dropout=None, size=224):
     """Build a torchvision network with a new head, randomly initialised.
 
-    Args: backbone: a name in BACKBONES; head: "linear", "mlp" (BatchNorm, Dropout, Linear to a
+    Args: backbone: one of backbone_names(); head: "linear", "mlp" (BatchNorm, Dropout, Linear to a
     quarter of the features, ReLU, Dropout, Linear) or "bn" (Linear, BatchNorm); dropout: a list of
-    one rate, or of two for "mlp" (default: see HEADS).
-    Returns: an nn.Module that maps images (B, 3, H, W) to logits (B, num_classes).
+    one rate, or of two for "mlp" (default: see HEADS); size: the side S of the images.
+    Returns: an nn.Module that maps images (B, 3, S, S) to logits (B, num_classes).
+    Raises InputError if the backbone does not exist, or cannot be used.
     """
-    network = torchvision_models().get_model(backbone, weights=None)
-    parent, _, name = BACKBONES[backbone].rpartition(".")
-    features = network.get_submodule(BACKBONES[backbone]).in_features
+    network = _build_backbone(check_backbone(backbone), size)
+    name = [path for path, layer in network.named_modules() if isinstance(layer, nn.Linear)][-1]
+    parent, _, child = name.rpartition(".")
+    features = network.get_submodule(name).in_features
     layers = _build_head(head, features, num_classes, dropout or HEADS[head])
-    setattr(network.get_submodule(parent), name, layers)
+    setattr(network.get_submodule(parent), child, layers)
     return network
 
 
-def torchvision_models():
-    """Return torchvision.models, whose import takes seconds and waits until it is needed."""
-    try:
-        import torchvision.models
-    except (ImportError, RuntimeError, AttributeError) as error:  # if built for another torch
-        reason = str(error).splitlines()[0]
-        raise InputError(f"torchvision does not work with this torch ({reason}): install both "
-                         "together, with pip install -r requirements.txt") from None
-    return torchvision.models
+def head_name(network):
+    """Return the name of the head in a network of build_model(), such as "fc" or "classifier.1"."""
+    return next(name for name, layer in network.named_modules() if isinstance(layer, InFullPrecision))
 
 
 def _build_head(head, features, num_classes, dropout):
@@ -886,6 +925,134 @@ def fold_batchnorm(network):
 
 
 # --------------------------------------------------------------------------------------------------
+# Backbones: the classification networks of torchvision
+
+# Their classifier is a convolution, which the head cannot replace.
+WITHOUT_LINEAR = ("squeezenet1_0", "squeezenet1_1")
+
+
+class PretrainedInput(NamedTuple):
+    """The images that the weights of a backbone expect."""
+
+    size: int  # the side in pixels
+    mean: tuple  # of red, green and blue, which range from 0 to 1
+    std: tuple
+
+
+@functools.cache
+def pretrained_input(backbone):
+    """Return the PretrainedInput of torchvision's default weights of a backbone."""
+    expected = torchvision_models().get_model_weights(backbone).DEFAULT.transforms()
+    return PretrainedInput(expected.crop_size[0], tuple(expected.mean), tuple(expected.std))
+
+
+def torchvision_models():
+    """Return torchvision.models, whose import takes seconds and waits until it is needed."""
+    try:
+        import torchvision.models
+    except (ImportError, RuntimeError, AttributeError) as error:  # if built for another torch
+        reason = str(error).splitlines()[0]
+        raise InputError(f"torchvision does not work with this torch ({reason}): install both "
+                         "together, with pip install -r requirements.txt") from None
+    return torchvision.models
+
+
+def backbone_names():
+    """Return the names of the networks that build_model() takes, sorted."""
+    models = torchvision_models()
+    return [name for name in models.list_models(module=models) if name not in WITHOUT_LINEAR]
+
+
+def format_backbones():
+    """Return a table of all backbones, with their parameters and the size of their images."""
+    rows = [f"{'backbone':<20}{'parameters':>12}{'images':>10}"]
+    for name in backbone_names():
+        count = torchvision_models().get_model_weights(name).DEFAULT.meta["num_params"]
+        rows.append(f"{name:<20}{count / 1e6:10.1f} M{pretrained_input(name).size:7} px")
+    return "\n".join(rows)
+
+
+def check_backbone(name):
+    """Return the name of a backbone in lower case. Raises InputError if it cannot be one."""
+    name = name.lower()
+    known = backbone_names()
+    if name in known:
+        return name
+    if name in WITHOUT_LINEAR:
+        raise InputError(f"--backbone {name}: its classifier is a convolution, not a linear layer "
+                         "that a head could replace: name another network")
+
+    models = torchvision_models()
+    if name in models.list_models():
+        module = models.get_model_builder(name).__module__.rpartition(".")[0]
+        raise InputError(f"--backbone {name}: {module} is not for the classification of images, or "
+                         "not for training: name another network")
+    similar = difflib.get_close_matches(name, known)
+    more = f" (did you mean {' or '.join(similar)}?)" if similar else ""
+    raise InputError(f"--backbone {name}: torchvision has no such classification network{more}: "
+                     "python inference.py --backbones lists them")
+
+
+def check_size(backbone, size):
+    """Raise InputError if a backbone takes no images of this size; name the nearest that it takes."""
+    if build_without_values(backbone, size):
+        return
+
+    # Networks that take only certain sizes cut images into patches of 14, 16 or 32 pixels.
+    others = sorted({patch * count for patch in (14, 16) for count in range(1, 65)}, reverse=True)
+    below = [other for other in others if other < size]
+    above = [other for other in reversed(others) if other > size]
+    nearest = [next((other for other in side if build_without_values(backbone, other)), None)
+               for side in (below, above)]
+    raise InputError(f"--size {size}: {backbone} does not take images of this size, but of "
+                     f"{' or '.join(str(one) for one in nearest if one)} pixels, for example")
+
+
+@functools.cache
+def build_without_values(backbone, size):
+    """Return a network without values, or None if it takes no images of this size."""
+    check_backbone(backbone)
+    try:
+        with WithoutValues():
+            network = build_model(backbone, "linear", 1, size=size).to("meta").eval()
+        network(torch.empty(1, 3, size, size, device="meta"))  # only computes shapes
+    except (AssertionError, RuntimeError, ValueError):
+        return None
+    return network
+
+
+class WithoutValues(TorchFunctionMode):
+    """Let layers be built without values for their weights, which takes no time and no memory."""
+
+    # torch.device("meta") would leave all tensors without values, but some networks compute with
+    # others: RegNet with its widths, and Swin v2 with tables that no file of weights contains.
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.empty:  # from which layers make their weights
+            kwargs = kwargs | {"device": "meta"}
+        return function(*args, **kwargs)
+
+
+def _build_backbone(name, size):
+    """Build a torchvision network for images (B, 3, size, size) and the classes of ImageNet."""
+    options = {}
+    if name.startswith("vit_"):  # has a vector for each place in an image
+        options = {"image_size": size}
+    elif name.startswith("maxvit"):  # divides images into windows
+        options = {"input_size": (size, size)}
+    elif name in ("googlenet", "inception_v3"):
+        # The auxiliary classifiers only help to train from scratch. transform_input: their weights
+        # expect another normalization, to which the network changes that of ImageNet.
+        options = {"aux_logits": False, "transform_input": True, "init_weights": True}
+    return torchvision_models().get_model(name, weights=None, **options)
+
+
+def has_batchnorm(network):
+    """Return True for a network that normalizes batches; others have LayerNorm, or nothing."""
+    return any(isinstance(layer, nn.BatchNorm2d) for layer in network.modules())
+
+
+# --------------------------------------------------------------------------------------------------
 # Pretrained weights
 
 
@@ -911,10 +1078,10 @@ def load_weights(network, weights, backbone, classes=()):
     if not isinstance(weights, Weights):
         weights = read_weights(weights, backbone)
     own = network.state_dict()
-    state = _without_prefix(weights, own)
+    state = _fit_positions(network, _without_prefix(weights, own))
     common, skipped = [], {}
     if weights.classes and classes:
-        rows = _class_tensors(network, backbone)
+        rows = _class_tensors(network)
         common, skipped = _match_head_rows(state, own, rows, weights.classes, classes)
 
     taken = {}
@@ -926,10 +1093,18 @@ def load_weights(network, weights, backbone, classes=()):
         else:
             taken[name] = tensor
 
-    _refuse_other_backbone(weights.source, state, taken, backbone)
-    network.load_state_dict(taken, strict=False)  # everything else keeps its initial values
+    _refuse_other_backbone(weights.source, state, taken, backbone, head_name(network))
+    load_tensors(network, taken, strict=False)  # everything else keeps its initial values
     missing = [name for name in own if name not in taken and name not in skipped]
     return list(taken), skipped | dict.fromkeys(missing, "not in the file"), common
+
+
+def load_tensors(network, tensors, **how):
+    """Load tensors into a network, with the options of load_state_dict()."""
+    # MNASNet only loads a state_dict that says of which version of it the tensors are. Files do not.
+    state = OrderedDict(tensors)
+    state._metadata = network.state_dict()._metadata
+    network.load_state_dict(state, **how)
 
 
 def read_weights(weights, backbone):
@@ -996,9 +1171,20 @@ def _without_prefix(weights, own):
     return {name.removeprefix(start): weights.tensors[name] for name in outside + inside}
 
 
-def _class_tensors(network, backbone):
+def _fit_positions(network, state):
+    """Return a state_dict with ViT's vectors of places interpolated to the size of its images."""
+    transformers = torchvision_models().vision_transformer
+    if not isinstance(network, transformers.VisionTransformer) or "encoder.pos_embedding" not in state:
+        return state
+    try:
+        return transformers.interpolate_embeddings(network.image_size, network.patch_size, state)
+    except (AttributeError, ValueError):  # no tensor, or one of another shape, which is reported
+        return state
+
+
+def _class_tensors(network):
     """Name the head's tensors with a row per class: all those after its ReLU, if it has one."""
-    root = BACKBONES[backbone]
+    root = head_name(network)
     names = []
     for path, layer in network.get_submodule(root).named_modules(prefix=root):
         if isinstance(layer, nn.ReLU):
@@ -1034,36 +1220,47 @@ def _match_head_rows(state, own, rows, known, classes):
     return common, skipped
 
 
-def _refuse_other_backbone(source, state, taken, backbone):
+def _refuse_other_backbone(source, state, taken, backbone, head):
     """Raise an InputError if less than half of a file fits, or if it is of another backbone."""
 
     # The head does not count, since it is often new, nor does what is missing from the file, since
     # a file of the first layers is useful, too. Tensors and numbers are both counted, as a single
     # tensor can have most of the numbers: the first linear layer of VGG16 does.
-    def fit(name, shapes):
+    def fit(shapes, head):
         """Return the share of the file that a backbone has a place for, from 0 to 1."""
         sizes = {key: tensor.numel() for key, tensor in state.items()
-                 if isinstance(tensor, torch.Tensor) and not key.startswith(BACKBONES[name] + ".")}
+                 if isinstance(tensor, torch.Tensor) and not key.startswith(head + ".")}
         fitting = [key for key in sizes if shapes.get(key) == state[key].shape]
         numbers = sum(sizes[key] for key in fitting) / max(sum(sizes.values()), 1)
         return min(len(fitting) / max(len(sizes), 1), numbers)
 
-    share = fit(backbone, {key: tensor.shape for key, tensor in taken.items()})
-    only_head = all(key.startswith(BACKBONES[backbone] + ".") for key in state)
+    share = fit({key: tensor.shape for key, tensor in taken.items()}, head)
+    only_head = all(key.startswith(head + ".") for key in state)
     if taken and (share == 1 or only_head):
         return
 
     # Half of a ResNet18 fits a ResNet50, so a backbone that fits nearly all of the file is looked
     # for first. 0.9: such a file may have some more tensors, like those of a training loss.
-    for name in BACKBONES:
-        with torch.device("meta"):  # shapes only, which takes no time
-            other = torchvision_models().get_model(name, weights=None).state_dict()
-        if fit(name, {key: tensor.shape for key, tensor in other.items()}) > max(share, 0.9):
+    for name in _similar_in_size(state):
+        other = build_without_values(name, pretrained_input(name).size)
+        shapes = {key: tensor.shape for key, tensor in other.state_dict().items()}
+        if fit(shapes, head_name(other)) > max(share, 0.9):
             raise InputError(f"{source} has weights of which {share:.0%} fit {backbone}: it looks "
                              f"like {name}: give --backbone {name}, or other --weights")
     if share < 0.5 or not taken:
         found = f"weights of which {share:.0%} fit" if taken else "no tensor that fits"
         raise InputError(f"{source} has {found} {backbone}: is it of another backbone?")
+
+
+def _similar_in_size(state, most=12):
+    """Return the backbones whose numbers of parameters are closest to that of a state_dict."""
+    count = sum(tensor.numel() for tensor in state.values() if isinstance(tensor, torch.Tensor))
+
+    def difference(name):
+        parameters = torchvision_models().get_model_weights(name).DEFAULT.meta["num_params"]
+        return abs(math.log(parameters / max(count, 1)))
+
+    return sorted(backbone_names(), key=difference)[:most]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1136,9 +1333,10 @@ def _load_member(path, saved, num_classes, device):
     fields = {name: saved[name] for name in MEMBER_FIELDS}
     torchvision_models()  # if it is broken, it says so here, not as a damaged file below
     try:
-        with torch.device("meta"):  # no time is spent on random values that are replaced at once
-            network = build_model(saved["backbone"], saved["head"], num_classes, saved["dropout"])
-        network.load_state_dict(saved["network"], assign=True)  # meta tensors cannot be filled
+        with WithoutValues():  # since random ones would be replaced at once
+            network = build_model(saved["backbone"], saved["head"], num_classes, saved["dropout"],
+                                  saved["size"])
+        load_tensors(network, saved["network"], assign=True)  # there is no memory to copy them to
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # of wrong content
         raise InputError(f"{path} is damaged: its tensors are not those of a {saved['backbone']} "
                          f"network with a {saved['head']} head for its classes") from None
@@ -1186,6 +1384,250 @@ def check_content(path, content, names, kind):
     if content["format"] != FORMAT:
         raise InputError(f"{path} has format {content['format']}, and this program reads {FORMAT}: "
                          "use the version of the program that wrote it")
+
+
+# --------------------------------------------------------------------------------------------------
+# Export: the model as one file for other programs
+
+
+CHECKED_IMAGES = 32  # on which an exported file must give the probabilities of predict()
+
+# Rounding in fp32 changed probabilities by at most 0.00001. Whatever changes them by ten times as much
+# has another cause, such as a layer that was converted wrongly.
+MAX_DIFFERENCE = 1e-4
+
+# A protobuf message holds at most 2**31 bytes, which leaves the graph as much as it could ever need.
+MAX_ONNX_BYTES = 2_000_000_000
+
+
+def export(options):
+    """Run --export, and return the largest difference from predict()."""
+    dataset.refuse_to_replace("--export", options.export, options.model)
+    if _is_onnx(options.export):
+        _import_onnx()  # fails before the seconds that it takes to load a model
+    options.device, options.precision = "cpu", "fp32"
+    classifier = _load_chosen_models(options)
+    _note(f"{', '.join(options.model)}: {classifier}")
+    return export_model(classifier, options.export)
+
+
+def export_model(classifier, path):
+    """Write a Classifier as a file that runs without this code, and compare it with predict().
+
+    The file maps `images`, uint8 (N, 3, S, S) for any N, to `probabilities`, float32 (N, C).
+    Everything else is inside: normalisation, all members, mirrored views, calibration and averaging.
+    Its metadata are the JSON texts `classes` (C names), `thresholds` (C numbers) and `size` (S):
+
+        metadata = dict.fromkeys(["classes", "thresholds", "size"], "")
+        program = torch.export.load("model.pt2", extra_files=metadata).module()
+        classes = json.loads(metadata["classes"])
+        with torch.inference_mode():
+            probabilities = program(images)
+
+        session = onnxruntime.InferenceSession("model.onnx")
+        classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+        [probabilities] = session.run(None, {"images": images})
+
+    Args: path: a file .pt2, written by torch.export.save(), or .onnx.
+    Returns: the largest difference of the probabilities of random images, which is printed too.
+    Raises InputError for another suffix, or if ONNX is not available or cannot hold the model, and
+    RuntimeError if the conversion fails or the difference is above 0.0001; then no file is written.
+    """
+    onnx = _is_onnx(path)
+    classifier = _copy_to_cpu(classifier)
+    module = ExportedClassifier(classifier).eval()
+    if onnx:
+        _import_onnx()
+        _check_onnx_size(module)
+    metadata = {"classes": classifier.classes, "thresholds": classifier.thresholds,
+                "size": classifier.size}
+    metadata = {name: json.dumps(value) for name, value in metadata.items()}
+
+    # The temporary file of atomic_write() is read back, so that only a file that works becomes `path`.
+    with dataset.atomic_write(path, "wb") as file, warnings.catch_warnings():
+        # Torch warns about its own conversion, such as weights in channels_last that "may cause issues".
+        warnings.filterwarnings("ignore", module=r"torch\.(_?export|fx|onnx)\b")
+        _note(f"{path}: converting")
+        # If torch.export fails, it also prints the graph of the network, which has hundreds of lines.
+        with (_one_line_error(f"torch {torch.__version__} cannot convert this model"),
+              contextlib.redirect_stderr(io.StringIO())):
+            content = _to_onnx(module, metadata) if onnx else _to_pt2(module, metadata)
+        file.write(content)
+        file.flush()
+
+        with _one_line_error(f"{path} was not written: the converted model does not run"):
+            run, runtime = _load_onnx(file.name) if onnx else _load_pt2(file.name)
+            _note(f"{path}: comparing {runtime} with predict()")
+            difference = _largest_difference(classifier, run)
+        if not difference <= MAX_DIFFERENCE:  # also if it is NaN
+            raise RuntimeError(f"{path} was not written: with {runtime}, its probabilities differ from "
+                               f"those of predict() by up to {difference:.2g}, more than {MAX_DIFFERENCE}")
+
+    print_text(f"{path}: largest difference from predict() on {CHECKED_IMAGES} random images, with "
+               f"{runtime}: {difference:.2g}")
+    return difference
+
+
+def _copy_to_cpu(classifier):
+    """Copy a Classifier to the CPU and to fp32, with networks of its own."""
+    cpu = torch.device("cpu")
+    members = [replace(member, network=to_device(copy.deepcopy(member.network), cpu))
+               for member in classifier.members]
+    return replace(classifier, members=members, device=cpu, precision=torch.float32)
+
+
+@contextlib.contextmanager
+def _one_line_error(message):
+    """Raise any exception of the block as a RuntimeError: the message, and the reason in a line."""
+    try:
+        yield
+    except Exception as error:  # torch and onnxruntime raise errors of many types
+        reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
+        raise RuntimeError(f"{message}: {reason}") from error
+
+
+class ExportedClassifier(nn.Module):
+    """Map images, uint8 (N, 3, S, S), to the mean probabilities (N, C) of a Classifier of size S.
+
+    The gradients of the Classifier's networks are switched off.
+    """
+
+    def __init__(self, classifier):
+        super().__init__()
+        # Networks that take smaller images get a layer in front that resizes them, so that for
+        # forward_views() all of them take images of the same size.
+        size = classifier.size
+        networks = []
+        for member in classifier.members:
+            network = fold_batchnorm(member.network.eval())
+            if member.size < size:
+                network = nn.Sequential(MatrixResize(size, member.size), network)
+            networks.append(network.requires_grad_(False))  # so that the output has no gradient either
+        self.networks = nn.ModuleList(networks)
+        members = [replace(member, size=size) for member in classifier.members]
+        self.classifier = replace(classifier, members=members)
+
+    def forward(self, images):
+        # Not in double precision, which predict() can afford, but many runtimes lack.
+        logits = forward_views(self.classifier, self.networks, images, torch.float32)
+        return average_views(self.classifier, logits)
+
+
+class MatrixResize(nn.Module):
+    """Resize images as _resize() does, by two matrix products.
+
+    ONNX has an antialiased resize too, but onnxruntime's is up to 0.006 grey levels off, and
+    other runtimes lack it.
+    """
+
+    def __init__(self, size, new_size):
+        super().__init__()
+        identity = torch.eye(size)[None, None]
+        matrix = nn.functional.interpolate(identity, (new_size, size), mode="bilinear", antialias=True)
+        self.register_buffer("matrix", matrix[0, 0])  # resized columns are matrix @ columns
+
+    def forward(self, images):
+        return self.matrix @ images @ self.matrix.T
+
+
+def _is_onnx(path):
+    """Return True for a file .onnx and False for .pt2. Raise an InputError for another suffix."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".pt2", ".onnx"):
+        raise InputError(f"--export {path}: the suffix says which format to write: name a file .pt2 or "
+                         ".onnx")
+    return suffix == ".onnx"
+
+
+def _trace(module):
+    """Return the torch.export.ExportedProgram of an ExportedClassifier, for any number of images."""
+    # Two images, since a program that is traced with one may work for one only.
+    size = module.classifier.size
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    shapes = {"images": {0: torch.export.Dim("N")}}
+    program = torch.export.export(module, (images,), dynamic_shapes=shapes, strict=False)
+
+    # Each step carries the line of code that it comes from, with folders of this machine: whoever gets
+    # the file need not know them.
+    for part in program.graph_module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                node.meta.pop("stack_trace", None)
+    return program
+
+
+def _to_pt2(module, metadata):
+    """Convert an ExportedClassifier, and return the bytes of a .pt2 file."""
+    file = io.BytesIO()
+    torch.export.save(_trace(module), file, extra_files=metadata)
+    return file.getvalue()
+
+
+def _load_pt2(path):
+    """Load a .pt2 file. Returns a function of uint8 images, and the name of what runs it."""
+    with open(path, "rb") as file:
+        program = torch.export.load(file).module()
+    run = torch.no_grad()(program)  # torch 2.9 forgets that the weights have no gradients
+    return lambda images: run(torch.from_numpy(images)).numpy(), "torch.export.load"
+
+
+def _import_onnx():
+    """Raise an InputError if this machine lacks what an export to ONNX needs."""
+    if torch.__version__ < (2, 9):  # 2.6 cannot convert the normalisation; 2.7 and 2.8 were not tried
+        raise InputError(f"--export to ONNX needs torch 2.9 or newer, and this is {torch.__version__}: "
+                         "update it, or export to a file .pt2")
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"--export to ONNX needs two more packages ({error}): "
+                         "pip install onnx onnxscript") from None
+
+
+def _check_onnx_size(module):
+    """Raise an InputError if the weights of a module are too large for an .onnx file."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    if weights > MAX_ONNX_BYTES:
+        raise InputError(f"the weights take {weights / 1e9:.1f} GB, and an .onnx file holds 2 GB: "
+                         "export to a file .pt2")
+
+
+def _to_onnx(module, metadata):
+    """Convert an ExportedClassifier, and return the bytes of an .onnx file."""
+    program = torch.onnx.export(_trace(module), (), dynamo=True, verbose=False,
+                                input_names=["images"], output_names=["probabilities"])
+    program.model.metadata_props.update(metadata)
+    return program.model_proto.SerializeToString()
+
+
+def _load_onnx(path):
+    """Load an .onnx file. Returns a function of uint8 images, and the name of what runs it."""
+    try:
+        import onnxruntime
+    except ImportError:
+        from onnx.reference import ReferenceEvaluator
+
+        _note("onnxruntime is not installed: onnx's reference evaluator takes minutes instead of seconds")
+        program, runtime = ReferenceEvaluator(path), "onnx's reference evaluator"
+    else:
+        program = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        runtime = f"onnxruntime {onnxruntime.__version__}"
+    return lambda images: program.run(None, {"images": images})[0], runtime
+
+
+def _largest_difference(classifier, run):
+    """Return the largest difference between probabilities of predict() and of an exported file."""
+    # Each image has noise of its own coarseness, since networks see much the same in all fine noise.
+    rng = np.random.default_rng(0)
+    images = []
+    for cells in range(1, CHECKED_IMAGES + 1):
+        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
+        images.append(np.asarray(noise.resize((classifier.size, classifier.size))))
+
+    # In batches of 1 and of 31, as the file should take any number of images.
+    stacked = np.stack(images).transpose(0, 3, 1, 2)
+    exported = [run(np.ascontiguousarray(batch)) for batch in np.split(stacked, [1])]
+    return float(np.abs(np.concatenate(exported) - predict(classifier, images, workers=0)).max())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1285,8 +1727,6 @@ def _format_table(name, classes, probabilities, thresholds, present):
 # Pictures: labels, heatmaps and mistakes
 
 
-# The layer before the pooling, whose output still has places: 7 x 7 for an image of 224 pixels.
-LAST_MAPS = dict.fromkeys(BACKBONES, "features") | {"resnet18": "layer4", "resnet50": "layer4"}
 PICTURE_SIDE = 360  # pixels of an image's longer side: four in a row fill a laptop's screen
 SOFTWARE = "inference.py --save"  # by which a PNG file says that save_pictures() drew it
 
@@ -1341,10 +1781,10 @@ def heatmaps(classifier, image, labels):
     Gradient-based Localization"; with a linear head it is CAM (Zhou et al. 2016).
     """
     pixels = torch.from_numpy(np.array(dataset.load_image(image, classifier.size))).permute(2, 0, 1)[None]
-    images = dataset.normalize(pixels.to(classifier.device))
+    pixels = pixels.to(classifier.device)
 
     # Each network's map has its highest value at 1, so that all count the same in the mean.
-    total = sum(_member_heatmaps(member, images, labels) for member in classifier.members)
+    total = sum(_member_heatmaps(member, pixels, labels) for member in classifier.members)
     return total / total.max(axis=(1, 2), keepdims=True, initial=1e-30)  # a map of zeros stays 0
 
 
@@ -1353,24 +1793,58 @@ def named_heatmaps(classifier, image, names):
     return heatmaps(classifier, image, [classifier.classes.index(name) for name in names])
 
 
-def _member_heatmaps(member, images, labels):
-    """Compute the heatmaps of one network, at the size of the normalised image (1, 3, H, W)."""
-    kept = []
-    network = share_tensors(member.network).eval()  # for the hook: threads may share a classifier
-    layer = network.get_submodule(LAST_MAPS[member.backbone])
-    layer.register_forward_hook(lambda _, inputs, output: kept.append(output))
+def _member_heatmaps(member, pixels, labels):
+    """Compute the heatmaps of one network, at the size of the image (1, 3, H, W) in 0..255."""
+    outputs = []  # of all layers that still have places, in the order of the computation
+
+    def keep(layer, inputs, output):
+        if _to_maps(output) is not None:
+            outputs.append(output)
+
+    network = share_tensors(member.network).eval()  # for the hooks: threads may share a classifier
+    for layer in network.modules():
+        if not isinstance(layer, nn.AdaptiveAvgPool2d):  # VGG's enlarges small maps to 7 x 7
+            layer.register_forward_hook(keep)
     with torch.enable_grad():
-        logits = network(_resize(images, member.size).requires_grad_())[0]
+        images = _resize(member.normalize(pixels), member.size).requires_grad_()
+        logits = network(images)[0]
+
+    # The last maps are closest to the labels: 7 x 7 for an image of 224 pixels. The last tokens of a
+    # ViT have no influence, apart from the one that stands for the whole image, so its maps are what
+    # the last attention looks at.
+    output = next((one for one in reversed(outputs) if _has_influence(one, logits)), None)
+    result = np.zeros((len(labels), *pixels.shape[2:]), np.float32)
+    if output is None:
+        return result
 
     # Each feature map is weighted by how much raising it would raise the logit of the label. The sum
     # is positive where the image speaks for the label; what speaks against it is cut off.
-    result = np.zeros((len(labels), *images.shape[2:]), np.float32)
+    maps = _to_maps(output.detach())
     for i, label in enumerate(labels):
-        gradient = torch.autograd.grad(logits[label], kept[0], retain_graph=True)[0]
-        maps = (gradient.mean((2, 3), keepdim=True) * kept[0].detach()).sum(1, keepdim=True).relu()
-        maps = _upsample(maps, images.shape[2])
-        result[i] = (maps / maps.max().clamp(min=1e-30)).cpu()[0]
+        gradient = torch.autograd.grad(logits[label], output, retain_graph=True)[0]
+        weights = _to_maps(gradient).mean((2, 3), keepdim=True)
+        heat = _upsample((weights * maps).sum(1, keepdim=True).relu(), pixels.shape[2])
+        result[i] = (heat / heat.max().clamp(min=1e-30)).cpu()[0]
     return result
+
+
+def _to_maps(output):
+    """Return a layer's output as maps (1, C, H, W), H = W > 1, or None if it has no places."""
+    if not isinstance(output, torch.Tensor):
+        return None
+    if output.dim() == 3:  # the tokens of a ViT: one for the image, then one per place, row by row
+        side = math.isqrt(output.shape[1] - 1)
+        if 1 < side * side == output.shape[1] - 1:
+            return output[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+    if output.dim() == 4 and 1 < output.shape[2] == output.shape[3]:
+        return output
+    return None
+
+
+def _has_influence(output, logits):
+    """Return True if the places in a layer's output influence the logits."""
+    gradient = torch.autograd.grad(logits.sum(), output, retain_graph=True, allow_unused=True)[0]
+    return gradient is not None and bool(_to_maps(gradient).any())
 
 
 def _upsample(maps, size):

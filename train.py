@@ -41,7 +41,7 @@ import dataset
 import inference
 import metrics
 from dataset import PARTS, InputError, number, print_text
-from inference import BACKBONES, HEADS
+from inference import HEADS
 
 # --------------------------------------------------------------------------------------------------
 # Recipe and presets: defaults of the options
@@ -136,20 +136,23 @@ def option_parser():
     add("--seed", type=whole, default=0, help="random seed")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", choices=BACKBONES, default="resnet18", help="torchvision network")
+    add("--backbone", default="resnet18", metavar="NAME",
+        help="network of torchvision; python inference.py --backbones lists them")
     add("--head", choices=HEADS, default="linear", help="what replaces the last layer of the backbone")
     add("--dropout", type=number(float, below=1), nargs="+", metavar="P",
         help="dropout rates in the head (default: 0.5 0.3 for mlp, else 0)")
     add("--weights", default="imagenet", metavar="W",
         help="initial weights: imagenet, none (random), or a .pth file of the same backbone")
-    add("--size", type=number(int, 32), default=224, help="resize images to SIZE x SIZE pixels")
+    add("--size", type=number(int, 32), help="resize images to SIZE x SIZE pixels (default: what "
+        "the weights of the backbone expect, 224 for ResNet18)")
 
     add = parser.add_argument_group("recipe").add_argument
     add("--preset", choices=PRESETS, default="default", help="defaults of a published recipe")
     add("--epochs", type=count, help="number of epochs; with --patience the maximum")
     add("-b", "--batch-size", type=count, help="images per step, over all processes")
     add("--lr", type=real, help="learning rate of the head")
-    add("--lr-backbone", type=real, help="learning rate of the backbone (default: as --lr)")
+    add("--lr-backbone", type=real, help="learning rate of the backbone (default: as --lr; 5e-5 "
+        "for a pretrained one without BatchNorm)")
     add("--wd", type=real, help="weight decay of AdamW; 0 makes it Adam")
     add("--schedule", choices=("constant", "cosine", "multistep"), help="learning rate schedule")
     add("--milestones", type=count, nargs="+", metavar="EPOCH",
@@ -258,14 +261,29 @@ def parse_options(argv=None):
     # (100 and 200 photographs, three seeds); from scratch, sam 0.1: -0.06 (demo, in equal time).
     if options.sam is None:
         options.sam = 0.0 if options.weights == "none" or options.preset != "default" else 0.1
+    options.backbone = inference.check_backbone(options.backbone)
+    if options.size is None:
+        options.size = inference.pretrained_input(options.backbone).size
+    inference.check_size(options.backbone, options.size)
     if options.lr_backbone is None:
-        options.lr_backbone = options.lr
+        options.lr_backbone = default_backbone_rate(options)
     options.dropout = options.dropout or HEADS[options.head]
     options.monitor = options.monitor or ("map" if options.patience else "last")
     options.unfreeze_epoch = options.unfreeze_epoch or 1 + options.epochs // 4
     # Half and three quarters of the epochs, as He et al. 2016 did on CIFAR.
     options.milestones = options.milestones or [max(1, options.epochs * k // 4) for k in (2, 3)]
     return options
+
+
+def default_backbone_rate(options):
+    """Return the learning rate of the backbone for options that name none."""
+    if options.weights == "none" or options.preset != "default":
+        return options.lr
+
+    # Not measured here: Liu et al. 2022 fine-tune ConvNeXt at 5e-5, and others Swin and ViT at such
+    # rates. Without BatchNorm, a high rate spoils pretrained layers more easily.
+    network = inference.build_without_values(options.backbone, options.size)
+    return options.lr if inference.has_batchnorm(network) else min(options.lr, 5e-5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -330,18 +348,15 @@ def fit(run):
 
 def train_epoch(run, progress):
     """Train on the rest of the epoch; after a signal, finish only the current step."""
-    options, state = run.options, run.state
+    state = run.state
     count = len(run.tables["train"])
-    train_mode(run.member.network, options.backbone)
+    train_mode(run.member.network)
     started = time.perf_counter() - state.seconds
     losses = []
 
     for batch in load_batches(run):
         # The rate is that of the middle of the step, which is 0 in neither the first nor the last.
-        rates = learning_rates(options, state.epoch + (state.images + batch.seen) / 2 / count)
-        for group, rate in zip(run.optimizer.param_groups, rates):
-            group.update(lr=rate, weight_decay=options.wd)
-
+        set_rates(run, state.epoch + (state.images + batch.seen) / 2 / count)
         losses.append(train_step(run, batch.images, batch.targets, batch.share))
         state.images, state.seconds = batch.seen, time.perf_counter() - started
         progress.step(losses[-1])
@@ -548,11 +563,12 @@ def trains_on_one_image(options):
     """Return True if the network can train on one image at a time."""
     # BatchNorm needs two values per channel. One image has them only where its map is larger than
     # 1 x 1, which depends on --size: let the network itself say.
-    with torch.device("meta"):  # computes shapes, but no values
-        network = inference.build_model(options.backbone, options.head, 1, options.dropout)
-        image = torch.empty(1, 3, options.size, options.size)
+    with inference.WithoutValues():
+        network = inference.build_model(options.backbone, options.head, 1, options.dropout,
+                                        options.size)
+    image = torch.empty(1, 3, options.size, options.size, device="meta")
     try:
-        network.train()(image)
+        network.to("meta").train()(image)  # computes shapes, but no values
     except ValueError:  # raised by BatchNorm
         return False
     return True
@@ -616,9 +632,10 @@ def build(options, tables, weights=None):
     table = tables["train"]
     count = len(table.classes)
     device = inference.choose_device(options.device)
-    network = inference.build_model(options.backbone, options.head, count, options.dropout)
+    network = inference.build_model(options.backbone, options.head, count, options.dropout,
+                                    options.size)
     for layers in (options.train_layers, options.unfreeze or "all"):
-        select_parameters(network, options.backbone, layers)  # an error now, not in epoch N
+        select_parameters(network, layers)  # an error now, not in epoch N
 
     if last:  # load_state() fills in the network
         fresh, trained_on = tuple(last["fresh"]), last["trained_on"]
@@ -642,11 +659,7 @@ def build(options, tables, weights=None):
     images = {name: dataset.ImageDataset(part, options.size, budget * len(part))
               for name, part in tables.items()}
 
-    # Two groups of parameters, because the backbone and the head have learning rates of their own.
-    head = list(network.get_submodule(BACKBONES[options.backbone]).parameters())
-    in_head = {id(weight) for weight in head}
-    backbone = [weight for weight in network.parameters() if id(weight) not in in_head]
-    optimizer = torch.optim.AdamW([{"params": backbone}, {"params": head}], weight_decay=options.wd,
+    optimizer = torch.optim.AdamW(parameter_groups(network), weight_decay=options.wd,
                                   fused=device.type != "mps")  # torch 2.4 has no fused AdamW there
     # Small gradients would be 0 in fp16, unless the loss is scaled up. bf16 has the range of fp32.
     scaler = torch.amp.GradScaler(device.type, enabled=classifier.precision == torch.float16)
@@ -656,6 +669,28 @@ def build(options, tables, weights=None):
     if last:
         load_state(run, last)
     return run
+
+
+def parameter_groups(network):
+    """Return the parameters for the optimizer: of the backbone and of the head.
+
+    A network without BatchNorm has two more such groups: what weight decay leaves alone.
+    """
+    head = inference.head_name(network) + "."
+    # Recipes for networks with LayerNorm exempt its weights, biases and vectors for places.
+    exempts = not inference.has_batchnorm(network)
+    groups = [[], [], [], []]
+    for name, weight in network.named_parameters():
+        exempt = exempts and not (name.endswith("weight") and weight.dim() > 1)
+        groups[2 * exempt + name.startswith(head)].append(weight)
+    return [{"params": group} for group in groups if group]
+
+
+def set_rates(run, progress):
+    """Set the learning rates and the weight decay after `progress` epochs, a fraction."""
+    rates = learning_rates(run.options, progress)
+    for place, group in enumerate(run.optimizer.param_groups):  # as parameter_groups() orders them
+        group.update(lr=rates[place % 2], weight_decay=run.options.wd if place < 2 else 0.0)
 
 
 def read_weights(options):
@@ -790,7 +825,7 @@ def choose_layers(run):
     if options.unfreeze and run.state.epoch + 1 >= options.unfreeze_epoch:
         layers += f",{options.unfreeze}"
 
-    trained = select_parameters(network, options.backbone, layers, run.fresh)
+    trained = select_parameters(network, layers, run.fresh)
     before = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     if run.model is None or trained != before:
         for name, parameter in network.named_parameters():
@@ -800,50 +835,65 @@ def choose_layers(run):
             run.model = nn.parallel.DistributedDataParallel(network)
 
 
-def select_parameters(network, backbone, layers, fresh=()):
+def select_parameters(network, layers, fresh=()):
     """Return the set of names of the parameters in `layers`.
 
     Args: layers: "all", "head", "new" (the head and `fresh`), "late" (all but the first layers) and
     names of layers, separated by commas; fresh: names of the parameters without loaded weights.
     Raises InputError for other names.
     """
-    sizes = layer_sizes(network, backbone)
-    head = BACKBONES[backbone] + "."
+    names = [name for name, _ in network.named_parameters()]
+    head = inference.head_name(network) + "."
     prefixes = {"all": ("",), "head": (head,), "new": (head, *fresh)}
-    prefixes["late"] = (head, *late_layers(sizes))
-    prefixes |= {name: (name + ".",) for name in sizes}  # the dot keeps layer10 out of layer1
+    prefixes["late"] = (head, *late_parameters(network))
 
-    wrong = [name for name in layers.split(",") if name not in prefixes]
+    # "layer4.0.conv1.weight" is in the layers layer4, layer4.0 and layer4.0.conv1.
+    inside = {}
+    for name in names:
+        if not name.startswith(head):
+            for layer in itertools.accumulate(name.split(".")[:-1], "{}.{}".format):
+                inside[layer] = (layer + ".",)  # the dot keeps layer10 out of layer1
+
+    wrong = [name for name in layers.split(",") if name not in prefixes | inside]
     if wrong:
-        raise InputError(f"{backbone} has no layer {', '.join(wrong)}; it has {', '.join(prefixes)}")
-    chosen = tuple(prefix for name in layers.split(",") for prefix in prefixes[name])
-    return {name for name, _ in network.named_parameters() if name.startswith(chosen)}
+        depth = sorted(name.count(".") for name in inside)[:5][-1]  # at which there are five
+        outer = [name for name in inside if name.count(".") <= depth]
+        raise InputError(f"the network has no layer {', '.join(wrong)}; it has "
+                         f"{', '.join([*prefixes, *outer])}, and the layers inside these")
+    chosen = tuple(prefix for name in layers.split(",") for prefix in (prefixes | inside)[name])
+    return {name for name in names if name.startswith(chosen)}
 
 
-def layer_sizes(network, backbone):
-    """Return a dict from the name of each layer of the backbone to its number of weights."""
-    layers = {}
-    for name, layer in network.named_children():
-        layers[name] = layer
-        if name == "features":  # which holds all layers of a VGG or DenseNet: features.0, ...
-            layers |= {f"features.{inner}": part for inner, part in layer.named_children()}
-
-    head = {id(weight) for weight in network.get_submodule(BACKBONES[backbone]).parameters()}
-    sizes = {name: sum(weight.numel() for weight in layer.parameters() if id(weight) not in head)
-             for name, layer in layers.items()}
-    return {name: size for name, size in sizes.items() if size}  # pooling has no weights
-
-
-def late_layers(sizes):
-    """Return the prefixes of all layers but the first ones."""
+def late_parameters(network):
+    """Return the names of the parameters of all layers but the first ones, without the head."""
     # The first ones, up to 7 % of the weights, see edges and textures, which are the same in all
     # photographs. Of a ResNet this leaves layer3 and layer4: conv1 to layer2 have 6 % of them.
-    names = [name for name in sizes if name != "features"]
-    up_to = np.cumsum([sizes[name] for name in names])
-    return tuple(name + "." for name, weights in zip(names, up_to) if weights > 0.07 * up_to[-1])
+    head = inference.head_name(network) + "."
+    sizes = {name: weight.numel() for name, weight in network.named_parameters()
+             if not name.startswith(head)}
+    limit = 0.07 * sum(sizes.values())
+
+    def layers(module, prefix=""):
+        """Yield the prefix and size of each layer, or of those inside one above the limit."""
+        for name, layer in module.named_children():
+            path = f"{prefix}{name}."
+            size = sum(count for name, count in sizes.items() if name.startswith(path))
+            if size > limit and any(layer.children()):
+                yield from layers(layer, path)
+            else:
+                yield path, size
+
+    names = list(sizes)
+    passed = 0
+    for path, size in layers(network):
+        passed += size
+        if passed > limit:
+            first = next(place for place, name in enumerate(names) if name.startswith(path))
+            return names[first:]
+    return names
 
 
-def train_mode(network, backbone):
+def train_mode(network):
     """Set train mode in the layers that train, and eval mode in frozen ones."""
     # In train mode the statistics of a frozen BatchNorm would drift away from its weights. A layer
     # without parameters, such as dropout, follows the layer before it, or the head that has it.
@@ -853,7 +903,7 @@ def train_mode(network, backbone):
         if own:
             trained = any(parameter.requires_grad for parameter in own)
         module.training = trained
-    head = network.get_submodule(BACKBONES[backbone])
+    head = network.get_submodule(inference.head_name(network))
     head.train(any(parameter.requires_grad for parameter in head.parameters()))
 
 
@@ -913,7 +963,7 @@ def load_batches(run):
         if options.mix != "none":
             rng = np.random.default_rng([options.seed, epoch, seen])  # the same after a resume
             batch, share = dataset.mix(batch, options.mix, rng)
-        yield Batch(dataset.normalize(batch), targets.to(device, non_blocking=True), share, seen)
+        yield Batch(run.member.normalize(batch), targets.to(device, non_blocking=True), share, seen)
 
 
 def draw_batches(run):
@@ -1409,7 +1459,7 @@ def load_state(run, content):
         run.classifier.epoch, run.classifier.scores = saved["epoch"], saved["scores"]
     check_best_is_kept(run, content["options"])
 
-    run.member.network.load_state_dict(content["network"])
+    inference.load_tensors(run.member.network, content["network"])
     run.optimizer.load_state_dict(content["optimizer"])
     if run.scaler.is_enabled() and content["scaler"]:  # --precision may have changed
         run.scaler.load_state_dict(content["scaler"])
@@ -2009,8 +2059,8 @@ def print_warning(text):
 
 # Not listed among "not the defaults": options whose default depends on others, most of which the
 # other lines show; and --quiet.
-NOT_LISTED = ("milestones", "dropout", "lr_backbone", "train_layers", "unfreeze", "unfreeze_epoch",
-              "monitor", "sam", "quiet")
+NOT_LISTED = ("size", "milestones", "dropout", "lr_backbone", "train_layers", "unfreeze",
+              "unfreeze_epoch", "monitor", "sam", "quiet")
 
 
 def print_configuration(options):

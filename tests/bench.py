@@ -7,6 +7,7 @@
     python tests/bench.py learn [DATA [WEIGHTS [SEEDS]]]   # time to the plain loop's best val mAP
     python tests/bench.py recipe PHOTOS SMALL WEIGHTS [VARIANT...]  # recipes at equal minutes; takes hours
     python tests/bench.py infer MODEL DIR    # inference.py beside the bare imports, and beside a plain loop
+    python tests/bench.py export MODEL[,MODEL...]... [--tta]   # exported files beside predict()
     python tests/bench.py labels             # read_labels beside pandas (pip install pandas)
     python tests/bench.py coco [MEGABYTES]   # read_labels of a large COCO file, and of many files of YOLO and VOC
     python tests/bench.py cache              # peak memory with and without a cache of 2 GiB
@@ -14,6 +15,7 @@
     python tests/bench.py suspects DATA WEIGHTS [SHARE [SEEDS]]  # are flipped labels found? beside cleanlab
     python tests/bench.py corrections DATA WEIGHTS   # what correcting the most suspicious labels recovers
     python tests/bench.py ask DATA WEIGHTS   # single labels chosen by --ask beside random ones and whole images
+    python tests/bench.py backbones [NAME...]   # does every classification network of torchvision train and predict?
     python tests/bench.py pointing MODEL     # how often the heatmap of a demo defect is highest on the defect
 """
 
@@ -591,6 +593,55 @@ def bench_infer(model, folder):
     print(f"{len(paths)} images: predict {mine:.2f} s; plain loop: {other:.2f} s; ratio {ratio:.2f}")
 
 
+def bench_export(*arguments):
+    """Compare exported files with predict(), in fp32 and one thread: largest difference, and time per image.
+
+    Each argument is a model, or several with commas between them, whose average is exported.
+    """
+    import contextlib
+    import io
+
+    import onnxruntime
+    import torch
+
+    import inference
+
+    torch.set_num_threads(1)
+    one_thread = onnxruntime.SessionOptions()
+    one_thread.intra_op_num_threads = one_thread.inter_op_num_threads = 1
+    describe_machine()
+    print(f"onnxruntime {onnxruntime.__version__}; largest difference from predict(), and ms per image\n\n"
+          "                                       difference         batch of 1            batch of 32\n"
+          "model                                .pt2     .onnx  predict  .pt2  .onnx   predict  .pt2  .onnx")
+
+    for group in (argument for argument in arguments if argument != "--tta"):
+        classifier = inference.load_model(group.split(","), "cpu", "fp32")
+        classifier.mirrored |= "--tta" in arguments
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [str(Path(folder) / name) for name in ("model.pt2", "model.onnx")]
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                differences = [inference.export_model(classifier, path) for path in paths]
+            program = torch.export.load(paths[0]).module()
+            session = onnxruntime.InferenceSession(paths[1], one_thread)
+
+        size = classifier.size
+        images = np.random.default_rng(0).integers(0, 256, (32, size, size, 3), np.uint8)
+        stacked = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        times = []
+        for count, rounds in ((1, 25), (32, 5)):
+            ways = (lambda n=count: inference.predict(classifier, list(images[:n]), workers=0),  # noqa: B023
+                    lambda n=count: program(torch.from_numpy(stacked[:n])),  # noqa: B023
+                    lambda n=count: session.run(None, {"images": stacked[:n]}))  # noqa: B023
+            for way in ways:
+                way()  # the first call prepares
+            turns = [[seconds(way) for way in ways] for _ in range(rounds)]  # each round takes turns
+            times += (1000 * np.min(turns, axis=0) / count).tolist()  # the least disturbed
+
+        name = str(classifier).partition(";")[0] + ", mirrored" * classifier.mirrored
+        print(f"{name:34}{differences[0]:8.1e}  {differences[1]:8.1e}  {times[0]:7.1f}{times[1]:6.1f}{times[2]:7.1f}"
+              f"   {times[3]:7.1f}{times[4]:6.1f}{times[5]:7.1f}", flush=True)
+
+
 def bench_labels(rows=200_000, classes=80):
     """Time read_labels() of a large labels.txt beside pandas.read_csv() and a scan of the folder.
 
@@ -1044,6 +1095,65 @@ def rounds_of_answers(folder, way, truth, pool, seed, weights, steps, first=None
                 for row, c in chosen]
         dataset.write_csv(answers[-1], [dataset.ANSWER_COLUMNS, *rows])
     return scores
+
+
+def bench_backbones(*names):
+    """Take a training step with each network of torchvision, at a small size, and use the model in every way."""
+    import torchvision.models
+
+    names = names or torchvision.models.list_models(module=torchvision.models)
+    describe_machine()
+    print("\n| backbone | parameters | size | loss of a step | predicts | heatmap | .pt2 off by | .onnx off by |\n"
+          "| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    for name in names:
+        print(f"| {name} | {' | '.join(try_backbone(name))} |", flush=True)
+
+
+def try_backbone(name):
+    """Return the cells of a table that says what works with a backbone."""
+    import contextlib
+    import io
+
+    from PIL import Image
+
+    import dataset
+    import inference
+    import train
+
+    try:
+        size = next(size for size in (64, 96, 224) if inference.build_without_values(name, size))
+    except ValueError as error:
+        return [str(error)]
+
+    quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, quiet[0], quiet[1]:
+        noise = np.random.default_rng(0).integers(0, 256, (4, size, size, 3), np.uint8)
+        paths = [Path(folder) / f"{number}.png" for number in range(4)]
+        for path, pixels in zip(paths, noise):
+            dataset.write_png(path, Image.fromarray(pixels))
+        # Of an untrained network, the map of a label is zero as often as not: of eight, some are not.
+        targets = np.random.default_rng(0).choice([0, 1, np.nan], (4, 8)).astype(np.float32)
+        table = dataset.LabelTable(list("abcd"), paths, targets, list("stuvwxyz"))
+        options = train.parse_options([*f"--backbone {name} --size {size} -b 4 --epochs 1 --weights none --device cpu "
+                                        f"--precision fp32 -j 0 -q --out {folder}".split()])
+        run = train.build(options, dict.fromkeys(("train", "val", "test"), table))
+        train.choose_layers(run)
+        train.train_epoch(run, train.ProgressLine(run))
+        loss, classifier, run = run.state.losses[0], run.classifier, None
+
+        millions = sum(weight.numel() for weight in classifier.network.parameters()) / 1e6
+        predicts = np.isfinite(inference.predict(classifier, paths)).all()
+        heat = inference.heatmaps(classifier, paths[0], list(range(8)))
+        yes_or_no = ["yes" if works else "no" for works in (predicts, heat.any())]
+        cells = [f"{millions:.1f} M", str(size), f"{loss:.3f}", *yes_or_no]
+        for suffix in ("pt2", "onnx"):
+            try:
+                path = Path(folder) / f"model.{suffix}"
+                cells.append(f"{inference.export_model(classifier, path):.1g}")
+                path.unlink()
+            except (ValueError, RuntimeError) as error:
+                cells.append(f"no: {str(error)[:100]}")
+    return cells
 
 
 BENCHES = {name.removeprefix("bench_"): value for name, value in list(globals().items()) if name.startswith("bench_")}

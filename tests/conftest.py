@@ -105,6 +105,22 @@ def classifier_of(network, backbone, head, dropout, classes, groups, thresholds,
     return inference.Classifier([member], classes, groups, thresholds, **fields)
 
 
+# One network of each family of torchvision, except for those that take seconds.
+BACKBONES = ["resnet18", "resnet50", "densenet121", "mobilenet_v2", "efficientnet_b0", "vgg16", "alexnet",
+             "convnext_tiny", "googlenet", "inception_v3", "maxvit_t", "mnasnet0_5", "mobilenet_v3_small",
+             "regnet_y_400mf", "shufflenet_v2_x0_5", "swin_t", "swin_v2_t", "vit_b_32"]
+
+
+def size_for(backbone):
+    """Return a small size of images that a backbone takes."""
+    return {"maxvit_t": 224, "inception_v3": 96, "alexnet": 64, "vit_b_32": 64}.get(backbone, 32)
+
+
+def head_of(network):
+    """Return the head of a network."""
+    return network.get_submodule(inference.head_name(network))
+
+
 def use_small_networks(setattr=setattr):
     """Replace torchvision's ResNets by networks with the same names of layers and a thousandth of the work.
 
@@ -154,6 +170,9 @@ def small_networks():
 def real_networks(monkeypatch, small_networks):
     """Use torchvision's own ResNets."""
     monkeypatch.setattr("torchvision.models.resnet.ResNet", small_networks)
+    inference.build_without_values.cache_clear()
+    yield
+    inference.build_without_values.cache_clear()
 
 
 @pytest.fixture

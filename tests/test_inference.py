@@ -22,7 +22,19 @@ import dataset
 import inference
 import metrics
 import train
-from conftest import SMALL, as_command, classifier_of, files_of, label_cells, read_json, read_rows, refused
+from conftest import (
+    BACKBONES,
+    SMALL,
+    as_command,
+    classifier_of,
+    files_of,
+    head_of,
+    label_cells,
+    read_json,
+    read_rows,
+    refused,
+    size_for,
+)
 from dataset import ImageError, InputError
 
 CPU = ["--device", "cpu", "--precision", "fp32", "-j", "0"]
@@ -66,31 +78,29 @@ HEAD_LAYERS = {"linear": ["LinearHead"], "bn": ["Linear", "BatchNorm1d"],
                "mlp": ["BatchNorm1d", "Dropout", "Linear", "ReLU", "Dropout", "Linear"]}
 
 
-@pytest.mark.parametrize("backbone", inference.BACKBONES)
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_takes_every_head(real_networks, backbone):
-    name = inference.BACKBONES[backbone]
+    size = size_for(backbone)
     for head, expected in HEAD_LAYERS.items():
-        with torch.device("meta"):
-            network = inference.build_model(backbone, head, 7).eval()
-            assert network(torch.empty(2, 3, 64, 64)).shape == (2, 7)
-        layers = [layer for layer in network.get_submodule(name).modules() if not list(layer.children())]
+        with inference.WithoutValues():
+            network = inference.build_model(backbone, head, 7, size=size).to("meta").eval()
+        assert network(torch.empty(2, 3, size, size, device="meta")).shape == (2, 7)
+        layers = [layer for layer in head_of(network).modules() if not list(layer.children())]
         assert [type(layer).__name__ for layer in layers] == expected
 
 
 def fill(network):
-    """Give a network on the meta device random weights, faster than its own initial ones."""
-    network.to_empty(device="cpu")
+    """Give a network without values random weights, faster than its own initial ones."""
     torch.manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in network.state_dict().items():
+    state = network.state_dict()
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            state[name] = torch.empty_like(tensor, device="cpu").uniform_(-0.2, 0.2)
             if tensor.dim() >= 2:
-                tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5)
-            elif name.endswith(("running_var", "weight")):
-                tensor.uniform_(0.5, 1.5)
-            elif tensor.is_floating_point():
-                tensor.uniform_(-0.2, 0.2)
-            else:
-                tensor.zero_()
+                state[name].normal_(0, (2 / tensor[0].numel()) ** 0.5)
+            elif name.endswith("weight"):
+                state[name].uniform_(0.5, 1.5)
+    network.load_state_dict(state, assign=True)
 
     for module in network.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -98,43 +108,44 @@ def fill(network):
     return network
 
 
-@pytest.mark.parametrize("number, backbone", list(enumerate(inference.BACKBONES)))
+@pytest.mark.parametrize("number, backbone", list(enumerate(BACKBONES)))
 def test_every_backbone_trains_saves_loads_and_predicts(real_networks, number, backbone, tmp_path):
     head = list(inference.HEADS)[number % 3]
-    with torch.device("meta"):
-        network = inference.build_model(backbone, head, 3)
+    size = size_for(backbone)
+    with inference.WithoutValues():
+        network = inference.build_model(backbone, head, 3, size=size)
     network = fill(network)
     rng = np.random.default_rng(0)
-    images = list(rng.integers(0, 256, (17, 32, 32, 3), np.uint8))
+    count = 17 if size < 200 else 4  # more than inference.FEW, where that is quick
+    images = list(rng.integers(0, 256, (count, size, size, 3), np.uint8))
     batch = torch.from_numpy(np.stack(images[:8]))
-    before = network.get_submodule(inference.BACKBONES[backbone]).state_dict()
+    before = head_of(network).state_dict()
     before = {name: tensor.clone() for name, tensor in before.items()}
     network.train()
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-5)
     logits = network(dataset.normalize(batch.permute(0, 3, 1, 2)))
-    (logits * torch.randn(8, 3)).sum().backward()
+    (logits * torch.randn_like(logits)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    after = network.get_submodule(inference.BACKBONES[backbone]).state_dict()
+    after = head_of(network).state_dict()
     assert all(not torch.equal(after[name], before[name]) for name in before if name.endswith("weight"))
 
     dropout = inference.HEADS[head]
-    made = classifier_of(network.eval(), backbone, head, dropout, list("abc"), {}, [0.5] * 3, 32)
+    made = classifier_of(network.eval(), backbone, head, dropout, list("abc"), {}, [0.5] * 3, size)
     inference.save_model(made, tmp_path / "model.pth")
     loaded = inference.load_model(tmp_path / "model.pth", "cpu", "fp32")
     (tmp_path / "model.pth").unlink()
     few = np.concatenate([inference.predict(loaded, images[:8]), inference.predict(loaded, images[8:])])
-    np.testing.assert_allclose(few[:8], inference.predict(made, images[:8]), rtol=0, atol=1e-4)
-    assert few.std(axis=0).max() > 0.01
+    np.testing.assert_allclose(few[:8], inference.predict(made, images[:8]), rtol=0, atol=5e-4)
+    assert few.std(axis=0).max() > 5e-4
     many = inference.predict(loaded, images)  # in another way, whose rounding these networks magnify
     np.testing.assert_allclose(many, few, rtol=0, atol=2e-3)
 
-    larger = dataclasses.replace(loaded, members=[dataclasses.replace(loaded.members[0], size=64)])
-    maps = inference.heatmaps(larger, images[0], [2, 0])
-    assert (maps.shape, maps.dtype) == ((2, 64, 64), np.float32)
+    maps = inference.heatmaps(loaded, images[0], [2, 0])
+    assert (maps.shape, maps.dtype) == ((2, size, size), np.float32)
     assert np.isfinite(maps).all() and maps.min() >= 0
     assert set(maps.max(axis=(1, 2)).tolist()) <= {0.0, 1.0}
-    assert inference.heatmaps(loaded, images[0], []).shape == (0, 32, 32)
+    assert inference.heatmaps(loaded, images[0], []).shape == (0, size, size)
 
 
 @pytest.mark.parametrize("head, dropout", [("linear", None), ("linear", [0.2]), ("mlp", None),
@@ -964,7 +975,7 @@ def spread_classifier(seed, backbone="resnet18", size=32, classes=("a", "b", "c"
     made = classifier_of(network.eval(), backbone, "linear", [0.0], list(classes), {}, list(thresholds), size)
 
     logits = metrics.logit(inference.predict(made, pictures, workers=0))
-    head = network.get_submodule(inference.BACKBONES[backbone])
+    head = head_of(network)
     factor = torch.tensor(1.5 / logits.std(axis=0), dtype=torch.float32)
     with torch.no_grad():
         head.weight.mul_(factor[:, None])

@@ -55,7 +55,7 @@ def keep_statistics(classifier, *rest):
 torch.optim.AdamW.step, inference.compute_logits = keep_gradients, keep_statistics
 for name, arguments in json.load(open({cases!r})).items():
     double = "double" in name
-    inference.build_model = (lambda *a: build_model(*a).double()) if double else build_model
+    inference.build_model = (lambda *a, **k: build_model(*a, **k).double()) if double else build_model
     inference.forward = (lambda network, x, _: network(x.double())) if double else forward
     train.train_mode = frozen_statistics if "frozen" in name else train_mode
     kept = {{"gradients": [], "validated with": []}}
