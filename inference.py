@@ -934,6 +934,10 @@ def fold_batchnorm(network):
 # Their classifier is a convolution, which the head cannot replace.
 WITHOUT_LINEAR = ("squeezenet1_0", "squeezenet1_1")
 
+# More classifiers, of GoogLeNet and Inception, which only help to train from scratch. The files of
+# torchvision have them: they are half of GoogLeNet's.
+AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
+
 
 class PretrainedInput(NamedTuple):
     """The images that the weights of a backbone expect."""
@@ -1045,8 +1049,8 @@ def _build_backbone(name, size):
     elif name.startswith("maxvit"):  # divides images into windows
         options = {"input_size": (size, size)}
     elif name in ("googlenet", "inception_v3"):
-        # The auxiliary classifiers only help to train from scratch. transform_input: their weights
-        # expect another normalization, to which the network changes that of ImageNet.
+        # transform_input: their weights expect another normalization, to which the network changes
+        # that of ImageNet.
         options = {"aux_logits": False, "transform_input": True, "init_weights": True}
     return torchvision_models().get_model(name, weights=None, **options)
 
@@ -1082,7 +1086,9 @@ def load_weights(network, weights, backbone, classes=()):
     if not isinstance(weights, Weights):
         weights = read_weights(weights, backbone)
     own = network.state_dict()
-    state = _fit_positions(network, _without_prefix(weights, own))
+    state = {name: tensor for name, tensor in _without_prefix(weights, own).items()
+             if not name.startswith(AUXILIARY_HEADS)}
+    state = _fit_positions(network, state)
     common, skipped = [], {}
     if weights.classes and classes:
         rows = _class_tensors(network)
@@ -1098,6 +1104,7 @@ def load_weights(network, weights, backbone, classes=()):
             taken[name] = tensor
 
     _refuse_other_backbone(weights.source, state, taken, backbone, head_name(network))
+    _refuse_smaller_backbone(weights.source, state, network, backbone)
     load_tensors(network, taken, strict=False)  # everything else keeps its initial values
     missing = [name for name in own if name not in taken and name not in skipped]
     return list(taken), skipped | dict.fromkeys(missing, "not in the file"), common
@@ -1254,6 +1261,24 @@ def _refuse_other_backbone(source, state, taken, backbone, head):
     if share < 0.5 or not taken:
         found = f"weights of which {share:.0%} fit" if taken else "no tensor that fits"
         raise InputError(f"{source} has {found} {backbone}: is it of another backbone?")
+
+
+def _refuse_smaller_backbone(source, state, network, backbone):
+    """Raise an InputError if a file is all of a smaller network of the same family."""
+    # All tensors of a ResNet18 fit a ResNet34, whose other half would stay random. A file of the
+    # first layers of any network is taken: it is useful, and nobody can say of which network it is.
+    def is_complete(network):
+        head = head_name(network) + "."
+        return all(name in state for name, _ in network.named_parameters() if not name.startswith(head))
+
+    if is_complete(network):
+        return
+    builder = torchvision_models().get_model_builder
+    for name in _similar_in_size(state):
+        related = builder(name).__module__ == builder(backbone).__module__ and name != backbone
+        if related and is_complete(build_without_values(name, pretrained_input(name).size)):
+            raise InputError(f"{source} has only a part of the weights of {backbone}: it looks like "
+                             f"{name}: give --backbone {name}, or other --weights")
 
 
 def _similar_in_size(state, most=12):

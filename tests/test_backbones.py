@@ -149,6 +149,34 @@ def test_the_file_of_another_size_of_a_convnext_is_named(tmp_path):
         inference.load_weights(network, inference.Weights("w.pth", state, [], []), "swin_t")
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("backbone", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_in_a_file_are_ignored(backbone, prefix):
+    """They are in the files of torchvision: more than half of GoogLeNet's weights."""
+    from torchvision import models
+
+    with torch.device("meta"):
+        state = models.get_model(backbone, weights=None, init_weights=False, aux_logits=True).state_dict()
+    weights = inference.Weights("w.pth", {prefix + name: tensor for name, tensor in state.items()}, [], [])
+    network = without_values(backbone)
+    taken, skipped, _ = inference.load_weights(network, weights, backbone)
+    assert set(taken) == {name for name in network.state_dict() if not name.startswith("fc.")}
+    assert set(skipped) == {"fc.weight", "fc.bias"}
+
+
+@pytest.mark.parametrize("saved, wanted", [("resnet18", "resnet34"), ("convnext_tiny", "convnext_small"),
+                                           ("swin_t", "swin_s")])
+def test_all_of_a_smaller_network_is_refused_and_its_first_layers_are_taken(saved, wanted, real_networks):
+    state, network = without_values(saved, 224).state_dict(), without_values(wanted, 224)
+    with pytest.raises(InputError, match=f"only a part of the weights of {wanted}: it looks like {saved}: give "):
+        inference.load_weights(network, inference.Weights("w.pth", state, [], []), wanted)
+
+    for name in [name for name in state if name.startswith(("layer4", "features.7"))]:
+        del state[name]
+    taken, _, _ = inference.load_weights(network, inference.Weights("w.pth", state, [], []), wanted)
+    assert len(taken) > 50
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Training
 
