@@ -10,7 +10,7 @@ from torch import nn
 import dataset
 import inference
 import train
-from conftest import BACKBONES, SMALL, classifier_of, refused, size_for
+from conftest import BACKBONES, SMALL, classifier_of, files_of, refused, size_for
 from dataset import InputError
 
 # Of several blocks each, in a network of a few million parameters or without values.
@@ -274,6 +274,15 @@ def test_a_run_with_another_backbone_is_resumed_and_predicts(backbone, few_image
     train.main([*options, "2", "--resume"])
     assert inference.main([str(few_images / "images"), "--model", str(tmp_path / "out" / "model.pth"),
                            "--device", "cpu", "-j", "0"]).shape[1] == 2
+
+
+def test_a_run_is_not_resumed_with_other_layers(few_images, tmp_path, capsys):
+    options = ["--data", str(few_images), "--out", str(tmp_path / "out"), *SMALL, "--epochs", "1"]
+    train.main(options)
+    before = files_of(tmp_path / "out")
+    error = refused(capsys, train.main, *options, "--epochs", "2", "--resume", "--dropout", "0.5", warns=True)
+    assert "last.pth has --size 32 and --dropout 0.0: give the same" in error
+    assert files_of(tmp_path / "out") == before
 
 
 # ----------------------------------------------------------------------------------------------------------
