@@ -995,7 +995,7 @@ def check_backbone(name):
         module = models.get_model_builder(name).__module__.rpartition(".")[0]
         raise InputError(f"--backbone {name}: {module} is not for the classification of images, or "
                          "not for training: name another network")
-    similar = difflib.get_close_matches(name, known)
+    similar = difflib.get_close_matches(name, known) or [one for one in known if one.startswith(name)][:3]
     more = f" (did you mean {' or '.join(similar)}?)" if similar else ""
     raise InputError(f"--backbone {name}: torchvision has no such classification network{more}: "
                      "python inference.py --backbones lists them")
@@ -1360,13 +1360,17 @@ def load_model(path="outputs/model.pth", device="auto", precision="auto"):
 def _load_member(path, saved, num_classes, device):
     """Build one network of a model.pth and load its tensors."""
     fields = {name: saved[name] for name in MEMBER_FIELDS}
-    torchvision_models()  # if it is broken, it says so here, not as a damaged file below
+    # backbone_names() also says if torchvision is broken, which is not the fault of the file.
+    if saved["backbone"] not in backbone_names():
+        raise InputError(f"{path} has the backbone {saved['backbone']}, which this torchvision does not "
+                         "have: pip install -U torch torchvision")
     try:
         with WithoutValues():  # since random ones would be replaced at once
             network = build_model(saved["backbone"], saved["head"], num_classes, saved["dropout"],
                                   saved["size"])
         load_tensors(network, saved["network"], assign=True)  # there is no memory to copy them to
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # of wrong content
+    except (AssertionError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        # Wrong content raises all of these.
         raise InputError(f"{path} is damaged: its tensors are not those of a {saved['backbone']} "
                          f"network with a {saved['head']} head for its classes") from None
     return Member(to_device(network, device).eval(), **fields)

@@ -52,6 +52,7 @@ def test_backbones_lists_every_classification_network_of_torchvision(capsys):
     ("quantized_resnet18", "torchvision.models.quantization is not for"),
     ("r3d_18", "torchvision.models.video is not for"),
     ("resnet17", r"torchvision has no such classification network \(did you mean resnet1"),
+    ("vit", r"torchvision has no such classification network \(did you mean vit_b_16 or vit_b_32 or vit_h_14\?"),
     ("x", "torchvision has no such classification network: python inference.py --backbones lists them"),
 ])
 def test_what_is_no_backbone_is_refused_with_the_reason(name, reason, demo, tmp_path, capsys):
