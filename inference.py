@@ -1236,11 +1236,13 @@ def _refuse_other_backbone(source, state, taken, backbone, head):
 
     # The head does not count, since it is often new, nor does what is missing from the file, since
     # a file of the first layers is useful, too. Tensors and numbers are both counted, as a single
-    # tensor can have most of the numbers: the first linear layer of VGG16 does.
+    # tensor can have most of the numbers: the first linear layer of VGG16 does. A ViT's vectors of
+    # places only depend on the size of images.
     def fit(shapes, head):
         """Return the share of the file that a backbone has a place for, from 0 to 1."""
         sizes = {key: tensor.numel() for key, tensor in state.items()
-                 if isinstance(tensor, torch.Tensor) and not key.startswith(head + ".")}
+                 if isinstance(tensor, torch.Tensor)
+                 and not key.startswith((head + ".", "encoder.pos_embedding"))}
         fitting = [key for key in sizes if shapes.get(key) == state[key].shape]
         numbers = sum(sizes[key] for key in fitting) / max(sum(sizes.values()), 1)
         return min(len(fitting) / max(len(sizes), 1), numbers)

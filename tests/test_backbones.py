@@ -150,6 +150,20 @@ def test_the_file_of_another_size_of_a_convnext_is_named(tmp_path):
         inference.load_weights(network, inference.Weights("w.pth", state, [], []), "swin_t")
 
 
+@pytest.mark.parametrize("saved, wanted, size", [("vit_l_16", "vit_l_32", 64), ("vit_l_32", "vit_l_16", 224)])
+def test_a_vit_with_patches_of_another_size_is_named(saved, wanted, size):
+    """Only the first of hundreds of tensors has another shape, and the vectors of places are interpolated."""
+    weights = inference.Weights("w.pth", with_places(saved, 64), [], [])
+    with pytest.raises(InputError, match=f"it looks like {saved}"):
+        inference.load_weights(without_values(wanted, size), weights, wanted)
+
+
+def with_places(backbone, size):
+    """Return the state_dict of a ViT in which only the vectors of places have values."""
+    state = without_values(backbone, size).state_dict()
+    return state | {"encoder.pos_embedding": torch.zeros(state["encoder.pos_embedding"].shape)}
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("backbone", ["googlenet", "inception_v3"])
 def test_auxiliary_heads_in_a_file_are_ignored(backbone, prefix):
