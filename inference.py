@@ -995,7 +995,8 @@ def check_backbone(name):
         module = models.get_model_builder(name).__module__.rpartition(".")[0]
         raise InputError(f"--backbone {name}: {module} is not for the classification of images, or "
                          "not for training: name another network")
-    similar = difflib.get_close_matches(name, known) or [one for one in known if one.startswith(name)][:3]
+    longer = [one for one in known if one.startswith(name)][:3]  # of "vit", say
+    similar = difflib.get_close_matches(name, known) or longer
     more = f" (did you mean {' or '.join(similar)}?)" if similar else ""
     raise InputError(f"--backbone {name}: torchvision has no such classification network{more}: "
                      "python inference.py --backbones lists them")
@@ -1271,7 +1272,8 @@ def _refuse_smaller_backbone(source, state, network, backbone):
     # first layers of any network is taken: it is useful, and nobody can say of which network it is.
     def is_complete(network):
         head = head_name(network) + "."
-        return all(name in state for name, _ in network.named_parameters() if not name.startswith(head))
+        names = (name for name, _ in network.named_parameters())
+        return all(name in state for name in names if not name.startswith(head))
 
     if is_complete(network):
         return
@@ -1279,8 +1281,8 @@ def _refuse_smaller_backbone(source, state, network, backbone):
     for name in _similar_in_size(state):
         related = builder(name).__module__ == builder(backbone).__module__ and name != backbone
         if related and is_complete(build_without_values(name, pretrained_input(name).size)):
-            raise InputError(f"{source} has only a part of the weights of {backbone}: it looks like "
-                             f"{name}: give --backbone {name}, or other --weights")
+            raise InputError(f"{source} has only a part of the weights of {backbone}: it looks "
+                             f"like {name}: give --backbone {name}, or other --weights")
 
 
 def _similar_in_size(state, most=12):
@@ -1364,8 +1366,8 @@ def _load_member(path, saved, num_classes, device):
     fields = {name: saved[name] for name in MEMBER_FIELDS}
     # backbone_names() also says if torchvision is broken, which is not the fault of the file.
     if saved["backbone"] not in backbone_names():
-        raise InputError(f"{path} has the backbone {saved['backbone']}, which this torchvision does not "
-                         "have: pip install -U torch torchvision")
+        raise InputError(f"{path} has the backbone {saved['backbone']}, which this torchvision does "
+                         "not have: pip install -U torch torchvision")
     try:
         with WithoutValues():  # since random ones would be replaced at once
             network = build_model(saved["backbone"], saved["head"], num_classes, saved["dropout"],

@@ -1461,11 +1461,12 @@ def load_state(run, content):
 
     try:
         inference.load_tensors(run.member.network, content["network"])
-    except RuntimeError:  # a ViT has weights for each place in an image, and dropout is a layer of the head
+    except RuntimeError:
+        # A ViT has weights for each place in an image, and dropout is a layer of the head.
         size, dropout = content["options"]["size"], content["options"]["dropout"]
-        raise InputError(f"--resume: the network in {run.out / 'last.pth'} has --size {size} and --dropout "
-                         f"{' '.join(map(str, dropout))}: give the same, or start again without "
-                         "--resume") from None
+        raise InputError(f"--resume: the network in {run.out / 'last.pth'} has --size {size} and "
+                         f"--dropout {' '.join(map(str, dropout))}: give the same, or start again "
+                         "without --resume") from None
     run.optimizer.load_state_dict(content["optimizer"])
     if run.scaler.is_enabled() and content["scaler"]:  # --precision may have changed
         run.scaler.load_state_dict(content["scaler"])
