@@ -930,6 +930,10 @@ def fold_batchnorm(network):
 # Their classifier is a convolution, which the head cannot replace.
 WITHOUT_LINEAR = ("squeezenet1_0", "squeezenet1_1")
 
+# More classifiers, of GoogLeNet and Inception, which only help to train from scratch. The files of
+# torchvision have them: they are half of GoogLeNet's.
+AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
+
 
 class PretrainedInput(NamedTuple):
     """The images that the weights of a backbone expect."""
@@ -987,7 +991,8 @@ def check_backbone(name):
         module = models.get_model_builder(name).__module__.rpartition(".")[0]
         raise InputError(f"--backbone {name}: {module} is not for the classification of images, or "
                          "not for training: name another network")
-    similar = difflib.get_close_matches(name, known)
+    longer = [one for one in known if one.startswith(name)][:3]  # of "vit", say
+    similar = difflib.get_close_matches(name, known) or longer
     more = f" (did you mean {' or '.join(similar)}?)" if similar else ""
     raise InputError(f"--backbone {name}: torchvision has no such classification network{more}: "
                      "python inference.py --backbones lists them")
@@ -1041,8 +1046,8 @@ def _build_backbone(name, size):
     elif name.startswith("maxvit"):  # divides images into windows
         options = {"input_size": (size, size)}
     elif name in ("googlenet", "inception_v3"):
-        # The auxiliary classifiers only help to train from scratch. transform_input: their weights
-        # expect another normalization, to which the network changes that of ImageNet.
+        # transform_input: their weights expect another normalization, to which the network changes
+        # that of ImageNet.
         options = {"aux_logits": False, "transform_input": True, "init_weights": True}
     return torchvision_models().get_model(name, weights=None, **options)
 
@@ -1078,7 +1083,9 @@ def load_weights(network, weights, backbone, classes=()):
     if not isinstance(weights, Weights):
         weights = read_weights(weights, backbone)
     own = network.state_dict()
-    state = _fit_positions(network, _without_prefix(weights, own))
+    state = {name: tensor for name, tensor in _without_prefix(weights, own).items()
+             if not name.startswith(AUXILIARY_HEADS)}
+    state = _fit_positions(network, state)
     common, skipped = [], {}
     if weights.classes and classes:
         rows = _class_tensors(network)
@@ -1094,6 +1101,7 @@ def load_weights(network, weights, backbone, classes=()):
             taken[name] = tensor
 
     _refuse_other_backbone(weights.source, state, taken, backbone, head_name(network))
+    _refuse_smaller_backbone(weights.source, state, network, backbone)
     load_tensors(network, taken, strict=False)  # everything else keeps its initial values
     missing = [name for name in own if name not in taken and name not in skipped]
     return list(taken), skipped | dict.fromkeys(missing, "not in the file"), common
@@ -1225,11 +1233,13 @@ def _refuse_other_backbone(source, state, taken, backbone, head):
 
     # The head does not count, since it is often new, nor does what is missing from the file, since
     # a file of the first layers is useful, too. Tensors and numbers are both counted, as a single
-    # tensor can have most of the numbers: the first linear layer of VGG16 does.
+    # tensor can have most of the numbers: the first linear layer of VGG16 does. A ViT's vectors of
+    # places only depend on the size of images.
     def fit(shapes, head):
         """Return the share of the file that a backbone has a place for, from 0 to 1."""
         sizes = {key: tensor.numel() for key, tensor in state.items()
-                 if isinstance(tensor, torch.Tensor) and not key.startswith(head + ".")}
+                 if isinstance(tensor, torch.Tensor)
+                 and not key.startswith((head + ".", "encoder.pos_embedding"))}
         fitting = [key for key in sizes if shapes.get(key) == state[key].shape]
         numbers = sum(sizes[key] for key in fitting) / max(sum(sizes.values()), 1)
         return min(len(fitting) / max(len(sizes), 1), numbers)
@@ -1250,6 +1260,25 @@ def _refuse_other_backbone(source, state, taken, backbone, head):
     if share < 0.5 or not taken:
         found = f"weights of which {share:.0%} fit" if taken else "no tensor that fits"
         raise InputError(f"{source} has {found} {backbone}: is it of another backbone?")
+
+
+def _refuse_smaller_backbone(source, state, network, backbone):
+    """Raise an InputError if a file is all of a smaller network of the same family."""
+    # All tensors of a ResNet18 fit a ResNet34, whose other half would stay random. A file of the
+    # first layers of any network is taken: it is useful, and nobody can say of which network it is.
+    def is_complete(network):
+        head = head_name(network) + "."
+        names = (name for name, _ in network.named_parameters())
+        return all(name in state for name in names if not name.startswith(head))
+
+    if is_complete(network):
+        return
+    builder = torchvision_models().get_model_builder
+    for name in _similar_in_size(state):
+        related = builder(name).__module__ == builder(backbone).__module__ and name != backbone
+        if related and is_complete(build_without_values(name, pretrained_input(name).size)):
+            raise InputError(f"{source} has only a part of the weights of {backbone}: it looks "
+                             f"like {name}: give --backbone {name}, or other --weights")
 
 
 def _similar_in_size(state, most=12):
@@ -1331,13 +1360,17 @@ def load_model(path="outputs/model.pth", device="auto", precision="auto"):
 def _load_member(path, saved, num_classes, device):
     """Build one network of a model.pth and load its tensors."""
     fields = {name: saved[name] for name in MEMBER_FIELDS}
-    torchvision_models()  # if it is broken, it says so here, not as a damaged file below
+    # backbone_names() also says if torchvision is broken, which is not the fault of the file.
+    if saved["backbone"] not in backbone_names():
+        raise InputError(f"{path} has the backbone {saved['backbone']}, which this torchvision does "
+                         "not have: pip install -U torch torchvision")
     try:
         with WithoutValues():  # since random ones would be replaced at once
             network = build_model(saved["backbone"], saved["head"], num_classes, saved["dropout"],
                                   saved["size"])
         load_tensors(network, saved["network"], assign=True)  # there is no memory to copy them to
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # of wrong content
+    except (AssertionError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        # Wrong content raises all of these.
         raise InputError(f"{path} is damaged: its tensors are not those of a {saved['backbone']} "
                          f"network with a {saved['head']} head for its classes") from None
     return Member(to_device(network, device).eval(), **fields)

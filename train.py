@@ -1459,7 +1459,14 @@ def load_state(run, content):
         run.classifier.epoch, run.classifier.scores = saved["epoch"], saved["scores"]
     check_best_is_kept(run, content["options"])
 
-    inference.load_tensors(run.member.network, content["network"])
+    try:
+        inference.load_tensors(run.member.network, content["network"])
+    except RuntimeError:
+        # A ViT has weights for each place in an image, and dropout is a layer of the head.
+        size, dropout = content["options"]["size"], content["options"]["dropout"]
+        raise InputError(f"--resume: the network in {run.out / 'last.pth'} has --size {size} and "
+                         f"--dropout {' '.join(map(str, dropout))}: give the same, or start again "
+                         "without --resume") from None
     run.optimizer.load_state_dict(content["optimizer"])
     if run.scaler.is_enabled() and content["scaler"]:  # --precision may have changed
         run.scaler.load_state_dict(content["scaler"])

@@ -10,7 +10,7 @@ from torch import nn
 import dataset
 import inference
 import train
-from conftest import BACKBONES, SMALL, classifier_of, refused, size_for
+from conftest import BACKBONES, SMALL, classifier_of, files_of, refused, size_for
 from dataset import InputError
 
 # Of several blocks each, in a network of a few million parameters or without values.
@@ -52,6 +52,7 @@ def test_backbones_lists_every_classification_network_of_torchvision(capsys):
     ("quantized_resnet18", "torchvision.models.quantization is not for"),
     ("r3d_18", "torchvision.models.video is not for"),
     ("resnet17", r"torchvision has no such classification network \(did you mean resnet1"),
+    ("vit", r"torchvision has no such classification network \(did you mean vit_b_16 or vit_b_32 or vit_h_14\?"),
     ("x", "torchvision has no such classification network: python inference.py --backbones lists them"),
 ])
 def test_what_is_no_backbone_is_refused_with_the_reason(name, reason, demo, tmp_path, capsys):
@@ -147,6 +148,48 @@ def test_the_file_of_another_size_of_a_convnext_is_named(tmp_path):
         network = inference.build_model("swin_t", "linear", 3)
     with pytest.raises(InputError, match="it looks like convnext_small"):
         inference.load_weights(network, inference.Weights("w.pth", state, [], []), "swin_t")
+
+
+@pytest.mark.parametrize("saved, wanted, size", [("vit_l_16", "vit_l_32", 64), ("vit_l_32", "vit_l_16", 224)])
+def test_a_vit_with_patches_of_another_size_is_named(saved, wanted, size):
+    """Only the first of hundreds of tensors has another shape, and the vectors of places are interpolated."""
+    weights = inference.Weights("w.pth", with_places(saved, 64), [], [])
+    with pytest.raises(InputError, match=f"it looks like {saved}"):
+        inference.load_weights(without_values(wanted, size), weights, wanted)
+
+
+def with_places(backbone, size):
+    """Return the state_dict of a ViT in which only the vectors of places have values."""
+    state = without_values(backbone, size).state_dict()
+    return state | {"encoder.pos_embedding": torch.zeros(state["encoder.pos_embedding"].shape)}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("backbone", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_in_a_file_are_ignored(backbone, prefix):
+    """They are in the files of torchvision: more than half of GoogLeNet's weights."""
+    from torchvision import models
+
+    with torch.device("meta"):
+        state = models.get_model(backbone, weights=None, init_weights=False, aux_logits=True).state_dict()
+    weights = inference.Weights("w.pth", {prefix + name: tensor for name, tensor in state.items()}, [], [])
+    network = without_values(backbone)
+    taken, skipped, _ = inference.load_weights(network, weights, backbone)
+    assert set(taken) == {name for name in network.state_dict() if not name.startswith("fc.")}
+    assert set(skipped) == {"fc.weight", "fc.bias"}
+
+
+@pytest.mark.parametrize("saved, wanted", [("resnet18", "resnet34"), ("convnext_tiny", "convnext_small"),
+                                           ("swin_t", "swin_s")])
+def test_all_of_a_smaller_network_is_refused_and_its_first_layers_are_taken(saved, wanted, real_networks):
+    state, network = without_values(saved, 224).state_dict(), without_values(wanted, 224)
+    with pytest.raises(InputError, match=f"only a part of the weights of {wanted}: it looks like {saved}: give "):
+        inference.load_weights(network, inference.Weights("w.pth", state, [], []), wanted)
+
+    for name in [name for name in state if name.startswith(("layer4", "features.7"))]:
+        del state[name]
+    taken, _, _ = inference.load_weights(network, inference.Weights("w.pth", state, [], []), wanted)
+    assert len(taken) > 50
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -246,6 +289,15 @@ def test_a_run_with_another_backbone_is_resumed_and_predicts(backbone, few_image
     train.main([*options, "2", "--resume"])
     assert inference.main([str(few_images / "images"), "--model", str(tmp_path / "out" / "model.pth"),
                            "--device", "cpu", "-j", "0"]).shape[1] == 2
+
+
+def test_a_run_is_not_resumed_with_other_layers(few_images, tmp_path, capsys):
+    options = ["--data", str(few_images), "--out", str(tmp_path / "out"), *SMALL, "--epochs", "1"]
+    train.main(options)
+    before = files_of(tmp_path / "out")
+    error = refused(capsys, train.main, *options, "--epochs", "2", "--resume", "--dropout", "0.5", warns=True)
+    assert "last.pth has --size 32 and --dropout 0.0: give the same" in error
+    assert files_of(tmp_path / "out") == before
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -725,6 +725,8 @@ MODELS = {
     "no thresholds": (damaged(lambda content: content.update(thresholds=[])),
                       "is damaged: it has 0 thresholds"),
     "unknown network": (damaged(lambda content: content["members"][0].update(backbone="x")),
+                        "model.pth has the backbone x, which this torchvision does not have"),
+    "impossible size": (damaged(lambda content: content["members"][0].update(backbone="vit_b_32", size=33)),
                         "is damaged: its tensors are not"),
     "lost tensor": (damaged(lambda content: content["members"][0]["network"].pop("conv1.weight")),
                     "is damaged: its tensors"),
