@@ -1268,8 +1268,8 @@ def _refuse_smaller_backbone(source, state, network, backbone):
     # first layers of any network is taken: it is useful, and nobody can say of which network it is.
     def is_complete(network):
         head = head_name(network) + "."
-        names = (name for name, _ in network.named_parameters())
-        return all(name in state for name in names if not name.startswith(head))
+        return all(getattr(state.get(name), "shape", None) == weight.shape
+                   for name, weight in network.named_parameters() if not name.startswith(head))
 
     if is_complete(network):
         return

@@ -1467,7 +1467,11 @@ def load_state(run, content):
         raise InputError(f"--resume: the network in {run.out / 'last.pth'} has --size {size} and "
                          f"--dropout {' '.join(map(str, dropout))}: give the same, or start again "
                          "without --resume") from None
-    run.optimizer.load_state_dict(content["optimizer"])
+    try:
+        run.optimizer.load_state_dict(content["optimizer"])
+    except ValueError:  # older versions did not exempt norms and biases from weight decay
+        raise InputError(f"--resume: {run.out / 'last.pth'} was written by another version of "
+                         "train.py, which trained in another way: start again without --resume") from None
     if run.scaler.is_enabled() and content["scaler"]:  # --precision may have changed
         run.scaler.load_state_dict(content["scaler"])
     torch.set_rng_state(content["random"])  # of dropout

@@ -300,6 +300,16 @@ def test_a_run_is_not_resumed_with_other_layers(few_images, tmp_path, capsys):
     assert files_of(tmp_path / "out") == before
 
 
+def test_a_run_of_a_version_with_other_groups_of_parameters_is_not_resumed(few_images, tmp_path, capsys):
+    options = ["--data", few_images, "--out", tmp_path / "out", *SMALL, "--epochs"]
+    train.main([*map(str, options), "1"])
+    last = torch.load(tmp_path / "out" / "last.pth", weights_only=True)
+    last["optimizer"]["param_groups"].append({"params": []})
+    torch.save(last, tmp_path / "out" / "last.pth")
+    error = refused(capsys, train.main, *options, 2, "--resume", warns=True)
+    assert "last.pth was written by another version of train.py" in error
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Heatmaps
 
