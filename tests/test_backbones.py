@@ -22,10 +22,10 @@ def without_values(backbone, size=None):
     return inference.build_without_values(backbone, size or size_for(backbone))
 
 
-def with_values(backbone, size, seed=0):
-    """Return a network with random weights in eval mode."""
+def with_values(backbone, size, seed=0, count=3):
+    """Return a network with random weights, for `count` classes, in eval mode."""
     torch.manual_seed(seed)
-    return inference.build_model(backbone, "linear", 3, size=size).eval()
+    return inference.build_model(backbone, "linear", count, size=size).eval()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -321,28 +321,30 @@ def test_a_run_of_a_version_with_other_groups_of_parameters_is_not_resumed(few_i
 ])
 def test_heatmaps_are_grad_cam_of_the_last_layer_with_places(backbone, layer, real_networks):
     """Selvaraju et al. 2017, equations 1 and 2, compared where the map is highest."""
-    network = with_values(backbone, 96)
-    classifier = classifier_of(network, backbone, "linear", [0.0], list("abc"), {}, [0.5] * 3, 96)
+    labels = list(range(12))  # of an untrained network, the maps of half of them are zero
+    network = with_values(backbone, 96, count=12)
+    classifier = classifier_of(network, backbone, "linear", [0.0], list(map(str, labels)), {}, [0.5] * 12, 96)
     image = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
-    heat = inference.heatmaps(classifier, image, [0, 1, 2])
+    heat = inference.heatmaps(classifier, image, labels)
 
     kept = []
     network.get_submodule(layer).register_forward_hook(lambda _, __, output: kept.append(output))
     logits = network(dataset.normalize(torch.from_numpy(image).permute(2, 0, 1)[None]))[0]
     compared = 0
-    for label in range(3):
+    for label in labels:
         gradient, maps = torch.autograd.grad(logits[label], kept[0], retain_graph=True)[0], kept[0].detach()
         if maps.dim() == 3:
             side = math.isqrt(maps.shape[1] - 1)
             gradient, maps = ((x[:, 1:].transpose(1, 2).reshape(1, -1, side, side)) for x in (gradient, maps))
         assert maps.shape[2] == 3
         cam = (gradient.mean((2, 3))[0, :, None, None] * maps[0]).sum(0).relu()
-        if cam.max() > 0:
+        highest, second = cam.flatten().topk(2).values
+        if highest == 0:
+            assert heat[label].max() == 0
+        elif second < 0.8 * highest:  # smooth enlarging may exchange cells that are nearly as high
             middles = torch.from_numpy(heat[label][16::32, 16::32])  # of the 3 x 3 cells
             assert middles.argmax() == cam.argmax()
             compared += 1
-        else:
-            assert heat[label].max() == 0
     assert compared
 
 
