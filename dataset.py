@@ -279,7 +279,7 @@ def read_labels(data_dir, labels=None, images=None, classes=(), **how):
 
 def _read_rows_and_images(chosen, classes, data_dir, folder, how):
     """Return the rows of the label files, which are given as LabelFiles, with their images."""
-    kind, files = chosen
+    kind, files = chosen.kind, chosen.files
     if how.background and kind not in ("yolo", "voc"):
         raise InputError(f"--background is for YOLO and Pascal VOC, which have a label file per image, "
                          f"and {data_dir} is not read as one of them: leave it out")
@@ -302,10 +302,8 @@ def _read_rows_and_images(chosen, classes, data_dir, folder, how):
         table = _apply_groups(table, groups, groups_file)
     if files:
         table = _attach_images(table, folder, kind)
-    if kind in ("yolo", "voc"):
-        table = _keep_split(table, folder, kind, how.background)
-    elif kind == "coco" and len({*table.parts}) == 1:
-        table.parts = []  # a single part is no split
+    if kind in ("yolo", "voc", "coco"):
+        table = _keep_split(table, folder, chosen, how.background)
     return table
 
 
@@ -378,6 +376,10 @@ PART_WORDS = {
 }
 
 
+# Those of lists of images, where trainval is what is left beside test.
+LIST_WORDS = {**PART_WORDS, "trainval": ""}
+
+
 def _choose_files(labels, data_dir, folder, required):
     """Return the LabelFiles that --labels names, or those that find_labels() finds."""
     if not labels:
@@ -390,7 +392,7 @@ def _choose_files(labels, data_dir, folder, required):
         raise InputError(f"--labels {labels} has the names of classes: name the folder of the YOLO files, or "
                          "leave the option out")
     if path.suffix.lower() == ".json":
-        return LabelFiles("coco", {_part_of_file(path.name): path})
+        return LabelFiles("coco", {_part_of_file(path.name): path}, given=True)
     if not path.is_dir():
         return LabelFiles("table", {"": path})
 
@@ -398,7 +400,7 @@ def _choose_files(labels, data_dir, folder, required):
     if not found:
         raise InputError(f"{path} holds no .cls files, no YOLO files (.txt), no Pascal VOC files "
                          "(.xml) and no COCO JSON: name another label file or folder with --labels")
-    return _only_one(found, path)
+    return _only_one(found, path)._replace(given=True)
 
 
 class LabelFiles(NamedTuple):
@@ -406,6 +408,7 @@ class LabelFiles(NamedTuple):
 
     kind: str  # "table" (which lists and vectors are too), "cls", "yolo", "voc" or "coco"
     files: dict  # {part: Path}, where a single file may have the part ""; a list if images have one each
+    given: bool = False  # whether --labels names them
 
     def paths(self):
         """Return the files as a list."""
@@ -2198,13 +2201,33 @@ def _is_text(value):
 # The parts of YOLO and Pascal VOC, and images without a label file
 
 
-def _keep_split(table, folder, kind, background):
-    """Set the parts of a table with a file per image to those of the data's own split.
+def _keep_split(table, folder, chosen, background):
+    """Set the parts of a table of boxes to those of the data's own split.
+
+    Data that is all called train is not divided yet, but one part called test is not trained on, unless
+    --labels names it.
+
+    Args: as of _read_rows_and_images() and _split_by_lists().
+    """
+    source = "the names of the JSON files"
+    if chosen.kind != "coco":
+        table, source = _split_by_lists(table, folder, chosen.kind, background)
+    parts = {*table.parts}
+    if parts <= {"", "train"} or (chosen.given and len(parts) == 1):
+        table.parts = []
+    else:
+        table.notes.append(f"split: from {source}")
+    return table
+
+
+def _split_by_lists(table, folder, kind, background):
+    """Set the parts of a table with a file per image, and name what they come from.
 
     They come from data.yaml, from lists of images, or else from the names of folders. Rows of images
     that are in no list are dropped with a warning. The IDs become the paths of the images.
 
     Args: background: whether images without a label file become rows, in which all is absent.
+    Returns (the table, the names of files or of what else says so).
     """
     start = f"{folder.root}/"
     table.ids = [path.removeprefix(start) for path in table.paths]
@@ -2221,37 +2244,39 @@ def _keep_split(table, folder, kind, background):
         table.unlabelled = []
 
     listed, sources = _listed_images(table, folder, kind)
+    if listed.keys() <= {"", "train"}:
+        table.parts = [*map(_part_of_folder, table.ids)]
+        return table, "the names of folders"
+
     parts_of = {}
     for part, images in listed.items():
         for image in images:
             parts_of.setdefault(image, []).append(part)
-    if len(listed) < 2:
-        table.parts, sources = [_part_of_folder(name) for name in table.ids], "the names of folders"
-    else:
-        # An image in two lists gets two rows, which _separate_parts() then finds.
-        rows = [row for row, name in enumerate(table.ids) for _ in parts_of.get(name, ())]
-        parts = list(chain(*(parts_of.get(name, ()) for name in table.ids)))
-        if not rows:
-            raise InputError(f"{sources}: none of the {len(table)} images with labels is in the split: "
-                             "correct it, or remove it")
-        if others := [name for name in table.ids if name not in parts_of]:
-            table.warnings.append(f"{len(others)} images are in no part of the data's own split, and "
-                                  f"were left out: {shortened(others)}")
-        table.part_of = {image: own[0] for image, own in parts_of.items()}
-        table = table.subset(np.array(rows, int))
-        table.parts = parts
+    # Where no list says what is train, the images outside of val and test are still to be divided.
+    if listed.keys().isdisjoint({"", "train"}):
+        for name in (*table.ids, *table.unlabelled):
+            parts_of.setdefault(name, [_part_of_folder(name)])
 
-    if len({*table.parts} - {""}) < 2:  # a single part is no split
-        table.parts = []
-    else:
-        table.notes.append(f"split: from {sources}")
-    return table
+    # An image in two lists gets two rows, which _separate_parts() then finds.
+    rows = [row for row, name in enumerate(table.ids) for _ in parts_of.get(name, ())]
+    parts = list(chain(*(parts_of.get(name, ()) for name in table.ids)))
+    if not rows:
+        raise InputError(f"{sources}: none of the {len(table)} images with labels is in the split: "
+                         "correct it, or remove it")
+    if others := [name for name in table.ids if name not in parts_of]:
+        table.warnings.append(f"{len(others)} images are in no part of the data's own split, and "
+                              f"were left out: {shortened(others)}")
+    table.part_of = {image: own[0] for image, own in parts_of.items()}
+    table = table.subset(np.array(rows, int))
+    table.parts = parts
+    return table, sources
 
 
 def _listed_images(table, folder, kind):
     """Find the images of each part, as files of the data set list them, and these files.
 
-    Returns ({part: set of images below the image folder}, names of the files).
+    Returns ({part: set of images below the image folder}, names of the files). The part is "" for those
+    of VOC's trainval.txt where nothing divides them into train and val.
     """
     data_dir = Path(folder.data_dir)
     config = _find_config(data_dir) if kind == "yolo" else None
@@ -2260,14 +2285,17 @@ def _listed_images(table, folder, kind):
     if not listed:
         places = [data_dir] if kind == "yolo" else [
             place / "ImageSets" / "Main" for place in _folders_of(map(Path, table.origins), data_dir)]
-        sources = []
+        part_of = {}
         for path in sorted(path for place in places for path in place.glob("*.txt")):
             word = path.stem.lower().rstrip("0123456789")  # as in train2017.txt
-            if word in PART_WORDS and (kind == "voc" or _lists_images(path)):
-                base = path.parents[2] if kind == "voc" else None
-                images = listed.setdefault(PART_WORDS[word], set())
-                images.update(_read_image_list(path, table, folder, base))
-                sources.append(path)
+            if word in LIST_WORDS and (kind == "voc" or _lists_images(path)):
+                part_of[path] = LIST_WORDS[word]
+        if not {"train", "val"}.isdisjoint(part_of.values()):
+            part_of = {path: part for path, part in part_of.items() if part}
+        for path, part in part_of.items():
+            base = path.parents[2] if kind == "voc" else None
+            listed.setdefault(part, set()).update(_read_image_list(path, table, folder, base))
+        sources = [*part_of]
 
     # Ultralytics insists on a val part, so that the images of another one are often given twice.
     for part, other in (("val", "train"), ("test", "train"), ("test", "val")):

@@ -370,8 +370,60 @@ def test_image_sets_are_the_split_of_voc(tmp_path):
                                "JPEGImages/2007_3.jpg": "train"}
     assert "2 images are in no part of the data's own split" in told(dataset.read_labels(tmp_path))
 
-    (tmp_path / "ImageSets" / "Main" / "val.txt").unlink()  # a single part is no split
+    (tmp_path / "ImageSets" / "Main" / "val.txt").unlink()  # all that is called train is not divided yet
     assert parts(tmp_path) == {} and len(rows(tmp_path)) == 5
+
+
+def split_of(folder, **how):
+    """Return the names of the images in train, val and test, as training divides them."""
+    table = dataset.read_labels(folder, **how)
+    return [{table.ids[row] for row in rows} for rows in dataset.split(table)]
+
+
+def test_images_of_trainval_are_divided_and_those_of_test_are_kept(tmp_path):
+    names = [f"2007_{k}" for k in range(12)]
+    files = {f"JPEGImages/{name}.jpg": "" for name in names}
+    files |= {f"Annotations/{name}.xml": voc(("cat", 0)) for name in names}
+    sets = {"trainval": "\n".join(names[:8]), "test": "\n".join(names[8:11])}
+    write(tmp_path, files | {f"ImageSets/Main/{name}.txt": text for name, text in sets.items()})
+    train_names, val, test = split_of(tmp_path)
+    assert val and train_names | val == {f"JPEGImages/{name}.jpg" for name in names[:8]}
+    assert test == {f"JPEGImages/{name}.jpg" for name in names[8:11]}
+    assert "1 images are in no part" in told(dataset.read_labels(tmp_path))
+
+    # Without trainval.txt, all other images are divided.
+    (tmp_path / "ImageSets" / "Main" / "trainval.txt").unlink()
+    assert split_of(tmp_path)[2] == test and len(parts(tmp_path)) == 12
+    (tmp_path / "ImageSets" / "Main" / "test.txt").rename(tmp_path / "ImageSets" / "Main" / "trainval.txt")
+    assert parts(tmp_path) == {} and len(rows(tmp_path)) == 12
+
+
+@pytest.mark.parametrize("kind", ["list", "config", "folder"])
+def test_images_of_a_test_part_are_not_trained_on_even_if_it_is_the_only_part(tmp_path, kind):
+    other = "test" if kind == "folder" else "b"
+    names = [f"{folder}/{k}" for folder in ("a", other) for k in range(4)]
+    files = {f"images/{name}.jpg": "" for name in names} | {f"labels/{name}.txt": f"0 {BOX}" for name in names}
+    files |= {"data.yaml": "names: [cat]\n" + ("test: images/b\n" if kind == "config" else "")}
+    files |= {"test.txt": "".join(f"images/b/{k}.jpg\n" for k in range(4))} if kind == "list" else {}
+    write(tmp_path, files)
+    train_names, val, test = split_of(tmp_path)
+    assert val and train_names | val == {f"a/{k}.jpg" for k in range(4)}
+    assert test == {f"{other}/{k}.jpg" for k in range(4)}
+
+
+@pytest.mark.parametrize("kind", ["yolo", "voc", "coco"])
+def test_data_that_is_all_test_is_not_trained_on_unless_an_option_names_its_labels(tmp_path, kind):
+    names = [f"test/images/{k}" for k in range(4)]
+    files = {f"{name}.jpg": "" for name in names} | {
+        "yolo": {"classes.txt": "cat\n", **{f"{name.replace('images', 'labels')}.txt": f"0 {BOX}" for name in names}},
+        "voc": {f"{name}.xml": voc(("cat", 0)) for name in names},
+        "coco": {"annotations/instances_test.json": coco({k: f"{k}.jpg" for k in range(4)}, [(1, 1, 0)])}}[kind]
+    write(tmp_path, files)
+    assert {*parts(tmp_path).values()} == {"test"}
+    with pytest.raises(InputError, match="split has no train images"):
+        split_of(tmp_path)
+    labels = {"yolo": "test/labels", "voc": "test/images", "coco": "annotations/instances_test.json"}[kind]
+    assert sum(map(len, split_of(tmp_path, labels=labels))) == 4
 
 
 def test_nobody_is_asked_about_an_image_that_a_list_puts_into_val(tmp_path):
