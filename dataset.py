@@ -308,11 +308,15 @@ def _read_rows_and_images(chosen, classes, data_dir, folder, how):
 
 
 def _refuse_columns(how, data_dir):
-    """Raise InputError if an option names a column, in data without columns."""
-    for option in ("group", "split_column"):
-        if getattr(how, option) not in (None, "folder"):
-            raise InputError(f"--{option.replace('_', '-')} {getattr(how, option)}: {data_dir} has "
-                             "no label file with columns: leave it out")
+    """Raise InputError if an option is about columns or their cells, in data without columns."""
+    for option in ("group", "split_column", "image_column", "image_list", "ignore", "separator",
+                   "label_threshold", "positive", "negative", "unknown"):
+        value = getattr(how, option)
+        if value in (None, (), []) or (option, value) == ("split_column", "folder"):
+            continue
+        words = " ".join(value) if isinstance(value, (list, tuple)) else value
+        raise InputError(f"--{option.replace('_', '-')} {words}: {data_dir} has no label file with "
+                         "columns: leave it out")
 
 
 def _split_by_folders(table):
@@ -546,6 +550,7 @@ def _find_annotations(data_dir, names, given=False):
     """
     stems = {stem for stem, suffix in map(_image_suffix, names) if suffix}
     found = {"cls": [], "yolo": [], "voc": []}
+    last_parts = {stem.rpartition("/")[2] for stem in stems}  # as CVAT's 1.xml beside a folder of images
     beside = []  # text files that lie beside their images, which may also hold captions
     for name in sorted(names):
         kind = {".cls": "cls", ".txt": "yolo", ".xml": "voc"}.get(name[-4:].lower())
@@ -558,9 +563,9 @@ def _find_annotations(data_dir, names, given=False):
         # CVAT's YOLO has its files in obj_train_data/, whether or not the images are there too.
         folders = name.lower().split("/")[:-1]
         own = {"labels"} if kind == "yolo" else LABEL_FOLDERS
-        if given or not own.isdisjoint(folders) or re.fullmatch(r"obj_\w+_data", folders[-1] if folders else ""):
+        if given or not own.isdisjoint(folders) or re.search(r"(^|/)obj_[^/]+_data/", name.lower()):
             found[kind].append(data_dir / name)
-        elif has_image:
+        elif has_image or (not folders and name[:-4] in last_parts):
             (beside if kind == "yolo" else found[kind]).append(data_dir / name)
 
     if found["yolo"] or _holds_boxes(beside):
@@ -1733,7 +1738,7 @@ def _read_cls(files, data_dir):
                 targets[row, indices[index]] = 1
 
     source = _class_file(data_dir) or "the 80 of COCO"
-    notes = [f"{len(files)} .cls files of class indices", f"class names: {source}"]
+    notes = [f"{_counted(files, '.cls file')} of class indices", f"class names: {source}"]
     table = _file_per_image(files, data_dir, targets, [*names.values()], notes)
     table.sources += filter(None, [_class_file(data_dir)])
     return table
@@ -1752,6 +1757,11 @@ def _file_per_image(files, data_dir, targets, classes, notes):
         *folders, name = file.relative_to(base).with_suffix("").parts
         ids.append("/".join([*_replace_label_folder(folders), name]))
     return LabelTable(ids, [], targets, classes, origins=[*map(str, files)], notes=notes, absent=0.0)
+
+
+def _counted(things, noun):
+    """Return how many things there are, such as "1 file" or "2 files"."""
+    return f"{len(things)} {noun}{'s' * (len(things) != 1)}"
 
 
 def _replace_label_folder(folders, *new):
@@ -1782,7 +1792,7 @@ def _read_yolo(files, data_dir):
                                      "name")
                 targets[row, column_of[number]] = 1
 
-    notes = [f"{len(files)} YOLO files of boxes", f"class names: {sources[0]}"]
+    notes = [f"{_counted(files, 'YOLO file')} of boxes", f"class names: {sources[0]}"]
     table = _file_per_image(files, data_dir, targets, [*names.values()], notes)
     table.sources += sources
     return table
@@ -2039,7 +2049,7 @@ def _read_voc(files, data_dir):
     labels = [_read_voc_file(file)[1] for file in files]
     classes = _in_order(set(chain(*labels)))
     if not classes:
-        raise InputError(f"{files[0]}: none of {len(files)} Pascal VOC files has an <object>: name "
+        raise InputError(f"{files[0]}: no Pascal VOC file has an <object>: name "
                          "another label file or folder with --labels")
 
     column_of = {name: column for column, name in enumerate(classes)}
@@ -2047,7 +2057,8 @@ def _read_voc(files, data_dir):
     for row, own in enumerate(labels):
         for name, target in own.items():
             targets[row, column_of[name]] = target
-    return _file_per_image(files, data_dir, targets, classes, [f"{len(files)} Pascal VOC files of boxes"])
+    notes = [f"{_counted(files, 'Pascal VOC file')} of boxes"]
+    return _file_per_image(files, data_dir, targets, classes, notes)
 
 
 def _read_voc_file(path):
@@ -2109,8 +2120,7 @@ def _read_coco(files, data_dir):
     table.classes = [name for name, column in column_of.items() if seen[column]]
     table.targets = table.targets[:, seen]
     if unseen := [name for name, column in column_of.items() if not seen[column]]:
-        table.warnings.append(f"{len(unseen)} categories without an annotation were left out: "
-                              f"{shortened(unseen)}")
+        table.warnings.append(f"categories without an annotation, which were left out: {shortened(unseen)}")
     return table
 
 
@@ -2152,7 +2162,8 @@ def _read_coco_part(path, table, column_of):
             raise InputError(f"{path}: the categories {used[name]} and {number} are both called "
                              f"{name}: rename one")
         boxes.append((row_of[image], column_of[name], content["annotations"][i].get("iscrowd") == 1))
-    table.notes.append(f"{path}: COCO JSON of {len(row_of)} images and {len(boxes)} annotations")
+    table.notes.append(f"{path}: COCO JSON of {_counted(row_of, 'image')} and "
+                       f"{_counted(boxes, 'annotation')}")
     return boxes
 
 
@@ -2264,8 +2275,8 @@ def _split_by_lists(table, folder, kind, background):
         raise InputError(f"{sources}: none of the {len(table)} images with labels is in the split: "
                          "correct it, or remove it")
     if others := [name for name in table.ids if name not in parts_of]:
-        table.warnings.append(f"{len(others)} images are in no part of the data's own split, and "
-                              f"were left out: {shortened(others)}")
+        table.warnings.append("images in no part of the data's own split, which were left out: "
+                              f"{shortened(others)}")
     table.part_of = {image: own[0] for image, own in parts_of.items()}
     table = table.subset(np.array(rows, int))
     table.parts = parts
@@ -2354,13 +2365,14 @@ def _read_image_list(path, table, folder, base=None):
     for number, line in enumerate(read_lines(path), 1):
         if name := line.strip():
             found = folder.beside(base / "Annotations" / name) if base else []
-            image = found[0] if len(found) == 1 else folder.find(name, f"{path}:{number}", path.parent)[0]
+            image = found[0] if len(found) == 1 else folder.find(name, f"{path}:{number}", path.parent,
+                                                                          taken=())[0]
             if image:
                 images.add(image)
             else:
                 missing.append(name)
     if missing:
-        table.warnings.append(f"{path} names {len(missing)} images that are not there: {shortened(missing)}")
+        table.warnings.append(f"{path} names images that are not there: {shortened(missing)}")
     return images
 
 
@@ -2606,10 +2618,11 @@ def _match_by_stem(table, folder):
     that no other label file has: one in a folder of the same split, or else one in a folder of no
     split. Last, Pascal VOC files name their images, but not after these were renamed.
     """
-    found = [_only_image(folder.beside(os.path.splitext(origin)[0]), origin)
-             or folder.find(name, origin, folder.root)[0]
-             for name, origin in zip(table.ids, table.origins)]
+    found = [_only_image(folder.beside(os.path.splitext(origin)[0]), origin) for origin in table.origins]
     # An image that matches a label file by its path is not given to another one.
+    taken = set(found)
+    found = [image or folder.find(name, origin, folder.root, taken=taken)[0]
+             for image, name, origin in zip(found, table.ids, table.origins)]
     taken = set(found)
     folders = {os.path.dirname(name) for name in table.ids} - {""}
     for row, (name, origin) in enumerate(zip(table.ids, table.origins)):
@@ -2704,7 +2717,7 @@ class ImageFolder:
             return True
         return bool(self.ends(_plain_path(name).lstrip("/")))
 
-    def find(self, name, origin, place, part=""):
+    def find(self, name, origin, place, part="", taken=None):
         """Find the file that a row means.
 
         Args:
@@ -2714,6 +2727,8 @@ class ImageFolder:
             part: the part of the row, or "". Unless the path is a full one, an image in a folder of
                 this part is preferred, and a row of train has no image in a folder called val or
                 test, nor one of val in test.
+            taken: files that are known to be others. If it is given, the closest of several files is
+                meant: of data/night/1.jpg, night/1.jpg rather than 1.jpg.
 
         Returns:
             (file, "full path", "trailing part" or "stem", the path that is meant), or three None.
@@ -2731,6 +2746,9 @@ class ImageFolder:
                 found = [file for file in found if LESSER_FIRST.index(_part_of_folder(file)) <= rank]
                 found = [file for file in found if _part_of_folder(file) == part] or found
             self._check_elsewhere(name, origin, place)
+        if taken is not None:
+            shared = {file: min(file.count("/"), path.count("/")) for file in found if file not in taken}
+            found = [file for file in shared if shared[file] == max(shared.values())]
 
         if len(found) > 1:
             raise InputError(f"{origin}: {name} can be {found[0]} or {found[1]}: write its path "

@@ -98,7 +98,7 @@ def test_crowds_alone_make_a_class_of_coco_unknown(tmp_path):
                    [(7, 5, 1), (7, 1, 0), ("x", 5, 1), ("x", 5, 0), ("x", 5, 1)], [(5, "dog"), (90, "cow"), (1, "cat")])
     write(tmp_path, {"images/a.jpg": "", "images/b.jpg": "", "images/c.jpg": "", "result.json": content})
     table = dataset.read_labels(tmp_path)
-    assert table.classes == ["cat", "dog"] and "without an annotation were left out: cow" in told(table)
+    assert table.classes == ["cat", "dog"] and "without an annotation, which were left out: cow" in told(table)
     assert rows(tmp_path) == {"images/a.jpg": [1, NA], "images/b.jpg": [0, 1], "images/c.jpg": [0, 0]}
     assert table.origins[2] == f"{tmp_path}/result.json:images[2]"
 
@@ -126,7 +126,7 @@ def test_background_joins_the_part_of_its_folder_or_list(tmp_path):
     assert parts(tmp_path, background=True) == {"images/train/a.jpg": "train", "images/c.jpg": "train",
                                                 "images/val/a.jpg": "val", "images/val/b.jpg": "val"}
     warnings = dataset.read_labels(tmp_path, background=True).warnings
-    assert any("1 images are in no part" in text and "train/b.jpg" in text for text in warnings)
+    assert any("in no part" in text and "train/b.jpg" in text for text in warnings)
 
 
 def test_background_is_refused_for_other_formats(tmp_path, make_data, capsys):
@@ -270,7 +270,7 @@ def test_classes_of_the_parts_of_coco_are_matched_by_name(tmp_path):
                      "train/1.jpg": "", "valid/1.jpg": ""})
     table = dataset.read_labels(tmp_path)
     assert table.classes == ["dog", "cat"] and table.targets.tolist() == [[1, 0], [0, 1]]
-    assert "1 categories without an annotation were left out: cow" in told(table)
+    assert "categories without an annotation, which were left out: cow" in told(table)
 
 
 def test_the_stem_of_a_voc_file_decides_before_the_name_in_it(tmp_path):
@@ -295,6 +295,33 @@ def test_equal_stems_in_several_folders_belong_to_the_images_beside(tmp_path):
     draw_images(tmp_path, ["siteA/images/1.png"])
     with pytest.raises(InputError, match=r"siteA/labels/1.txt: its image can be siteA/images/1.jpg or "):
         dataset.read_labels(tmp_path)
+
+
+def test_the_closest_of_several_images_is_that_of_a_label_file_or_line_of_another_folder(tmp_path):
+    write(tmp_path, {"images/1.jpg": "", "images/night/1.jpg": "", "obj.names": "cat\ndog\n",
+                     "obj_train_data/1.txt": f"0 {BOX}", "obj_train_data/night/1.txt": f"1 {BOX}",
+                     "train.txt": "data/obj_train_data/1.jpg\n", "test.txt": "data/obj_train_data/night/1.jpg\n"})
+    assert rows(tmp_path) == {"images/1.jpg": [1, 0], "images/night/1.jpg": [0, 1]}
+    assert parts(tmp_path) == {"images/1.jpg": "train", "images/night/1.jpg": "test"}
+
+
+def test_the_image_of_one_label_file_is_not_that_of_another_whose_image_is_missing(tmp_path):
+    write(tmp_path, {"JPEGImages/night/1.jpg": "", "Annotations/1.xml": voc(("cat", 0)),
+                     "Annotations/night/1.xml": voc(("dog", 0)), "JPEGImages/day/1.jpg": "",
+                     "Annotations/day/1.xml": voc(("cat", 0))})
+    assert rows(tmp_path) == {"JPEGImages/night/1.jpg": [0, 1], "JPEGImages/day/1.jpg": [1, 0]}
+    assert dataset.read_labels(tmp_path).missing == ["1"]
+
+
+def test_label_files_may_lie_beside_a_folder_of_images(tmp_path):
+    pictures = {"images/1.jpg": "", "images/2.jpg": ""}
+    write(tmp_path / "voc", pictures | {"1.xml": voc(("cat", 0)), "2.xml": voc(), "pom.xml": "<project/>"})
+    write(tmp_path / "yolo", pictures | {"1.txt": f"0 {BOX}", "2.txt": "", "classes.txt": "cat\n"})
+    for kind in ("voc", "yolo"):
+        assert rows(tmp_path / kind) == {"images/1.jpg": [1], "images/2.jpg": [0]}
+    (tmp_path / "yolo" / "1.txt").write_text("3 dogs in the rain at night")
+    with pytest.raises(InputError, match="name the label file with --labels"):
+        dataset.read_labels(tmp_path / "yolo")
 
 
 def test_masks_of_voc_are_not_images(tmp_path):
@@ -350,7 +377,7 @@ def test_a_config_may_name_lists_of_images(tmp_path):
         "Train.txt": "data/images/train/0.jpg\n./images/test/1.jpg\n\n",
         "lists/val.txt": "images/val/1.jpg\nnone.jpg\n"})
     assert parts(folder) == {"images/train/0.jpg": "train", "images/test/1.jpg": "train", "images/val/1.jpg": "val"}
-    assert "lists/val.txt names 1 images that are not there: none.jpg" in told(dataset.read_labels(folder))
+    assert "lists/val.txt names images that are not there: none.jpg" in told(dataset.read_labels(folder))
 
 
 def test_an_image_in_two_parts_is_an_error(tmp_path):
@@ -368,7 +395,7 @@ def test_image_sets_are_the_split_of_voc(tmp_path):
     write(tmp_path, files | {f"ImageSets/Main/{name}.txt": text for name, text in sets.items()})
     assert parts(tmp_path) == {"JPEGImages/2007_0.jpg": "train", "JPEGImages/2007_1.jpg": "val",
                                "JPEGImages/2007_3.jpg": "train"}
-    assert "2 images are in no part of the data's own split" in told(dataset.read_labels(tmp_path))
+    assert "images in no part of the data's own split" in told(dataset.read_labels(tmp_path))
 
     (tmp_path / "ImageSets" / "Main" / "val.txt").unlink()  # all that is called train is not divided yet
     assert parts(tmp_path) == {} and len(rows(tmp_path)) == 5
@@ -389,7 +416,7 @@ def test_images_of_trainval_are_divided_and_those_of_test_are_kept(tmp_path):
     train_names, val, test = split_of(tmp_path)
     assert val and train_names | val == {f"JPEGImages/{name}.jpg" for name in names[:8]}
     assert test == {f"JPEGImages/{name}.jpg" for name in names[8:11]}
-    assert "1 images are in no part" in told(dataset.read_labels(tmp_path))
+    assert "which were left out: JPEGImages/2007_11.jpg" in told(dataset.read_labels(tmp_path))
 
     # Without trainval.txt, all other images are divided.
     (tmp_path / "ImageSets" / "Main" / "trainval.txt").unlink()
@@ -552,7 +579,7 @@ WRONG_XML = {
     "cut off": (voc(("cat", 0))[:-20], "a.xml:3: not XML: "),
     "empty": ("", "a.xml:1: not XML: no element found"),
     "unknown encoding": ("<?xml version='1.0' encoding='x'?><annotation/>", "a.xml:1: not XML: "),
-    "no object": ("<annotation/>", "none of 1 Pascal VOC files has an <object>"),
+    "no object": ("<annotation/>", "no Pascal VOC file has an <object>"),
 }
 
 
@@ -708,6 +735,10 @@ def test_all_labels_are_written_as_one_table_with_answers_merged_in(tmp_path, ki
 
 def test_a_column_cannot_be_named_in_data_without_columns(tmp_path, capsys):
     folder = write_yolo(tmp_path)
-    for option in ("--group", "--split-column"):
+    (folder / "part").write_text("a.jpg")
+    for option in ("--group", "--split-column", "--image-column", "--image-list", "--ignore", "--separator",
+                   "--positive", "--negative", "--unknown"):
         assert f"{option} part: {folder} has no label file with columns" in refused(
             capsys, dataset.main, folder, option, "part")
+    assert "--label-threshold 0.0: " in refused(capsys, dataset.main, folder, "--label-threshold", "0")
+    assert len(dataset.read_labels(write_divided(tmp_path / "divided", ""), split_column="folder").parts) == 6
