@@ -1823,9 +1823,7 @@ def _yolo_names(files, data_dir):
 
     Raises InputError if there are none, or if two of them differ.
     """
-    named = {}
-    if config := _find_config(data_dir):
-        named[config] = _read_config(config)["names"]
+    named = {config: _read_config(config)["names"] for config in _find_configs(files, data_dir)}
     if source := _class_file(data_dir):
         named[source] = {int(number): name for number, name in _read_class_names(data_dir).items()}
     # Some programs put the names beside the label files; darknet and CVAT call them obj.names.
@@ -1833,7 +1831,7 @@ def _yolo_names(files, data_dir):
         for name in ("classes.txt", "obj.names", "_darknet.labels"):
             path = folder / name
             if path not in named and path.is_file():
-                names = _read_names(path)
+                names = _read_numbered_names(path)
                 _refuse_repeated(path, names)
                 named[path] = dict(enumerate(names))
 
@@ -1844,7 +1842,8 @@ def _yolo_names(files, data_dir):
     sources = [*named]
     for source in sources[1:]:
         if named[source] != named[sources[0]]:
-            raise InputError(f"{sources[0]} and {source} name different classes: remove the wrong one")
+            raise InputError(f"{sources[0]} and {source} name different classes: remove the wrong one, or "
+                             "name one folder of YOLO files with --labels")
     return named[sources[0]], sources
 
 
@@ -1873,16 +1872,29 @@ YAML_TOKEN = re.compile(r"""\s*(?:(?P<mark>[\[\]{},]|:(?=[\s"']|$))|"""
 SIMPLE_YAML = "write names: [cat, dog], or a line - cat or 0: cat per class"
 
 
-def _find_config(data_dir):
-    """Return data.yaml or a file like it, or None. Raises InputError if there are several."""
-    paths = sorted(path for suffix in ("*.yaml", "*.yml") for path in data_dir.glob(suffix))
-    for name in ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml"):
-        if data_dir / name in paths:
-            return data_dir / name
-    found = [path for path in paths if re.search(rb"^names\s*:", path.read_bytes(), re.MULTILINE)]
-    if len(found) > 1:
-        raise InputError(f"{found[0]} and {found[1]} both have names: call the right one data.yaml")
-    return found[0] if found else None
+def _find_configs(files, data_dir):
+    """Return the paths of data.yaml, or files like it, of DATA and of exports below it.
+
+    Raises InputError if a folder has several.
+    """
+    configs = []
+    for folder in _folders_of(files, data_dir):
+        paths = sorted(path for suffix in ("*.yaml", "*.yml") for path in folder.glob(suffix))
+        known = [folder / name for name in ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")]
+        found = [path for path in known if path in paths][:1]
+        found = found or [path for path in paths if _has_names(path)]
+        if len(found) > 1:
+            raise InputError(f"{found[0]} and {found[1]} both have names: call the right one data.yaml")
+        configs += found
+    return configs
+
+
+def _has_names(path):
+    """Return True if a YAML file has the key names."""
+    try:
+        return bool(re.search(rb"^names\s*:", path.read_bytes(), re.MULTILINE))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _read_config(path):
@@ -2289,20 +2301,14 @@ def _listed_images(table, folder, kind):
     Returns ({part: set of images below the image folder}, names of the files). The part is "" for those
     of VOC's trainval.txt where nothing divides them into train and val.
     """
-    data_dir = Path(folder.data_dir)
-    config = _find_config(data_dir) if kind == "yolo" else None
-    listed = _config_images(table, folder, config) if config else {}
-    sources = [config]
+    listed = {}
+    data_dir, files = Path(folder.data_dir), [*map(Path, table.origins)]
+    sources = _find_configs(files, data_dir) if kind == "yolo" else []
+    for config in sources:
+        _add_config_images(listed, table, folder, config)
+
     if not listed:
-        places = [data_dir] if kind == "yolo" else [
-            place / "ImageSets" / "Main" for place in _folders_of(map(Path, table.origins), data_dir)]
-        part_of = {}
-        for path in sorted(path for place in places for path in place.glob("*.txt")):
-            word = path.stem.lower().rstrip("0123456789")  # as in train2017.txt
-            if word in LIST_WORDS and (kind == "voc" or _lists_images(path)):
-                part_of[path] = LIST_WORDS[word]
-        if not {"train", "val"}.isdisjoint(part_of.values()):
-            part_of = {path: part for path, part in part_of.items() if part}
+        part_of = _find_lists(files, data_dir, kind)
         for path, part in part_of.items():
             base = path.parents[2] if kind == "voc" else None
             listed.setdefault(part, set()).update(_read_image_list(path, table, folder, base))
@@ -2316,15 +2322,28 @@ def _listed_images(table, folder, kind):
     return listed, ", ".join(map(str, sources))
 
 
-def _config_images(table, folder, path):
-    """Return {part: set of images} of train, val and test in data.yaml."""
+def _find_lists(files, data_dir, kind):
+    """Return {path: part} of the lists of images that belong to label files, such as train.txt."""
+    places = {data_dir} | {folder.parent for folder in _folders_of(files, data_dir) if folder != data_dir}
+    part_of = {}
+    for place in sorted(places):
+        for path in sorted((place / "ImageSets" / "Main" if kind == "voc" else place).glob("*.txt")):
+            word = path.stem.lower().rstrip("0123456789")  # as in train2017.txt
+            if word in LIST_WORDS and (kind == "voc" or _lists_images(path)):
+                part_of[path] = LIST_WORDS[word]
+    if not {"train", "val"}.isdisjoint(part_of.values()):
+        part_of = {path: part for path, part in part_of.items() if part}
+    return part_of
+
+
+def _add_config_images(listed, table, folder, path):
+    """Add the images of train, val and test in data.yaml to {part: set of images}."""
     config = _read_config(path)
-    listed = {}
     for part in PARTS:
         for value in config.get(part, ()):
-            target = _find_listed(value, config.get("path", ""), Path(folder.data_dir))
+            target = _find_listed(value, config.get("path", ""), path.parent)
             if target is None:
-                table.warnings.append(f"{path}: {part}: {value} is not in {folder.data_dir}")
+                table.warnings.append(f"{path}: {part}: {value} is not in {path.parent}")
             elif target.is_dir():
                 images = listed.setdefault(part, set())
                 below = _place_below(os.path.realpath(target), folder.real_root)
@@ -2334,10 +2353,9 @@ def _config_images(table, folder, path):
                                   and _image_suffix(name)[1] in IMAGE_SUFFIXES)
             else:
                 listed.setdefault(part, set()).update(_read_image_list(target, table, folder))
-    return listed
 
 
-def _find_listed(value, base, data_dir):
+def _find_listed(value, base, place):
     """Return the folder or list of images that a path in data.yaml means, or None.
 
     The path may have been written on another computer, or for another working directory, as Roboflow's
@@ -2350,9 +2368,9 @@ def _find_listed(value, base, data_dir):
         # Of valid/images, images alone is not the end, as it may be another part.
         if skipped and _part_of_folder("/".join([*folders[:skipped], ""])) and not _part_of_folder(f"{end}/"):
             break
-        if (data_dir / end).exists():
-            return data_dir / end
-    return data_dir if not folders else None
+        if (place / end).exists():
+            return place / end
+    return place if not folders else None
 
 
 def _read_image_list(path, table, folder, base=None):
@@ -2387,13 +2405,24 @@ def _read_class_names(data_dir):
         return {}
     if source.suffix == ".csv":
         return _read_class_table(source)
-    classes = _read_names(source) if source.suffix == ".txt" else _read_json(source)
+    classes = _read_numbered_names(source) if source.suffix == ".txt" else _read_json(source)
     if isinstance(classes, dict):
         classes = classes.get("classes")
     if not classes or not _is_list_of_names(classes):
         raise InputError(f'{source}: it must look like ["class", ...]')
     _refuse_repeated(source, classes)
     return {str(number): name for number, name in enumerate(classes)}
+
+
+def _read_numbered_names(path):
+    """Return the class names in the lines of a text file. Raises InputError if one is blank."""
+    names = [line.strip() for line in read_lines(path)]
+    while names and not names[-1]:
+        names.pop()
+    if "" in names:
+        raise InputError(f"{path}:{names.index('') + 1}: a blank line, while the number of a class is that "
+                         "of its line: write its name, or remove the line")
+    return names
 
 
 def _class_file(data_dir):

@@ -545,6 +545,26 @@ def test_names_that_differ_from_file_to_file_are_an_error(tmp_path, capsys):
     assert "no names of the classes: add data.yaml" in refused(capsys, dataset.main, folder)
 
 
+def test_a_blank_line_among_numbered_names_is_an_error(tmp_path, capsys):
+    folder = write_yolo(tmp_path, {"classes.txt": "cat\n\ndog\ncow\n"})
+    assert "classes.txt:2: a blank line" in refused(capsys, dataset.main, folder)
+    write(tmp_path, {"classes.txt": "cat\ndog\ncow\n \n\n"})
+    assert dataset.read_labels(folder).classes == ["cat", "dog", "cow"]
+
+
+def test_an_export_in_a_folder_below_has_its_own_names_and_split(tmp_path, capsys):
+    folder = write_yolo(tmp_path, {f"export/images/{name}.jpg": "" for name in "de"} | {
+        "export/labels/d.txt": f"0 {BOX}", "export/labels/e.txt": "", "export/train.txt": "images/d.jpg\n",
+        "export/val.txt": "images/e.jpg\n", "export/data.yaml": "names: [bird]\ntrain: train.txt\nval: val.txt\n"})
+    assert "data.yaml name different classes" in refused(capsys, dataset.main, folder)
+    assert dataset.read_labels(folder, labels="labels").classes == ["cat", "dog", "cow"]
+    shutil.rmtree(folder / "images")
+    shutil.rmtree(folder / "labels")
+    (folder / "data.yaml").unlink()
+    assert rows(folder) == {"export/images/d.jpg": [1], "export/images/e.jpg": [0]}
+    assert parts(folder) == {"export/images/d.jpg": "train", "export/images/e.jpg": "val"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is wrong with label files
 
