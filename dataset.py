@@ -588,14 +588,15 @@ def _part_of_file(name):
 
 
 def _lists_images(path):
-    """Return True if the first line of a text file is the name of an image and nothing else."""
+    """Return True if the first line of a text file, apart from blank ones, is an image or a single word."""
     if path.suffix.lower() != ".txt":
         return False
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return bool(_image_suffix(file.readline(10_000).strip())[1])
+            line = next(filter(None, map(str.strip, iter(lambda: file.readline(10_000), ""))), "")
     except (OSError, ValueError):
         return False
+    return bool(_image_suffix(line)[1] or re.fullmatch(r"[^\s,;]+", line))
 
 
 def _holds_boxes(paths):
@@ -1811,8 +1812,7 @@ def _class_of_box(cells, place):
         raise InputError(f"{place}: a YOLO line is a class number and the numbers of a box, not "
                          f"{shortened(cells, 6)}: correct it")
     if len(numbers) < 5:
-        raise InputError(f"{place}: {len(numbers)} numbers are too few for a class and a box, which "
-                         "take 5: correct the line")
+        raise InputError(f"{place}: too few numbers for a class and a box, which take 5: correct the line")
     if not numbers[0].is_integer() or numbers[0] < 0:
         raise InputError(f"{place}: {cells[0]} is not a class number: correct the line")
     return int(numbers[0])
@@ -2089,11 +2089,11 @@ def _read_voc_file(path):
                          "the file, or name other label files with --labels")
 
     labels = {}
-    for number, item in enumerate(root.findall("object"), 1):
+    for number, item in enumerate(root.iter("object"), 1):
         name = " ".join((item.findtext("name") or "").split())
         if not name:
             raise InputError(f"{path}: object {number} has no <name>: add it")
-        difficult = (item.findtext("difficult") or "").strip() == "1"
+        difficult = (item.findtext("difficult") or "").strip().lower() in ("1", "true")
         labels[name] = labels.get(name, math.nan) if difficult else 1.0
     return (root.findtext("filename") or "").strip(), labels
 
@@ -2308,11 +2308,11 @@ def _listed_images(table, folder, kind):
         _add_config_images(listed, table, folder, config)
 
     if not listed:
-        part_of = _find_lists(files, data_dir, kind)
-        for path, part in part_of.items():
-            base = path.parents[2] if kind == "voc" else None
+        sources = []
+        for path, part, place in _find_lists(table, files, data_dir):
+            base = place if kind == "voc" else None
             listed.setdefault(part, set()).update(_read_image_list(path, table, folder, base))
-        sources = [*part_of]
+            sources.append(path)
 
     # Ultralytics insists on a val part, so that the images of another one are often given twice.
     for part, other in (("val", "train"), ("test", "train"), ("test", "val")):
@@ -2322,18 +2322,25 @@ def _listed_images(table, folder, kind):
     return listed, ", ".join(map(str, sources))
 
 
-def _find_lists(files, data_dir, kind):
-    """Return {path: part} of the lists of images that belong to label files, such as train.txt."""
+def _find_lists(table, files, data_dir):
+    """Return (path, part, folder of the export) of each list of images beside label files: train.txt, ...
+
+    Files of these names that hold something else are named in a warning.
+    """
+    lists = []
     places = {data_dir} | {folder.parent for folder in _folders_of(files, data_dir) if folder != data_dir}
-    part_of = {}
     for place in sorted(places):
-        for path in sorted((place / "ImageSets" / "Main" if kind == "voc" else place).glob("*.txt")):
+        for path in sorted(chain(*map(place.glob, ("*.txt", "ImageSets/*.txt", "ImageSets/Main/*.txt")))):
             word = path.stem.lower().rstrip("0123456789")  # as in train2017.txt
-            if word in LIST_WORDS and (kind == "voc" or _lists_images(path)):
-                part_of[path] = LIST_WORDS[word]
-    if not {"train", "val"}.isdisjoint(part_of.values()):
-        part_of = {path: part for path, part in part_of.items() if part}
-    return part_of
+            if word not in LIST_WORDS or str(path) in table.origins:
+                continue
+            if "ImageSets" in path.parts[-3:] or _lists_images(path):
+                lists.append((path, LIST_WORDS[word], place))
+            elif path.stat().st_size:
+                table.warnings.append(f"{path} is no list of images, so it divides nothing")
+
+    divided = any(part in ("train", "val") for _, part, _ in lists)
+    return [(path, part, place) for path, part, place in lists if part or not divided]
 
 
 def _add_config_images(listed, table, folder, path):
@@ -2344,6 +2351,9 @@ def _add_config_images(listed, table, folder, path):
             target = _find_listed(value, config.get("path", ""), path.parent)
             if target is None:
                 table.warnings.append(f"{path}: {part}: {value} is not in {path.parent}")
+            elif _image_suffix(target.name)[1] and target.is_file():
+                raise InputError(f"{path}: {part}: {value} is an image: name a folder, or a .txt file with an "
+                                 "image per line")
             elif target.is_dir():
                 images = listed.setdefault(part, set())
                 below = _place_below(os.path.realpath(target), folder.real_root)
@@ -2669,7 +2679,8 @@ def _match_by_stem(table, folder):
 
         if not found[row] and origin.lower().endswith(".xml"):
             named = _read_voc_file(Path(origin))[0]
-            found[row] = folder.find(named, origin, os.path.dirname(origin), own)[0] if named else None
+            image = folder.find(named, origin, os.path.dirname(origin), own)[0] if named else None
+            found[row] = None if image in taken else image
     return found, [image and "stem" for image in found], table.ids
 
 

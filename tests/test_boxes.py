@@ -93,6 +93,12 @@ def test_difficult_objects_alone_make_a_class_of_voc_unknown(tmp_path):
     assert rows(tmp_path) == {"JPEGImages/a.jpg": [1, NA], "JPEGImages/b.jpg": [0, 1], "JPEGImages/c.jpg": [0, 0]}
 
 
+def test_objects_of_voc_count_wherever_they_are_and_true_is_difficult_too(tmp_path):
+    text = "<annotation><objects><object><name>cat</name><difficult>{}</difficult></object></objects></annotation>"
+    write(tmp_path, {"a.jpg": "", "b.jpg": "", "a.xml": text.format("False"), "b.xml": text.format("True")})
+    assert rows(tmp_path) == {"a.jpg": [1], "b.jpg": [NA]}
+
+
 def test_crowds_alone_make_a_class_of_coco_unknown(tmp_path):
     content = coco({7: "a.jpg", "x": "b.jpg", 3: "c.jpg"},
                    [(7, 5, 1), (7, 1, 0), ("x", 5, 1), ("x", 5, 0), ("x", 5, 1)], [(5, "dog"), (90, "cow"), (1, "cat")])
@@ -313,6 +319,12 @@ def test_the_image_of_one_label_file_is_not_that_of_another_whose_image_is_missi
     assert dataset.read_labels(tmp_path).missing == ["1"]
 
 
+def test_an_image_of_its_own_label_file_is_not_what_the_name_in_another_one_means(tmp_path):
+    write(tmp_path, {"images/b.jpg": "", "Annotations/a.xml": voc(("cat", 0), filename="b.jpg"),
+                     "Annotations/b.xml": voc(("dog", 0), filename="b.jpg")})
+    assert rows(tmp_path) == {"images/b.jpg": [0, 1]}
+
+
 def test_label_files_may_lie_beside_a_folder_of_images(tmp_path):
     pictures = {"images/1.jpg": "", "images/2.jpg": ""}
     write(tmp_path / "voc", pictures | {"1.xml": voc(("cat", 0)), "2.xml": voc(), "pom.xml": "<project/>"})
@@ -453,6 +465,27 @@ def test_data_that_is_all_test_is_not_trained_on_unless_an_option_names_its_labe
     assert sum(map(len, split_of(tmp_path, labels=labels))) == 4
 
 
+@pytest.mark.parametrize("form", ["stems", "blank line first", "ImageSets"])
+@pytest.mark.parametrize("kind", ["yolo", "voc"])
+def test_lists_of_images_in_other_forms_and_places_are_the_split_too(tmp_path, kind, form):
+    folder = write_yolo(tmp_path) if kind == "yolo" else write(tmp_path, {
+        "images/a.jpg": "", "images/b.jpg": "", "Annotations/a.xml": voc(("cat", 0)), "Annotations/b.xml": voc()})
+    place = "ImageSets/" if form == "ImageSets" else ""
+    text = {"stems": "{}\n", "blank line first": "\n \nimages/{}.jpg\n", "ImageSets": "{}.jpg\n"}[form]
+    write(folder, {f"{place}train.txt": text.format("a"), f"{place}val.txt": text.format("b")})
+    assert parts(folder) == {"images/a.jpg": "train", "images/b.jpg": "val"}
+
+
+def test_a_file_with_the_name_of_a_list_that_is_none_is_named_in_a_warning(tmp_path):
+    folder = write_yolo(tmp_path, {"val.txt": "images/b.jpg labels/b.txt\n"})
+    assert f"{folder}/val.txt is no list of images" in told(dataset.read_labels(folder, labels="labels"))
+
+
+def test_an_image_is_no_list_of_images(tmp_path, capsys):
+    folder = write_yolo(tmp_path, config="names: [cat, dog, cow]\nval: images/b.jpg\n")
+    assert "val: images/b.jpg is an image: name a folder" in refused(capsys, dataset.main, folder)
+
+
 def test_nobody_is_asked_about_an_image_that_a_list_puts_into_val(tmp_path):
     folder = write_yolo(tmp_path, {"images/d.jpg": "", "train.txt": "images/a.jpg\nimages/d.jpg\n",
                                    "val.txt": "images/b.jpg\nimages/c.jpg\n"})
@@ -571,7 +604,7 @@ def test_an_export_in_a_folder_below_has_its_own_names_and_split(tmp_path, capsy
 
 WRONG_LINES = {
     f"x {BOX}": "a class number and the numbers of a box, not x, 0.5",
-    "1 0.5 0.5 0.2": "a.txt:2: 4 numbers are too few",
+    "1 0.5 0.5 0.2": "a.txt:2: too few numbers",
     f"3 {BOX}": "a.txt:2: there is no class 3: ",
     f"-1 {BOX}": "a.txt:2: -1 is not a class number",
     f"0.5 {BOX}": "a.txt:2: 0.5 is not a class number",
