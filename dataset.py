@@ -475,16 +475,17 @@ def find_labels(data_dir, folder=None, required=True):
             if found else "")
     if questions := [path for path in data_dir.glob("*.csv") if holds_questions(path)]:
         more += f"; {questions[0].name} holds answers: give it as --answers {questions[0]}"
-    raise InputError(f"{data_dir} has {names}: name the label file with --labels FILE, or call it "
-                     f"labels.txt{more}")
+    raise InputError(f"{data_dir} has {names}: name the label file with --labels FILE (or the folder of "
+                     f"files that belong to one image each), or call it labels.txt{more}")
 
 
 def _only_one(formats, data_dir):
     """Return the only one of several LabelFiles. Raises InputError if there are more."""
     if len(formats) > 1:
+        choices = dict.fromkeys(f"--labels {one.place()}" for one in formats)
+        choose = f"choose one with {' or '.join(choices)}, or " if len(choices) == len(formats) else ""
         raise InputError(f"{data_dir} has labels in several formats: {' and '.join(map(str, formats))}: "
-                         f"choose one with {' or '.join(f'--labels {one.place()}' for one in formats)}, "
-                         "or move the others away")
+                         f"{choose}move the others away")
     return formats[0]
 
 
@@ -1961,62 +1962,51 @@ def _yaml_values(path):
 
 def _yaml_value(path, lines):
     """Return the value of the lines [(number, text), ...] of a key: text, a list or a dict of text."""
-    lines = [(number, _without_comment(text)) for number, text in lines]
-    lines = [lines[0], *((number, text) for number, text in lines[1:] if text.strip())]
-    number, first = lines[0]
-    if first.startswith(("[", "{")) or (not first and lines[1:] and lines[1][1].strip()[0] in "[{"):
-        return _yaml_brackets(path, lines)
-    if first or len(lines) == 1:
-        if len(lines) > 1:
-            number, text = lines[1]
-            raise InputError(f"{path}:{number}: {text.strip()!r} is not understood: {SIMPLE_YAML}")
-        return _yaml_text(first, f"{path}:{number}")
+    lines = [(f"{path}:{number}", _without_comment(text).strip(), re.match(r"\s*", text)[0])
+             for number, text in lines]
+    lines = [lines[0], *(line for line in lines[1:] if line[1])]
+    place, first, _ = lines[0]
+    whole = " ".join(text for _, text, _ in lines).strip()
+    if whole.startswith(("[", "{")):
+        return _yaml_brackets(whole, place)
+    if len(lines) == 1:
+        return _yaml_text(first, place)
 
+    # An entry per line, all of one kind and equally far from the margin.
+    _, text, margin = lines[1]
+    form = r"-\s+(?P<value>.*)" if text.startswith("-") else YAML_LINE
     values = {}
-    indent = re.match(r"\s*", lines[1][1])[0]
-    listed = lines[1][1].strip().startswith("-")
-    for number, text in lines[1:]:
-        place = f"{path}:{number}"
-        entry = re.fullmatch(r"-\s+(?P<value>.*)", text.strip()) if listed else YAML_LINE.fullmatch(text.strip())
-        if not entry or re.match(r"\s*", text)[0] != indent:
-            raise InputError(f"{place}: {text.strip()!r} is not understood: {SIMPLE_YAML}")
-        key = len(values) if listed else _yaml_text(entry["key"], place)
+    for place, text, own_margin in lines[1:]:
+        entry = re.fullmatch(form, text)
+        if first or not entry or own_margin != margin:
+            raise InputError(f"{place}: {text!r} is not understood: {SIMPLE_YAML}")
+        key = len(values) if form != YAML_LINE else _yaml_text(entry["key"], place)
         if key in values:
             raise InputError(f"{place}: {key} is there twice: remove one")
         values[key] = _yaml_text(entry["value"] or "", place)
-    return [*values.values()] if listed else values
+    return values if form == YAML_LINE else [*values.values()]
 
 
-def _yaml_brackets(path, lines):
-    """Return the list or dict of text between brackets. Raises InputError."""
-    tokens = []  # (place, mark or "", text)
-    for number, text in lines:
-        position = 0
-        text = text.strip()
-        while position < len(text):
-            token = YAML_TOKEN.match(text, position)
-            if not token:
-                raise InputError(f"{path}:{number}: {text[position:].strip()!r} is not understood: {SIMPLE_YAML}")
-            tokens.append((f"{path}:{number}", token["mark"] or "", token["text"]))
-            position = token.end()
+def _yaml_brackets(text, place):
+    """Return the list or dict of text between brackets, which is JSON once all texts have double quotes."""
+    tokens = [*YAML_TOKEN.finditer(text)]
+    if "".join(token[0] for token in tokens) != text:
+        raise InputError(f"{place}: {text!r} is not understood: {SIMPLE_YAML}")
+    pieces = [token["mark"] or json.dumps(_yaml_text(token["text"], place)) for token in tokens]
+    if pieces[-2:-1] == [","]:  # one may follow the last entry
+        del pieces[-2]
 
-    # A comma may follow the last entry.
-    is_list = tokens[0][1] == "["
-    entry, between = (("",) if is_list else ("", ":", "")), ","
-    marks = [mark for _, mark, _ in tokens[1:-1]]
-    if marks and marks[-1] == between:
-        marks.pop()
-    count = (len(marks) + 1) // (len(entry) + 1)
-    expected = [*((*entry, between) * count)][:-1]
-    if marks != expected or tokens[-1][1] != ("]" if is_list else "}") or len(tokens) < 2:
-        raise InputError(f"{tokens[0][0]}: the brackets are not understood: {SIMPLE_YAML}")
-
-    texts = [_yaml_text(text, place) for place, mark, text in tokens if not mark]
-    if is_list:
-        return texts
-    keys = texts[::2]
-    _refuse_repeated(tokens[0][0], keys)
-    return dict(zip(keys, texts[1::2]))
+    wrong = InputError(f"{place}: the brackets are not understood: {SIMPLE_YAML}")
+    try:
+        value = json.loads("".join(pieces), object_pairs_hook=tuple)  # to see keys that are there twice
+    except (ValueError, RecursionError):
+        raise wrong from None
+    if isinstance(value, tuple):
+        _refuse_repeated(place, [key for key, _ in value])
+        value = dict(value)
+    if not all(isinstance(one, str) for one in (value.values() if isinstance(value, dict) else value)):
+        raise wrong
+    return value
 
 
 def _without_comment(text):

@@ -186,7 +186,7 @@ SECOND = {
     "voc": ({"Annotations/a.xml": voc(("cat", 0))}, "YOLO files in {0}/labels and Pascal VOC files in {0}/Annotations"),
     "coco": ({"annotations/instances_train.json": coco({1: "a.jpg"}, [(1, 1, 0)])},
              "--labels {0}/labels or --labels {0}/annotations/instances_train.json"),
-    "cls": ({"labels/b.cls": "1\n"}, "--labels {0}/labels"),
+    "cls": ({"labels/b.cls": "1\n"}, ".cls files in {0}/labels and YOLO files in {0}/labels: move the others away"),
     "tables": ({"train.csv": "image,cow\na.jpg,0\n", "val.csv": "image,cow\nb.jpg,1\n"}, "a table in {0}/train.csv"),
 }
 
@@ -525,6 +525,8 @@ WRONG_CONFIGS = {
     "no list": ("names: cat\n", "data.yaml:1: names must be a list"),
     "open bracket": ("names: [cat,\n  dog\ntrain: x\n", "data.yaml:1: the brackets are not understood"),
     "open quote": ("names: ['cat, dog]\n", "data.yaml:1: "),
+    "list in a list": ("names: [[cat, dog], cow]\n", "data.yaml:1: the brackets are not understood"),
+    "key twice": ("names: {0: cat, 0: dog, 2: cow}\n", "data.yaml:1: "),
     "comma missing": ("names: ['cat' 'dog']\n", "data.yaml:1: the brackets are not understood"),
     "nc": ("nc: 2\nnames: [cat, dog, cow]\n", "data.yaml: nc is 2, but there are 3 names"),
     "twice": ("names: [cat, dog, cow]\nnames: [cat]\n", "data.yaml:2: names is there twice"),
