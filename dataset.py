@@ -2222,7 +2222,7 @@ def _keep_split(table, folder, chosen, background):
 
     Args: as of _read_rows_and_images() and _split_by_lists().
     """
-    source = "the names of the JSON files"
+    source = "the JSON files"
     if chosen.kind != "coco":
         table, source = _split_by_lists(table, folder, chosen.kind, background)
     parts = {*table.parts}
