@@ -3311,11 +3311,13 @@ def _answered_image(answer, by_id, by_path, table):
 def _place_added(table):
     """Set the parts of the rows that answers added, in data with a split of its own.
 
-    Such a row is in the part of an identical image, or that a list or its folder names, or in train.
+    Such a row is in the part of an identical image, or that a list or its folder names, or in train; if
+    no row is in train yet, it is still to be divided, like the others.
     """
     images = table.copies or table.paths
     start = f"{table.root}/"
-    parts = [_part_of_image(table, image.removeprefix(start)) or "train" if added else part
+    other = "train" if "train" in table.parts else ""
+    parts = [_part_of_image(table, image.removeprefix(start)) or other if added else part
              for image, part, added in zip(images, table.parts, table.is_added)]
     table.parts = _follow_copies(table, np.array(parts)).tolist()
 

@@ -450,6 +450,17 @@ def test_images_of_a_test_part_are_not_trained_on_even_if_it_is_the_only_part(tm
     assert test == {f"{other}/{k}.jpg" for k in range(4)}
 
 
+def test_images_that_answers_add_to_data_with_a_test_part_do_not_leave_the_others_to_val(tmp_path):
+    names = [f"{folder}/{k}" for folder in ("a", "test") for k in range(4)]
+    files = {f"images/{name}.jpg": "" for name in names} | {f"labels/{name}.txt": f"0 {BOX}" for name in names}
+    folder = write(tmp_path / "data", files | {"images/a/x.jpg": "", "classes.txt": "cat\n"})
+    answers = tmp_path / "answers.csv"
+    answers.write_text("ID,label,given,probability,answer\na/x.jpg,cat,NA,,0\n")
+    assert "a/x.jpg" in split_of(folder, answers=answers)[0]
+    dataset.main([str(folder), "--answers", str(answers), "--out", str(tmp_path / "new.csv")])
+    assert [len(part) for part in split_of(folder, labels=tmp_path / "new.csv")] == [4, 1, 4]
+
+
 @pytest.mark.parametrize("kind", ["yolo", "voc", "coco"])
 def test_data_that_is_all_test_is_not_trained_on_unless_an_option_names_its_labels(tmp_path, kind):
     names = [f"test/images/{k}" for k in range(4)]
