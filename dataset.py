@@ -2220,7 +2220,7 @@ def _keep_split(table, folder, chosen, background):
     Data that is all called train is not divided yet, but one part called test is not trained on, unless
     --labels names it.
 
-    Args: as of _read_rows_and_images() and _split_by_lists().
+    Args: chosen: the LabelFiles; background: as of _split_by_lists().
     """
     source = "the JSON files"
     if chosen.kind != "coco":
@@ -2234,16 +2234,21 @@ def _keep_split(table, folder, chosen, background):
 
 
 def _split_by_lists(table, folder, kind, background):
-    """Set the parts of a table with a file per image, and name what they come from.
+    """Set the parts of a table with a file per image, and say what they come from.
 
-    They come from data.yaml, from lists of images, or else from the names of folders. Rows of images
-    that are in no list are dropped with a warning. The IDs become the paths of the images.
+    They come from data.yaml, from lists of images, or else from the names of folders. Where a list says
+    what is train, rows of images in no list are dropped with a warning. The IDs become the paths of the
+    images.
 
     Args: background: whether images without a label file become rows, in which all is absent.
-    Returns (the table, the names of files or of what else says so).
+    Returns (the table, what its parts come from).
     """
     start = f"{folder.root}/"
-    table.ids = [path.removeprefix(start) for path in table.paths]
+    names = [path.removeprefix(start) for path in table.paths]
+    # The folders of label files tell the part where those of the images do not.
+    part_of = {name: _part_of_folder(name) or _part_of_folder(label) for name, label in zip(names, table.ids)}
+    part_of |= {name: _part_of_folder(name) for name in table.unlabelled}
+    table.ids = names
     if count := len(table.unlabelled):
         meaning = ("background, where all classes are absent" if background else
                    "left out, while --background makes all classes absent there")
@@ -2258,7 +2263,7 @@ def _split_by_lists(table, folder, kind, background):
 
     listed, sources = _listed_images(table, folder, kind)
     if listed.keys() <= {"", "train"}:
-        table.parts = [*map(_part_of_folder, table.ids)]
+        table.parts = [part_of[name] for name in table.ids]
         return table, "the names of folders"
 
     parts_of = {}
@@ -2267,8 +2272,8 @@ def _split_by_lists(table, folder, kind, background):
             parts_of.setdefault(image, []).append(part)
     # Where no list says what is train, the images outside of val and test are still to be divided.
     if listed.keys().isdisjoint({"", "train"}):
-        for name in (*table.ids, *table.unlabelled):
-            parts_of.setdefault(name, [_part_of_folder(name)])
+        for name, part in part_of.items():
+            parts_of.setdefault(name, [part])
 
     # An image in two lists gets two rows, which _separate_parts() then finds.
     rows = [row for row, name in enumerate(table.ids) for _ in parts_of.get(name, ())]
@@ -2383,10 +2388,10 @@ def _read_image_list(path, table, folder, base=None):
     for number, line in enumerate(read_lines(path), 1):
         if name := line.strip():
             found = folder.beside(base / "Annotations" / name) if base else []
-            image = found[0] if len(found) == 1 else folder.find(name, f"{path}:{number}", path.parent,
-                                                                          taken=())[0]
-            if image:
-                images.add(image)
+            if len(found) != 1:
+                found = folder.find(name, f"{path}:{number}", path.parent, taken=())
+            if found[0]:
+                images.add(found[0])
             else:
                 missing.append(name)
     if missing:
@@ -2648,7 +2653,7 @@ def _match_by_stem(table, folder):
     split. Last, Pascal VOC files name their images, but not after these were renamed.
     """
     found = [_only_image(folder.beside(os.path.splitext(origin)[0]), origin) for origin in table.origins]
-    # An image that matches a label file by its path is not given to another one.
+    # An image that matches a label file is not given to another one, by a looser rule.
     taken = set(found)
     found = [image or folder.find(name, origin, folder.root, taken=taken)[0]
              for image, name, origin in zip(found, table.ids, table.origins)]
@@ -2671,7 +2676,7 @@ def _match_by_stem(table, folder):
             named = _read_voc_file(Path(origin))[0]
             image = folder.find(named, origin, os.path.dirname(origin), own)[0] if named else None
             found[row] = None if image in taken else image
-    return found, [image and "stem" for image in found], table.ids
+    return found, [image and "stem" for image in found], table.origins  # two files are two images
 
 
 def _only_image(images, origin):

@@ -325,6 +325,16 @@ def test_an_image_of_its_own_label_file_is_not_what_the_name_in_another_one_mean
     assert rows(tmp_path) == {"images/b.jpg": [0, 1]}
 
 
+@pytest.mark.parametrize("files", [
+    {"a.txt": f"0 {BOX}", "labels/a.txt": f"1 {BOX}", "classes.txt": "cat\ndog\n"},
+    {"labels/a.xml": voc(("cat", 0)), "annotations/a.xml": voc(("dog", 0))},
+    {"a.cls": "0\n", "labels/a.cls": "1\n"}])
+def test_two_label_files_of_an_image_are_an_error(tmp_path, files):
+    write(tmp_path, {"a.jpg": ""} | files)
+    with pytest.raises(InputError, match=r"would both be .*/a\.jpg"):
+        dataset.read_labels(tmp_path)
+
+
 def test_label_files_may_lie_beside_a_folder_of_images(tmp_path):
     pictures = {"images/1.jpg": "", "images/2.jpg": ""}
     write(tmp_path / "voc", pictures | {"1.xml": voc(("cat", 0)), "2.xml": voc(), "pom.xml": "<project/>"})
@@ -382,6 +392,14 @@ def test_the_split_of_a_config_is_kept(tmp_path, name):
     assert ("are the same images, which count as" in said) == (" is t" in name)
     assert ("images/nowhere is not in" in said) == ("missing" in name)
     assert ("were left out" in said) == (name in ("other roles than the names", "val is test"))
+
+
+@pytest.mark.parametrize("form", ["labels/{}/{}.txt", "obj_{}_data/{}.txt", "Annotations/{}/{}.xml"])
+def test_folders_of_label_files_are_the_split_where_all_images_are_in_one(tmp_path, form):
+    text = voc(("cat", 0)) if form.endswith("xml") else f"0 {BOX}"
+    write(tmp_path, {"images/a.jpg": "", "images/b.jpg": "", form.format("train", "a"): text,
+                     form.format("test", "b"): text, "classes.txt": "cat\n"})
+    assert parts(tmp_path) == {"images/a.jpg": "train", "images/b.jpg": "test"}
 
 
 def test_a_config_may_name_lists_of_images(tmp_path):
