@@ -1811,7 +1811,7 @@ def _class_of_box(cells, place):
         numbers = []
     if not (numbers and all(map(math.isfinite, numbers)) and "_" not in "".join(cells)):
         raise InputError(f"{place}: a YOLO line is a class number and the numbers of a box, not "
-                         f"{shortened(cells, 6)}: correct it")
+                         f"{shortened(cells, 6)}: correct it, or move a file without labels elsewhere")
     if len(numbers) < 5:
         raise InputError(f"{place}: too few numbers for a class and a box, which take 5: correct the line")
     if not numbers[0].is_integer() or numbers[0] < 0:
@@ -2682,8 +2682,8 @@ def _match_by_stem(table, folder):
 def _only_image(images, origin):
     """Return the only image that fits a label file, or None. Raises InputError if there are more."""
     if len(images) > 1:
-        raise InputError(f"{origin}: its image can be {' or '.join(sorted(images)[:2])}: give the folders of "
-                         "labels and of images the same names")
+        raise InputError(f"{origin}: its image can be {' or '.join(sorted(images)[:2])}: remove one, or "
+                         "give the folders of labels and of images the same names")
     return images[0] if images else None
 
 
