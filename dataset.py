@@ -475,15 +475,17 @@ def find_labels(data_dir, folder=None, required=True):
             if found else "")
     if questions := [path for path in data_dir.glob("*.csv") if holds_questions(path)]:
         more += f"; {questions[0].name} holds answers: give it as --answers {questions[0]}"
-    raise InputError(f"{data_dir} has {names}: name the label file with --labels FILE (or the folder of "
-                     f"files that belong to one image each), or call it labels.txt{more}")
+    raise InputError(f"{data_dir} has {names}: name the label file with --labels FILE (or the "
+                     "folder of files that belong to one image each), or call it "
+                     f"labels.txt{more}")
 
 
 def _only_one(formats, data_dir):
     """Return the only one of several LabelFiles. Raises InputError if there are more."""
     if len(formats) > 1:
         choices = dict.fromkeys(f"--labels {one.place()}" for one in formats)
-        choose = f"choose one with {' or '.join(choices)}, or " if len(choices) == len(formats) else ""
+        choose = f"choose one with {' or '.join(choices)}, or "
+        choose = choose if len(choices) == len(formats) else ""  # else they share a folder
         raise InputError(f"{data_dir} has labels in several formats: {' and '.join(map(str, formats))}: "
                          f"{choose}move the others away")
     return formats[0]
@@ -551,7 +553,7 @@ def _find_annotations(data_dir, names, given=False):
     """
     stems = {stem for stem, suffix in map(_image_suffix, names) if suffix}
     found = {"cls": [], "yolo": [], "voc": []}
-    last_parts = {stem.rpartition("/")[2] for stem in stems}  # as CVAT's 1.xml beside a folder of images
+    last_parts = {stem.rpartition("/")[2] for stem in stems}  # for 1.xml beside a folder of images
     beside = []  # text files that lie beside their images, which may also hold captions
     for name in sorted(names):
         kind = {".cls": "cls", ".txt": "yolo", ".xml": "voc"}.get(name[-4:].lower())
@@ -589,7 +591,7 @@ def _part_of_file(name):
 
 
 def _lists_images(path):
-    """Return True if the first line of a text file, apart from blank ones, is an image or a single word."""
+    """Return True if the first line of a text file, blank ones apart, is an image or one word."""
     if path.suffix.lower() != ".txt":
         return False
     try:
@@ -1811,9 +1813,11 @@ def _class_of_box(cells, place):
         numbers = []
     if not (numbers and all(map(math.isfinite, numbers)) and "_" not in "".join(cells)):
         raise InputError(f"{place}: a YOLO line is a class number and the numbers of a box, not "
-                         f"{shortened(cells, 6)}: correct it, or move a file without labels elsewhere")
+                         f"{shortened(cells, 6)}: correct it, or move a file without labels "
+                         "elsewhere")
     if len(numbers) < 5:
-        raise InputError(f"{place}: too few numbers for a class and a box, which take 5: correct the line")
+        raise InputError(f"{place}: too few numbers for a class and a box, which take 5: correct "
+                         "the line")
     if not numbers[0].is_integer() or numbers[0] < 0:
         raise InputError(f"{place}: {cells[0]} is not a class number: correct the line")
     return int(numbers[0])
@@ -1843,8 +1847,8 @@ def _yolo_names(files, data_dir):
     sources = [*named]
     for source in sources[1:]:
         if named[source] != named[sources[0]]:
-            raise InputError(f"{sources[0]} and {source} name different classes: remove the wrong one, or "
-                             "name one folder of YOLO files with --labels")
+            raise InputError(f"{sources[0]} and {source} name different classes: remove the wrong "
+                             "one, or name one folder of YOLO files with --labels")
     return named[sources[0]], sources
 
 
@@ -1885,7 +1889,8 @@ def _find_configs(files, data_dir):
         found = [path for path in known if path in paths][:1]
         found = found or [path for path in paths if _has_names(path)]
         if len(found) > 1:
-            raise InputError(f"{found[0]} and {found[1]} both have names: call the right one data.yaml")
+            raise InputError(f"{found[0]} and {found[1]} both have names: call the right one "
+                             "data.yaml")
         configs += found
     return configs
 
@@ -1988,7 +1993,7 @@ def _yaml_value(path, lines):
 
 
 def _yaml_brackets(text, place):
-    """Return the list or dict of text between brackets, which is JSON once all texts have double quotes."""
+    """Return the list or dict of text between brackets: JSON, once all texts have double quotes."""
     tokens = [*YAML_TOKEN.finditer(text)]
     if "".join(token[0] for token in tokens) != text:
         raise InputError(f"{place}: {text!r} is not understood: {SIMPLE_YAML}")
@@ -1998,13 +2003,14 @@ def _yaml_brackets(text, place):
 
     wrong = InputError(f"{place}: the brackets are not understood: {SIMPLE_YAML}")
     try:
-        value = json.loads("".join(pieces), object_pairs_hook=tuple)  # to see keys that are there twice
+        value = json.loads("".join(pieces), object_pairs_hook=tuple)  # shows repeated keys
     except (ValueError, RecursionError):
         raise wrong from None
     if isinstance(value, tuple):
         _refuse_repeated(place, [key for key, _ in value])
         value = dict(value)
-    if not all(isinstance(one, str) for one in (value.values() if isinstance(value, dict) else value)):
+    texts = value.values() if isinstance(value, dict) else value
+    if not all(isinstance(text, str) for text in texts):
         raise wrong
     return value
 
@@ -2122,7 +2128,8 @@ def _read_coco(files, data_dir):
     table.classes = [name for name, column in column_of.items() if seen[column]]
     table.targets = table.targets[:, seen]
     if unseen := [name for name, column in column_of.items() if not seen[column]]:
-        table.warnings.append(f"categories without an annotation, which were left out: {shortened(unseen)}")
+        table.warnings.append("categories without an annotation, which were left out: "
+                              f"{shortened(unseen)}")
     return table
 
 
@@ -2217,8 +2224,8 @@ def _is_text(value):
 def _keep_split(table, folder, chosen, background):
     """Set the parts of a table of boxes to those of the data's own split.
 
-    Data that is all called train is not divided yet, but one part called test is not trained on, unless
-    --labels names it.
+    Data that is all called train is not divided yet, but one part called test is not trained on,
+    unless --labels names it.
 
     Args: chosen: the LabelFiles; background: as of _split_by_lists().
     """
@@ -2236,9 +2243,9 @@ def _keep_split(table, folder, chosen, background):
 def _split_by_lists(table, folder, kind, background):
     """Set the parts of a table with a file per image, and say what they come from.
 
-    They come from data.yaml, from lists of images, or else from the names of folders. Where a list says
-    what is train, rows of images in no list are dropped with a warning. The IDs become the paths of the
-    images.
+    They come from data.yaml, from lists of images, or else from the names of folders. Where a list
+    says what is train, rows of images in no list are dropped with a warning. The IDs become the
+    paths of the images.
 
     Args: background: whether images without a label file become rows, in which all is absent.
     Returns (the table, what its parts come from).
@@ -2246,7 +2253,8 @@ def _split_by_lists(table, folder, kind, background):
     start = f"{folder.root}/"
     names = [path.removeprefix(start) for path in table.paths]
     # The folders of label files tell the part where those of the images do not.
-    part_of = {name: _part_of_folder(name) or _part_of_folder(label) for name, label in zip(names, table.ids)}
+    part_of = {name: _part_of_folder(name) or _part_of_folder(label)
+               for name, label in zip(names, table.ids)}
     part_of |= {name: _part_of_folder(name) for name in table.unlabelled}
     table.ids = names
     if count := len(table.unlabelled):
@@ -2293,8 +2301,8 @@ def _split_by_lists(table, folder, kind, background):
 def _listed_images(table, folder, kind):
     """Find the images of each part, as files of the data set list them, and these files.
 
-    Returns ({part: set of images below the image folder}, names of the files). The part is "" for those
-    of VOC's trainval.txt where nothing divides them into train and val.
+    Returns ({part: set of images below the image folder}, names of the files). The part is "" for
+    those of trainval.txt where nothing divides them into train and val.
     """
     listed = {}
     data_dir, files = Path(folder.data_dir), [*map(Path, table.origins)]
@@ -2318,20 +2326,22 @@ def _listed_images(table, folder, kind):
 
 
 def _find_lists(table, files, data_dir):
-    """Return (path, part, folder of the export) of each list of images beside label files: train.txt, ...
+    """Return (path, part, folder of the export) of lists of images, such as train.txt.
 
-    Files of these names that hold something else are named in a warning.
+    They lie beside the folder of the label files, or in ImageSets/ or ImageSets/Main/ there. Files
+    of these names that hold something else are named in a warning.
     """
     lists = []
-    places = {data_dir} | {folder.parent for folder in _folders_of(files, data_dir) if folder != data_dir}
-    for place in sorted(places):
-        for path in sorted(chain(*map(place.glob, ("*.txt", "ImageSets/*.txt", "ImageSets/Main/*.txt")))):
+    below = [folder for folder in _folders_of(files, data_dir) if folder != data_dir]
+    for place in sorted({data_dir, *(folder.parent for folder in below)}):
+        forms = ("*.txt", "ImageSets/*.txt", "ImageSets/Main/*.txt")
+        for path in sorted(chain(*map(place.glob, forms))):
             word = path.stem.lower().rstrip("0123456789")  # as in train2017.txt
             if word not in LIST_WORDS or str(path) in table.origins:
                 continue
             if "ImageSets" in path.parts[-3:] or _lists_images(path):
                 lists.append((path, LIST_WORDS[word], place))
-            elif path.stat().st_size:
+            elif path.is_file() and path.stat().st_size:
                 table.warnings.append(f"{path} is no list of images, so it divides nothing")
 
     divided = any(part in ("train", "val") for _, part, _ in lists)
@@ -2347,8 +2357,8 @@ def _add_config_images(listed, table, folder, path):
             if target is None:
                 table.warnings.append(f"{path}: {part}: {value} is not in {path.parent}")
             elif _image_suffix(target.name)[1] and target.is_file():
-                raise InputError(f"{path}: {part}: {value} is an image: name a folder, or a .txt file with an "
-                                 "image per line")
+                raise InputError(f"{path}: {part}: {value} is an image: name a folder, or a .txt "
+                                 "file with an image per line")
             elif target.is_dir():
                 images = listed.setdefault(part, set())
                 below = _place_below(os.path.realpath(target), folder.real_root)
@@ -2425,8 +2435,8 @@ def _read_numbered_names(path):
     while names and not names[-1]:
         names.pop()
     if "" in names:
-        raise InputError(f"{path}:{names.index('') + 1}: a blank line, while the number of a class is that "
-                         "of its line: write its name, or remove the line")
+        raise InputError(f"{path}:{names.index('') + 1}: a blank line, while the number of a class "
+                         "is that of its line: write its name, or remove the line")
     return names
 
 
@@ -2652,7 +2662,8 @@ def _match_by_stem(table, folder):
     that no other label file has: one in a folder of the same split, or else one in a folder of no
     split. Last, Pascal VOC files name their images, but not after these were renamed.
     """
-    found = [_only_image(folder.beside(os.path.splitext(origin)[0]), origin) for origin in table.origins]
+    found = [_only_image(folder.beside(os.path.splitext(origin)[0]), origin)
+             for origin in table.origins]
     # An image that matches a label file is not given to another one, by a looser rule.
     taken = set(found)
     found = [image or folder.find(name, origin, folder.root, taken=taken)[0]
@@ -2682,8 +2693,8 @@ def _match_by_stem(table, folder):
 def _only_image(images, origin):
     """Return the only image that fits a label file, or None. Raises InputError if there are more."""
     if len(images) > 1:
-        raise InputError(f"{origin}: its image can be {' or '.join(sorted(images)[:2])}: remove one, or "
-                         "give the folders of labels and of images the same names")
+        raise InputError(f"{origin}: its image can be {' or '.join(sorted(images)[:2])}: remove "
+                         "one, or give the folders of labels and of images the same names")
     return images[0] if images else None
 
 
@@ -2762,8 +2773,8 @@ class ImageFolder:
             part: the part of the row, or "". Unless the path is a full one, an image in a folder of
                 this part is preferred, and a row of train has no image in a folder called val or
                 test, nor one of val in test.
-            taken: files that are known to be others. If it is given, the closest of several files is
-                meant: of data/night/1.jpg, night/1.jpg rather than 1.jpg.
+            taken: files that are known to be others. If it is given, the closest of several files
+                is meant: by data/night/1.jpg, night/1.jpg rather than 1.jpg.
 
         Returns:
             (file, "full path", "trailing part" or "stem", the path that is meant), or three None.
@@ -2782,7 +2793,8 @@ class ImageFolder:
                 found = [file for file in found if _part_of_folder(file) == part] or found
             self._check_elsewhere(name, origin, place)
         if taken is not None:
-            shared = {file: min(file.count("/"), path.count("/")) for file in found if file not in taken}
+            shared = {file: min(file.count("/"), path.count("/"))
+                      for file in found if file not in taken}
             found = [file for file in shared if shared[file] == max(shared.values())]
 
         if len(found) > 1:
@@ -3316,8 +3328,8 @@ def _answered_image(answer, by_id, by_path, table):
 def _place_added(table):
     """Set the parts of the rows that answers added, in data with a split of its own.
 
-    Such a row is in the part of an identical image, or that a list or its folder names, or in train; if
-    no row is in train yet, it is still to be divided, like the others.
+    Such a row is in the part of an identical image, or that a list or its folder names, or in
+    train; if no row is in train yet, it is still to be divided, like the others.
     """
     images = table.copies or table.paths
     start = f"{table.root}/"

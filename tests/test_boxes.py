@@ -507,6 +507,7 @@ def test_lists_of_images_in_other_forms_and_places_are_the_split_too(tmp_path, k
 
 def test_a_file_with_the_name_of_a_list_that_is_none_is_named_in_a_warning(tmp_path):
     folder = write_yolo(tmp_path, {"val.txt": "images/b.jpg labels/b.txt\n"})
+    (folder / "test.txt").symlink_to("nowhere")
     assert f"{folder}/val.txt is no list of images" in told(dataset.read_labels(folder, labels="labels"))
 
 
