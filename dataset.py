@@ -279,7 +279,7 @@ def read_labels(data_dir, labels=None, images=None, classes=(), **how):
 
 def _read_rows_and_images(chosen, classes, data_dir, folder, how):
     """Return the rows of the label files, which are given as LabelFiles, with their images."""
-    kind, files = chosen
+    kind, files = chosen.kind, chosen.files
     if how.background and kind not in ("yolo", "voc"):
         raise InputError(f"--background is for YOLO and Pascal VOC, which have a label file per image, "
                          f"and {data_dir} is not read as one of them: leave it out")
@@ -302,19 +302,21 @@ def _read_rows_and_images(chosen, classes, data_dir, folder, how):
         table = _apply_groups(table, groups, groups_file)
     if files:
         table = _attach_images(table, folder, kind)
-    if kind in ("yolo", "voc"):
-        table = _keep_split(table, folder, kind, how.background)
-    elif kind == "coco" and len({*table.parts}) == 1:
-        table.parts = []  # a single part is no split
+    if kind in ("yolo", "voc", "coco"):
+        table = _keep_split(table, folder, chosen, how.background)
     return table
 
 
 def _refuse_columns(how, data_dir):
-    """Raise InputError if an option names a column, in data without columns."""
-    for option in ("group", "split_column"):
-        if getattr(how, option) not in (None, "folder"):
-            raise InputError(f"--{option.replace('_', '-')} {getattr(how, option)}: {data_dir} has "
-                             "no label file with columns: leave it out")
+    """Raise InputError if an option is about columns or their cells, in data without columns."""
+    for option in ("group", "split_column", "image_column", "image_list", "ignore", "separator",
+                   "label_threshold", "positive", "negative", "unknown"):
+        value = getattr(how, option)
+        if value in (None, (), []) or (option, value) == ("split_column", "folder"):
+            continue
+        words = " ".join(value) if isinstance(value, (list, tuple)) else value
+        raise InputError(f"--{option.replace('_', '-')} {words}: {data_dir} has no label file with "
+                         "columns: leave it out")
 
 
 def _split_by_folders(table):
@@ -378,6 +380,10 @@ PART_WORDS = {
 }
 
 
+# Those of lists of images, where trainval is what is left beside test.
+LIST_WORDS = {**PART_WORDS, "trainval": ""}
+
+
 def _choose_files(labels, data_dir, folder, required):
     """Return the LabelFiles that --labels names, or those that find_labels() finds."""
     if not labels:
@@ -390,7 +396,7 @@ def _choose_files(labels, data_dir, folder, required):
         raise InputError(f"--labels {labels} has the names of classes: name the folder of the YOLO files, or "
                          "leave the option out")
     if path.suffix.lower() == ".json":
-        return LabelFiles("coco", {_part_of_file(path.name): path})
+        return LabelFiles("coco", {_part_of_file(path.name): path}, given=True)
     if not path.is_dir():
         return LabelFiles("table", {"": path})
 
@@ -398,7 +404,7 @@ def _choose_files(labels, data_dir, folder, required):
     if not found:
         raise InputError(f"{path} holds no .cls files, no YOLO files (.txt), no Pascal VOC files "
                          "(.xml) and no COCO JSON: name another label file or folder with --labels")
-    return _only_one(found, path)
+    return _only_one(found, path)._replace(given=True)
 
 
 class LabelFiles(NamedTuple):
@@ -406,6 +412,7 @@ class LabelFiles(NamedTuple):
 
     kind: str  # "table" (which lists and vectors are too), "cls", "yolo", "voc" or "coco"
     files: dict  # {part: Path}, where a single file may have the part ""; a list if images have one each
+    given: bool = False  # whether --labels names them
 
     def paths(self):
         """Return the files as a list."""
@@ -468,16 +475,19 @@ def find_labels(data_dir, folder=None, required=True):
             if found else "")
     if questions := [path for path in data_dir.glob("*.csv") if holds_questions(path)]:
         more += f"; {questions[0].name} holds answers: give it as --answers {questions[0]}"
-    raise InputError(f"{data_dir} has {names}: name the label file with --labels FILE, or call it "
+    raise InputError(f"{data_dir} has {names}: name the label file with --labels FILE (or the "
+                     "folder of files that belong to one image each), or call it "
                      f"labels.txt{more}")
 
 
 def _only_one(formats, data_dir):
     """Return the only one of several LabelFiles. Raises InputError if there are more."""
     if len(formats) > 1:
+        choices = dict.fromkeys(f"--labels {one.place()}" for one in formats)
+        choose = f"choose one with {' or '.join(choices)}, or "
+        choose = choose if len(choices) == len(formats) else ""  # else they share a folder
         raise InputError(f"{data_dir} has labels in several formats: {' and '.join(map(str, formats))}: "
-                         f"choose one with {' or '.join(f'--labels {one.place()}' for one in formats)}, "
-                         "or move the others away")
+                         f"{choose}move the others away")
     return formats[0]
 
 
@@ -543,6 +553,7 @@ def _find_annotations(data_dir, names, given=False):
     """
     stems = {stem for stem, suffix in map(_image_suffix, names) if suffix}
     found = {"cls": [], "yolo": [], "voc": []}
+    last_parts = {stem.rpartition("/")[2] for stem in stems}  # for 1.xml beside a folder of images
     beside = []  # text files that lie beside their images, which may also hold captions
     for name in sorted(names):
         kind = {".cls": "cls", ".txt": "yolo", ".xml": "voc"}.get(name[-4:].lower())
@@ -555,9 +566,9 @@ def _find_annotations(data_dir, names, given=False):
         # CVAT's YOLO has its files in obj_train_data/, whether or not the images are there too.
         folders = name.lower().split("/")[:-1]
         own = {"labels"} if kind == "yolo" else LABEL_FOLDERS
-        if given or not own.isdisjoint(folders) or re.fullmatch(r"obj_\w+_data", folders[-1] if folders else ""):
+        if given or not own.isdisjoint(folders) or re.search(r"(^|/)obj_[^/]+_data/", name.lower()):
             found[kind].append(data_dir / name)
-        elif has_image:
+        elif has_image or (not folders and name[:-4] in last_parts):
             (beside if kind == "yolo" else found[kind]).append(data_dir / name)
 
     if found["yolo"] or _holds_boxes(beside):
@@ -580,14 +591,15 @@ def _part_of_file(name):
 
 
 def _lists_images(path):
-    """Return True if the first line of a text file is the name of an image and nothing else."""
+    """Return True if the first line of a text file, blank ones apart, is an image or one word."""
     if path.suffix.lower() != ".txt":
         return False
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return bool(_image_suffix(file.readline(10_000).strip())[1])
+            line = next(filter(None, map(str.strip, iter(lambda: file.readline(10_000), ""))), "")
     except (OSError, ValueError):
         return False
+    return bool(_image_suffix(line)[1] or re.fullmatch(r"[^\s,;]+", line))
 
 
 def _holds_boxes(paths):
@@ -1730,7 +1742,7 @@ def _read_cls(files, data_dir):
                 targets[row, indices[index]] = 1
 
     source = _class_file(data_dir) or "the 80 of COCO"
-    notes = [f"{len(files)} .cls files of class indices", f"class names: {source}"]
+    notes = [f"{_counted(files, '.cls file')} of class indices", f"class names: {source}"]
     table = _file_per_image(files, data_dir, targets, [*names.values()], notes)
     table.sources += filter(None, [_class_file(data_dir)])
     return table
@@ -1749,6 +1761,11 @@ def _file_per_image(files, data_dir, targets, classes, notes):
         *folders, name = file.relative_to(base).with_suffix("").parts
         ids.append("/".join([*_replace_label_folder(folders), name]))
     return LabelTable(ids, [], targets, classes, origins=[*map(str, files)], notes=notes, absent=0.0)
+
+
+def _counted(things, noun):
+    """Return how many things there are, such as "1 file" or "2 files"."""
+    return f"{len(things)} {noun}{'s' * (len(things) != 1)}"
 
 
 def _replace_label_folder(folders, *new):
@@ -1779,7 +1796,7 @@ def _read_yolo(files, data_dir):
                                      "name")
                 targets[row, column_of[number]] = 1
 
-    notes = [f"{len(files)} YOLO files of boxes", f"class names: {sources[0]}"]
+    notes = [f"{_counted(files, 'YOLO file')} of boxes", f"class names: {sources[0]}"]
     table = _file_per_image(files, data_dir, targets, [*names.values()], notes)
     table.sources += sources
     return table
@@ -1796,10 +1813,11 @@ def _class_of_box(cells, place):
         numbers = []
     if not (numbers and all(map(math.isfinite, numbers)) and "_" not in "".join(cells)):
         raise InputError(f"{place}: a YOLO line is a class number and the numbers of a box, not "
-                         f"{shortened(cells, 6)}: correct it")
+                         f"{shortened(cells, 6)}: correct it, or move a file without labels "
+                         "elsewhere")
     if len(numbers) < 5:
-        raise InputError(f"{place}: {len(numbers)} numbers are too few for a class and a box, which "
-                         "take 5: correct the line")
+        raise InputError(f"{place}: too few numbers for a class and a box, which take 5: correct "
+                         "the line")
     if not numbers[0].is_integer() or numbers[0] < 0:
         raise InputError(f"{place}: {cells[0]} is not a class number: correct the line")
     return int(numbers[0])
@@ -1810,9 +1828,7 @@ def _yolo_names(files, data_dir):
 
     Raises InputError if there are none, or if two of them differ.
     """
-    named = {}
-    if config := _find_config(data_dir):
-        named[config] = _read_config(config)["names"]
+    named = {config: _read_config(config)["names"] for config in _find_configs(files, data_dir)}
     if source := _class_file(data_dir):
         named[source] = {int(number): name for number, name in _read_class_names(data_dir).items()}
     # Some programs put the names beside the label files; darknet and CVAT call them obj.names.
@@ -1820,7 +1836,7 @@ def _yolo_names(files, data_dir):
         for name in ("classes.txt", "obj.names", "_darknet.labels"):
             path = folder / name
             if path not in named and path.is_file():
-                names = _read_names(path)
+                names = _read_numbered_names(path)
                 _refuse_repeated(path, names)
                 named[path] = dict(enumerate(names))
 
@@ -1831,7 +1847,8 @@ def _yolo_names(files, data_dir):
     sources = [*named]
     for source in sources[1:]:
         if named[source] != named[sources[0]]:
-            raise InputError(f"{sources[0]} and {source} name different classes: remove the wrong one")
+            raise InputError(f"{sources[0]} and {source} name different classes: remove the wrong "
+                             "one, or name one folder of YOLO files with --labels")
     return named[sources[0]], sources
 
 
@@ -1860,16 +1877,30 @@ YAML_TOKEN = re.compile(r"""\s*(?:(?P<mark>[\[\]{},]|:(?=[\s"']|$))|"""
 SIMPLE_YAML = "write names: [cat, dog], or a line - cat or 0: cat per class"
 
 
-def _find_config(data_dir):
-    """Return data.yaml or a file like it, or None. Raises InputError if there are several."""
-    paths = sorted(path for suffix in ("*.yaml", "*.yml") for path in data_dir.glob(suffix))
-    for name in ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml"):
-        if data_dir / name in paths:
-            return data_dir / name
-    found = [path for path in paths if re.search(rb"^names\s*:", path.read_bytes(), re.MULTILINE)]
-    if len(found) > 1:
-        raise InputError(f"{found[0]} and {found[1]} both have names: call the right one data.yaml")
-    return found[0] if found else None
+def _find_configs(files, data_dir):
+    """Return the paths of data.yaml, or files like it, of DATA and of exports below it.
+
+    Raises InputError if a folder has several.
+    """
+    configs = []
+    for folder in _folders_of(files, data_dir):
+        paths = sorted(path for suffix in ("*.yaml", "*.yml") for path in folder.glob(suffix))
+        known = [folder / name for name in ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")]
+        found = [path for path in known if path in paths][:1]
+        found = found or [path for path in paths if _has_names(path)]
+        if len(found) > 1:
+            raise InputError(f"{found[0]} and {found[1]} both have names: call the right one "
+                             "data.yaml")
+        configs += found
+    return configs
+
+
+def _has_names(path):
+    """Return True if a YAML file has the key names."""
+    try:
+        return bool(re.search(rb"^names\s*:", path.read_bytes(), re.MULTILINE))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _read_config(path):
@@ -1936,62 +1967,52 @@ def _yaml_values(path):
 
 def _yaml_value(path, lines):
     """Return the value of the lines [(number, text), ...] of a key: text, a list or a dict of text."""
-    lines = [(number, _without_comment(text)) for number, text in lines]
-    lines = [lines[0], *((number, text) for number, text in lines[1:] if text.strip())]
-    number, first = lines[0]
-    if first.startswith(("[", "{")) or (not first and lines[1:] and lines[1][1].strip()[0] in "[{"):
-        return _yaml_brackets(path, lines)
-    if first or len(lines) == 1:
-        if len(lines) > 1:
-            number, text = lines[1]
-            raise InputError(f"{path}:{number}: {text.strip()!r} is not understood: {SIMPLE_YAML}")
-        return _yaml_text(first, f"{path}:{number}")
+    lines = [(f"{path}:{number}", _without_comment(text).strip(), re.match(r"\s*", text)[0])
+             for number, text in lines]
+    lines = [lines[0], *(line for line in lines[1:] if line[1])]
+    place, first, _ = lines[0]
+    whole = " ".join(text for _, text, _ in lines).strip()
+    if whole.startswith(("[", "{")):
+        return _yaml_brackets(whole, place)
+    if len(lines) == 1:
+        return _yaml_text(first, place)
 
+    # An entry per line, all of one kind and equally far from the margin.
+    _, text, margin = lines[1]
+    form = r"-\s+(?P<value>.*)" if text.startswith("-") else YAML_LINE
     values = {}
-    indent = re.match(r"\s*", lines[1][1])[0]
-    listed = lines[1][1].strip().startswith("-")
-    for number, text in lines[1:]:
-        place = f"{path}:{number}"
-        entry = re.fullmatch(r"-\s+(?P<value>.*)", text.strip()) if listed else YAML_LINE.fullmatch(text.strip())
-        if not entry or re.match(r"\s*", text)[0] != indent:
-            raise InputError(f"{place}: {text.strip()!r} is not understood: {SIMPLE_YAML}")
-        key = len(values) if listed else _yaml_text(entry["key"], place)
+    for place, text, own_margin in lines[1:]:
+        entry = re.fullmatch(form, text)
+        if first or not entry or own_margin != margin:
+            raise InputError(f"{place}: {text!r} is not understood: {SIMPLE_YAML}")
+        key = len(values) if form != YAML_LINE else _yaml_text(entry["key"], place)
         if key in values:
             raise InputError(f"{place}: {key} is there twice: remove one")
         values[key] = _yaml_text(entry["value"] or "", place)
-    return [*values.values()] if listed else values
+    return values if form == YAML_LINE else [*values.values()]
 
 
-def _yaml_brackets(path, lines):
-    """Return the list or dict of text between brackets. Raises InputError."""
-    tokens = []  # (place, mark or "", text)
-    for number, text in lines:
-        position = 0
-        text = text.strip()
-        while position < len(text):
-            token = YAML_TOKEN.match(text, position)
-            if not token:
-                raise InputError(f"{path}:{number}: {text[position:].strip()!r} is not understood: {SIMPLE_YAML}")
-            tokens.append((f"{path}:{number}", token["mark"] or "", token["text"]))
-            position = token.end()
+def _yaml_brackets(text, place):
+    """Return the list or dict of text between brackets: JSON, once all texts have double quotes."""
+    tokens = [*YAML_TOKEN.finditer(text)]
+    if "".join(token[0] for token in tokens) != text:
+        raise InputError(f"{place}: {text!r} is not understood: {SIMPLE_YAML}")
+    pieces = [token["mark"] or json.dumps(_yaml_text(token["text"], place)) for token in tokens]
+    if pieces[-2:-1] == [","]:  # one may follow the last entry
+        del pieces[-2]
 
-    # A comma may follow the last entry.
-    is_list = tokens[0][1] == "["
-    entry, between = (("",) if is_list else ("", ":", "")), ","
-    marks = [mark for _, mark, _ in tokens[1:-1]]
-    if marks and marks[-1] == between:
-        marks.pop()
-    count = (len(marks) + 1) // (len(entry) + 1)
-    expected = [*((*entry, between) * count)][:-1]
-    if marks != expected or tokens[-1][1] != ("]" if is_list else "}") or len(tokens) < 2:
-        raise InputError(f"{tokens[0][0]}: the brackets are not understood: {SIMPLE_YAML}")
-
-    texts = [_yaml_text(text, place) for place, mark, text in tokens if not mark]
-    if is_list:
-        return texts
-    keys = texts[::2]
-    _refuse_repeated(tokens[0][0], keys)
-    return dict(zip(keys, texts[1::2]))
+    wrong = InputError(f"{place}: the brackets are not understood: {SIMPLE_YAML}")
+    try:
+        value = json.loads("".join(pieces), object_pairs_hook=tuple)  # shows repeated keys
+    except (ValueError, RecursionError):
+        raise wrong from None
+    if isinstance(value, tuple):
+        _refuse_repeated(place, [key for key, _ in value])
+        value = dict(value)
+    texts = value.values() if isinstance(value, dict) else value
+    if not all(isinstance(text, str) for text in texts):
+        raise wrong
+    return value
 
 
 def _without_comment(text):
@@ -2036,7 +2057,7 @@ def _read_voc(files, data_dir):
     labels = [_read_voc_file(file)[1] for file in files]
     classes = _in_order(set(chain(*labels)))
     if not classes:
-        raise InputError(f"{files[0]}: none of {len(files)} Pascal VOC files has an <object>: name "
+        raise InputError(f"{files[0]}: no Pascal VOC file has an <object>: name "
                          "another label file or folder with --labels")
 
     column_of = {name: column for column, name in enumerate(classes)}
@@ -2044,7 +2065,8 @@ def _read_voc(files, data_dir):
     for row, own in enumerate(labels):
         for name, target in own.items():
             targets[row, column_of[name]] = target
-    return _file_per_image(files, data_dir, targets, classes, [f"{len(files)} Pascal VOC files of boxes"])
+    notes = [f"{_counted(files, 'Pascal VOC file')} of boxes"]
+    return _file_per_image(files, data_dir, targets, classes, notes)
 
 
 def _read_voc_file(path):
@@ -2063,11 +2085,11 @@ def _read_voc_file(path):
                          "the file, or name other label files with --labels")
 
     labels = {}
-    for number, item in enumerate(root.findall("object"), 1):
+    for number, item in enumerate(root.iter("object"), 1):
         name = " ".join((item.findtext("name") or "").split())
         if not name:
             raise InputError(f"{path}: object {number} has no <name>: add it")
-        difficult = (item.findtext("difficult") or "").strip() == "1"
+        difficult = (item.findtext("difficult") or "").strip().lower() in ("1", "true")
         labels[name] = labels.get(name, math.nan) if difficult else 1.0
     return (root.findtext("filename") or "").strip(), labels
 
@@ -2106,7 +2128,7 @@ def _read_coco(files, data_dir):
     table.classes = [name for name, column in column_of.items() if seen[column]]
     table.targets = table.targets[:, seen]
     if unseen := [name for name, column in column_of.items() if not seen[column]]:
-        table.warnings.append(f"{len(unseen)} categories without an annotation were left out: "
+        table.warnings.append("categories without an annotation, which were left out: "
                               f"{shortened(unseen)}")
     return table
 
@@ -2149,7 +2171,8 @@ def _read_coco_part(path, table, column_of):
             raise InputError(f"{path}: the categories {used[name]} and {number} are both called "
                              f"{name}: rename one")
         boxes.append((row_of[image], column_of[name], content["annotations"][i].get("iscrowd") == 1))
-    table.notes.append(f"{path}: COCO JSON of {len(row_of)} images and {len(boxes)} annotations")
+    table.notes.append(f"{path}: COCO JSON of {_counted(row_of, 'image')} and "
+                       f"{_counted(boxes, 'annotation')}")
     return boxes
 
 
@@ -2198,16 +2221,42 @@ def _is_text(value):
 # The parts of YOLO and Pascal VOC, and images without a label file
 
 
-def _keep_split(table, folder, kind, background):
-    """Set the parts of a table with a file per image to those of the data's own split.
+def _keep_split(table, folder, chosen, background):
+    """Set the parts of a table of boxes to those of the data's own split.
 
-    They come from data.yaml, from lists of images, or else from the names of folders. Rows of images
-    that are in no list are dropped with a warning. The IDs become the paths of the images.
+    Data that is all called train is not divided yet, but one part called test is not trained on,
+    unless --labels names it.
+
+    Args: chosen: the LabelFiles; background: as of _split_by_lists().
+    """
+    source = "the JSON files"
+    if chosen.kind != "coco":
+        table, source = _split_by_lists(table, folder, chosen.kind, background)
+    parts = {*table.parts}
+    if parts <= {"", "train"} or (chosen.given and len(parts) == 1):
+        table.parts = []
+    else:
+        table.notes.append(f"split: from {source}")
+    return table
+
+
+def _split_by_lists(table, folder, kind, background):
+    """Set the parts of a table with a file per image, and say what they come from.
+
+    They come from data.yaml, from lists of images, or else from the names of folders. Where a list
+    says what is train, rows of images in no list are dropped with a warning. The IDs become the
+    paths of the images.
 
     Args: background: whether images without a label file become rows, in which all is absent.
+    Returns (the table, what its parts come from).
     """
     start = f"{folder.root}/"
-    table.ids = [path.removeprefix(start) for path in table.paths]
+    names = [path.removeprefix(start) for path in table.paths]
+    # The folders of label files tell the part where those of the images do not.
+    part_of = {name: _part_of_folder(name) or _part_of_folder(label)
+               for name, label in zip(names, table.ids)}
+    part_of |= {name: _part_of_folder(name) for name in table.unlabelled}
+    table.ids = names
     if count := len(table.unlabelled):
         meaning = ("background, where all classes are absent" if background else
                    "left out, while --background makes all classes absent there")
@@ -2221,53 +2270,52 @@ def _keep_split(table, folder, kind, background):
         table.unlabelled = []
 
     listed, sources = _listed_images(table, folder, kind)
+    if listed.keys() <= {"", "train"}:
+        table.parts = [part_of[name] for name in table.ids]
+        return table, "the names of folders"
+
     parts_of = {}
     for part, images in listed.items():
         for image in images:
             parts_of.setdefault(image, []).append(part)
-    if len(listed) < 2:
-        table.parts, sources = [_part_of_folder(name) for name in table.ids], "the names of folders"
-    else:
-        # An image in two lists gets two rows, which _separate_parts() then finds.
-        rows = [row for row, name in enumerate(table.ids) for _ in parts_of.get(name, ())]
-        parts = list(chain(*(parts_of.get(name, ()) for name in table.ids)))
-        if not rows:
-            raise InputError(f"{sources}: none of the {len(table)} images with labels is in the split: "
-                             "correct it, or remove it")
-        if others := [name for name in table.ids if name not in parts_of]:
-            table.warnings.append(f"{len(others)} images are in no part of the data's own split, and "
-                                  f"were left out: {shortened(others)}")
-        table.part_of = {image: own[0] for image, own in parts_of.items()}
-        table = table.subset(np.array(rows, int))
-        table.parts = parts
+    # Where no list says what is train, the images outside of val and test are still to be divided.
+    if listed.keys().isdisjoint({"", "train"}):
+        for name, part in part_of.items():
+            parts_of.setdefault(name, [part])
 
-    if len({*table.parts} - {""}) < 2:  # a single part is no split
-        table.parts = []
-    else:
-        table.notes.append(f"split: from {sources}")
-    return table
+    # An image in two lists gets two rows, which _separate_parts() then finds.
+    rows = [row for row, name in enumerate(table.ids) for _ in parts_of.get(name, ())]
+    parts = list(chain(*(parts_of.get(name, ()) for name in table.ids)))
+    if not rows:
+        raise InputError(f"{sources}: none of the {len(table)} images with labels is in the split: "
+                         "correct it, or remove it")
+    if others := [name for name in table.ids if name not in parts_of]:
+        table.warnings.append("images in no part of the data's own split, which were left out: "
+                              f"{shortened(others)}")
+    table.part_of = {image: own[0] for image, own in parts_of.items()}
+    table = table.subset(np.array(rows, int))
+    table.parts = parts
+    return table, sources
 
 
 def _listed_images(table, folder, kind):
     """Find the images of each part, as files of the data set list them, and these files.
 
-    Returns ({part: set of images below the image folder}, names of the files).
+    Returns ({part: set of images below the image folder}, names of the files). The part is "" for
+    those of trainval.txt where nothing divides them into train and val.
     """
-    data_dir = Path(folder.data_dir)
-    config = _find_config(data_dir) if kind == "yolo" else None
-    listed = _config_images(table, folder, config) if config else {}
-    sources = [config]
+    listed = {}
+    data_dir, files = Path(folder.data_dir), [*map(Path, table.origins)]
+    sources = _find_configs(files, data_dir) if kind == "yolo" else []
+    for config in sources:
+        _add_config_images(listed, table, folder, config)
+
     if not listed:
-        places = [data_dir] if kind == "yolo" else [
-            place / "ImageSets" / "Main" for place in _folders_of(map(Path, table.origins), data_dir)]
         sources = []
-        for path in sorted(path for place in places for path in place.glob("*.txt")):
-            word = path.stem.lower().rstrip("0123456789")  # as in train2017.txt
-            if word in PART_WORDS and (kind == "voc" or _lists_images(path)):
-                base = path.parents[2] if kind == "voc" else None
-                images = listed.setdefault(PART_WORDS[word], set())
-                images.update(_read_image_list(path, table, folder, base))
-                sources.append(path)
+        for path, part, place in _find_lists(table, files, data_dir):
+            base = place if kind == "voc" else None
+            listed.setdefault(part, set()).update(_read_image_list(path, table, folder, base))
+            sources.append(path)
 
     # Ultralytics insists on a val part, so that the images of another one are often given twice.
     for part, other in (("val", "train"), ("test", "train"), ("test", "val")):
@@ -2277,15 +2325,40 @@ def _listed_images(table, folder, kind):
     return listed, ", ".join(map(str, sources))
 
 
-def _config_images(table, folder, path):
-    """Return {part: set of images} of train, val and test in data.yaml."""
+def _find_lists(table, files, data_dir):
+    """Return (path, part, folder of the export) of lists of images, such as train.txt.
+
+    They lie beside the folder of the label files, or in ImageSets/ or ImageSets/Main/ there. Files
+    of these names that hold something else are named in a warning.
+    """
+    lists = []
+    below = [folder for folder in _folders_of(files, data_dir) if folder != data_dir]
+    for place in sorted({data_dir, *(folder.parent for folder in below)}):
+        forms = ("*.txt", "ImageSets/*.txt", "ImageSets/Main/*.txt")
+        for path in sorted(chain(*map(place.glob, forms))):
+            word = path.stem.lower().rstrip("0123456789")  # as in train2017.txt
+            if word not in LIST_WORDS or str(path) in table.origins:
+                continue
+            if "ImageSets" in path.parts[-3:] or _lists_images(path):
+                lists.append((path, LIST_WORDS[word], place))
+            elif path.is_file() and path.stat().st_size:
+                table.warnings.append(f"{path} is no list of images, so it divides nothing")
+
+    divided = any(part in ("train", "val") for _, part, _ in lists)
+    return [(path, part, place) for path, part, place in lists if part or not divided]
+
+
+def _add_config_images(listed, table, folder, path):
+    """Add the images of train, val and test in data.yaml to {part: set of images}."""
     config = _read_config(path)
-    listed = {}
     for part in PARTS:
         for value in config.get(part, ()):
-            target = _find_listed(value, config.get("path", ""), Path(folder.data_dir))
+            target = _find_listed(value, config.get("path", ""), path.parent)
             if target is None:
-                table.warnings.append(f"{path}: {part}: {value} is not in {folder.data_dir}")
+                table.warnings.append(f"{path}: {part}: {value} is not in {path.parent}")
+            elif _image_suffix(target.name)[1] and target.is_file():
+                raise InputError(f"{path}: {part}: {value} is an image: name a folder, or a .txt "
+                                 "file with an image per line")
             elif target.is_dir():
                 images = listed.setdefault(part, set())
                 below = _place_below(os.path.realpath(target), folder.real_root)
@@ -2295,10 +2368,9 @@ def _config_images(table, folder, path):
                                   and _image_suffix(name)[1] in IMAGE_SUFFIXES)
             else:
                 listed.setdefault(part, set()).update(_read_image_list(target, table, folder))
-    return listed
 
 
-def _find_listed(value, base, data_dir):
+def _find_listed(value, base, place):
     """Return the folder or list of images that a path in data.yaml means, or None.
 
     The path may have been written on another computer, or for another working directory, as Roboflow's
@@ -2311,9 +2383,9 @@ def _find_listed(value, base, data_dir):
         # Of valid/images, images alone is not the end, as it may be another part.
         if skipped and _part_of_folder("/".join([*folders[:skipped], ""])) and not _part_of_folder(f"{end}/"):
             break
-        if (data_dir / end).exists():
-            return data_dir / end
-    return data_dir if not folders else None
+        if (place / end).exists():
+            return place / end
+    return place if not folders else None
 
 
 def _read_image_list(path, table, folder, base=None):
@@ -2326,13 +2398,14 @@ def _read_image_list(path, table, folder, base=None):
     for number, line in enumerate(read_lines(path), 1):
         if name := line.strip():
             found = folder.beside(base / "Annotations" / name) if base else []
-            image = found[0] if len(found) == 1 else folder.find(name, f"{path}:{number}", path.parent)[0]
-            if image:
-                images.add(image)
+            if len(found) != 1:
+                found = folder.find(name, f"{path}:{number}", path.parent, taken=())
+            if found[0]:
+                images.add(found[0])
             else:
                 missing.append(name)
     if missing:
-        table.warnings.append(f"{path} names {len(missing)} images that are not there: {shortened(missing)}")
+        table.warnings.append(f"{path} names images that are not there: {shortened(missing)}")
     return images
 
 
@@ -2347,13 +2420,24 @@ def _read_class_names(data_dir):
         return {}
     if source.suffix == ".csv":
         return _read_class_table(source)
-    classes = _read_names(source) if source.suffix == ".txt" else _read_json(source)
+    classes = _read_numbered_names(source) if source.suffix == ".txt" else _read_json(source)
     if isinstance(classes, dict):
         classes = classes.get("classes")
     if not classes or not _is_list_of_names(classes):
         raise InputError(f'{source}: it must look like ["class", ...]')
     _refuse_repeated(source, classes)
     return {str(number): name for number, name in enumerate(classes)}
+
+
+def _read_numbered_names(path):
+    """Return the class names in the lines of a text file. Raises InputError if one is blank."""
+    names = [line.strip() for line in read_lines(path)]
+    while names and not names[-1]:
+        names.pop()
+    if "" in names:
+        raise InputError(f"{path}:{names.index('') + 1}: a blank line, while the number of a class "
+                         "is that of its line: write its name, or remove the line")
+    return names
 
 
 def _class_file(data_dir):
@@ -2579,9 +2663,11 @@ def _match_by_stem(table, folder):
     split. Last, Pascal VOC files name their images, but not after these were renamed.
     """
     found = [_only_image(folder.beside(os.path.splitext(origin)[0]), origin)
-             or folder.find(name, origin, folder.root)[0]
-             for name, origin in zip(table.ids, table.origins)]
-    # An image that matches a label file by its path is not given to another one.
+             for origin in table.origins]
+    # An image that matches a label file is not given to another one, by a looser rule.
+    taken = set(found)
+    found = [image or folder.find(name, origin, folder.root, taken=taken)[0]
+             for image, name, origin in zip(found, table.ids, table.origins)]
     taken = set(found)
     folders = {os.path.dirname(name) for name in table.ids} - {""}
     for row, (name, origin) in enumerate(zip(table.ids, table.origins)):
@@ -2599,15 +2685,16 @@ def _match_by_stem(table, folder):
 
         if not found[row] and origin.lower().endswith(".xml"):
             named = _read_voc_file(Path(origin))[0]
-            found[row] = folder.find(named, origin, os.path.dirname(origin), own)[0] if named else None
-    return found, [image and "stem" for image in found], table.ids
+            image = folder.find(named, origin, os.path.dirname(origin), own)[0] if named else None
+            found[row] = None if image in taken else image
+    return found, [image and "stem" for image in found], table.origins  # two files are two images
 
 
 def _only_image(images, origin):
     """Return the only image that fits a label file, or None. Raises InputError if there are more."""
     if len(images) > 1:
-        raise InputError(f"{origin}: its image can be {' or '.join(sorted(images)[:2])}: give the folders of "
-                         "labels and of images the same names")
+        raise InputError(f"{origin}: its image can be {' or '.join(sorted(images)[:2])}: remove "
+                         "one, or give the folders of labels and of images the same names")
     return images[0] if images else None
 
 
@@ -2676,7 +2763,7 @@ class ImageFolder:
             return True
         return bool(self.ends(_plain_path(name).lstrip("/")))
 
-    def find(self, name, origin, place, part=""):
+    def find(self, name, origin, place, part="", taken=None):
         """Find the file that a row means.
 
         Args:
@@ -2686,6 +2773,8 @@ class ImageFolder:
             part: the part of the row, or "". Unless the path is a full one, an image in a folder of
                 this part is preferred, and a row of train has no image in a folder called val or
                 test, nor one of val in test.
+            taken: files that are known to be others. If it is given, the closest of several files
+                is meant: by data/night/1.jpg, night/1.jpg rather than 1.jpg.
 
         Returns:
             (file, "full path", "trailing part" or "stem", the path that is meant), or three None.
@@ -2703,6 +2792,10 @@ class ImageFolder:
                 found = [file for file in found if LESSER_FIRST.index(_part_of_folder(file)) <= rank]
                 found = [file for file in found if _part_of_folder(file) == part] or found
             self._check_elsewhere(name, origin, place)
+        if taken is not None:
+            shared = {file: min(file.count("/"), path.count("/"))
+                      for file in found if file not in taken}
+            found = [file for file in shared if shared[file] == max(shared.values())]
 
         if len(found) > 1:
             raise InputError(f"{origin}: {name} can be {found[0]} or {found[1]}: write its path "
@@ -3235,11 +3328,13 @@ def _answered_image(answer, by_id, by_path, table):
 def _place_added(table):
     """Set the parts of the rows that answers added, in data with a split of its own.
 
-    Such a row is in the part of an identical image, or that a list or its folder names, or in train.
+    Such a row is in the part of an identical image, or that a list or its folder names, or in
+    train; if no row is in train yet, it is still to be divided, like the others.
     """
     images = table.copies or table.paths
     start = f"{table.root}/"
-    parts = [_part_of_image(table, image.removeprefix(start)) or "train" if added else part
+    other = "train" if "train" in table.parts else ""
+    parts = [_part_of_image(table, image.removeprefix(start)) or other if added else part
              for image, part, added in zip(images, table.parts, table.is_added)]
     table.parts = _follow_copies(table, np.array(parts)).tolist()
 

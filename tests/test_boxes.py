@@ -93,12 +93,18 @@ def test_difficult_objects_alone_make_a_class_of_voc_unknown(tmp_path):
     assert rows(tmp_path) == {"JPEGImages/a.jpg": [1, NA], "JPEGImages/b.jpg": [0, 1], "JPEGImages/c.jpg": [0, 0]}
 
 
+def test_objects_of_voc_count_wherever_they_are_and_true_is_difficult_too(tmp_path):
+    text = "<annotation><objects><object><name>cat</name><difficult>{}</difficult></object></objects></annotation>"
+    write(tmp_path, {"a.jpg": "", "b.jpg": "", "a.xml": text.format("False"), "b.xml": text.format("True")})
+    assert rows(tmp_path) == {"a.jpg": [1], "b.jpg": [NA]}
+
+
 def test_crowds_alone_make_a_class_of_coco_unknown(tmp_path):
     content = coco({7: "a.jpg", "x": "b.jpg", 3: "c.jpg"},
                    [(7, 5, 1), (7, 1, 0), ("x", 5, 1), ("x", 5, 0), ("x", 5, 1)], [(5, "dog"), (90, "cow"), (1, "cat")])
     write(tmp_path, {"images/a.jpg": "", "images/b.jpg": "", "images/c.jpg": "", "result.json": content})
     table = dataset.read_labels(tmp_path)
-    assert table.classes == ["cat", "dog"] and "without an annotation were left out: cow" in told(table)
+    assert table.classes == ["cat", "dog"] and "without an annotation, which were left out: cow" in told(table)
     assert rows(tmp_path) == {"images/a.jpg": [1, NA], "images/b.jpg": [0, 1], "images/c.jpg": [0, 0]}
     assert table.origins[2] == f"{tmp_path}/result.json:images[2]"
 
@@ -126,7 +132,7 @@ def test_background_joins_the_part_of_its_folder_or_list(tmp_path):
     assert parts(tmp_path, background=True) == {"images/train/a.jpg": "train", "images/c.jpg": "train",
                                                 "images/val/a.jpg": "val", "images/val/b.jpg": "val"}
     warnings = dataset.read_labels(tmp_path, background=True).warnings
-    assert any("1 images are in no part" in text and "train/b.jpg" in text for text in warnings)
+    assert any("in no part" in text and "train/b.jpg" in text for text in warnings)
 
 
 def test_background_is_refused_for_other_formats(tmp_path, make_data, capsys):
@@ -180,7 +186,7 @@ SECOND = {
     "voc": ({"Annotations/a.xml": voc(("cat", 0))}, "YOLO files in {0}/labels and Pascal VOC files in {0}/Annotations"),
     "coco": ({"annotations/instances_train.json": coco({1: "a.jpg"}, [(1, 1, 0)])},
              "--labels {0}/labels or --labels {0}/annotations/instances_train.json"),
-    "cls": ({"labels/b.cls": "1\n"}, "--labels {0}/labels"),
+    "cls": ({"labels/b.cls": "1\n"}, ".cls files in {0}/labels and YOLO files in {0}/labels: move the others away"),
     "tables": ({"train.csv": "image,cow\na.jpg,0\n", "val.csv": "image,cow\nb.jpg,1\n"}, "a table in {0}/train.csv"),
 }
 
@@ -270,7 +276,7 @@ def test_classes_of_the_parts_of_coco_are_matched_by_name(tmp_path):
                      "train/1.jpg": "", "valid/1.jpg": ""})
     table = dataset.read_labels(tmp_path)
     assert table.classes == ["dog", "cat"] and table.targets.tolist() == [[1, 0], [0, 1]]
-    assert "1 categories without an annotation were left out: cow" in told(table)
+    assert "categories without an annotation, which were left out: cow" in told(table)
 
 
 def test_the_stem_of_a_voc_file_decides_before_the_name_in_it(tmp_path):
@@ -295,6 +301,49 @@ def test_equal_stems_in_several_folders_belong_to_the_images_beside(tmp_path):
     draw_images(tmp_path, ["siteA/images/1.png"])
     with pytest.raises(InputError, match=r"siteA/labels/1.txt: its image can be siteA/images/1.jpg or "):
         dataset.read_labels(tmp_path)
+
+
+def test_the_closest_of_several_images_is_that_of_a_label_file_or_line_of_another_folder(tmp_path):
+    write(tmp_path, {"images/1.jpg": "", "images/night/1.jpg": "", "obj.names": "cat\ndog\n",
+                     "obj_train_data/1.txt": f"0 {BOX}", "obj_train_data/night/1.txt": f"1 {BOX}",
+                     "train.txt": "data/obj_train_data/1.jpg\n", "test.txt": "data/obj_train_data/night/1.jpg\n"})
+    assert rows(tmp_path) == {"images/1.jpg": [1, 0], "images/night/1.jpg": [0, 1]}
+    assert parts(tmp_path) == {"images/1.jpg": "train", "images/night/1.jpg": "test"}
+
+
+def test_the_image_of_one_label_file_is_not_that_of_another_whose_image_is_missing(tmp_path):
+    write(tmp_path, {"JPEGImages/night/1.jpg": "", "Annotations/1.xml": voc(("cat", 0)),
+                     "Annotations/night/1.xml": voc(("dog", 0)), "JPEGImages/day/1.jpg": "",
+                     "Annotations/day/1.xml": voc(("cat", 0))})
+    assert rows(tmp_path) == {"JPEGImages/night/1.jpg": [0, 1], "JPEGImages/day/1.jpg": [1, 0]}
+    assert dataset.read_labels(tmp_path).missing == ["1"]
+
+
+def test_an_image_of_its_own_label_file_is_not_what_the_name_in_another_one_means(tmp_path):
+    write(tmp_path, {"images/b.jpg": "", "Annotations/a.xml": voc(("cat", 0), filename="b.jpg"),
+                     "Annotations/b.xml": voc(("dog", 0), filename="b.jpg")})
+    assert rows(tmp_path) == {"images/b.jpg": [0, 1]}
+
+
+@pytest.mark.parametrize("files", [
+    {"a.txt": f"0 {BOX}", "labels/a.txt": f"1 {BOX}", "classes.txt": "cat\ndog\n"},
+    {"labels/a.xml": voc(("cat", 0)), "annotations/a.xml": voc(("dog", 0))},
+    {"a.cls": "0\n", "labels/a.cls": "1\n"}])
+def test_two_label_files_of_an_image_are_an_error(tmp_path, files):
+    write(tmp_path, {"a.jpg": ""} | files)
+    with pytest.raises(InputError, match=r"would both be .*/a\.jpg"):
+        dataset.read_labels(tmp_path)
+
+
+def test_label_files_may_lie_beside_a_folder_of_images(tmp_path):
+    pictures = {"images/1.jpg": "", "images/2.jpg": ""}
+    write(tmp_path / "voc", pictures | {"1.xml": voc(("cat", 0)), "2.xml": voc(), "pom.xml": "<project/>"})
+    write(tmp_path / "yolo", pictures | {"1.txt": f"0 {BOX}", "2.txt": "", "classes.txt": "cat\n"})
+    for kind in ("voc", "yolo"):
+        assert rows(tmp_path / kind) == {"images/1.jpg": [1], "images/2.jpg": [0]}
+    (tmp_path / "yolo" / "1.txt").write_text("3 dogs in the rain at night")
+    with pytest.raises(InputError, match="name the label file with --labels"):
+        dataset.read_labels(tmp_path / "yolo")
 
 
 def test_masks_of_voc_are_not_images(tmp_path):
@@ -345,12 +394,20 @@ def test_the_split_of_a_config_is_kept(tmp_path, name):
     assert ("were left out" in said) == (name in ("other roles than the names", "val is test"))
 
 
+@pytest.mark.parametrize("form", ["labels/{}/{}.txt", "obj_{}_data/{}.txt", "Annotations/{}/{}.xml"])
+def test_folders_of_label_files_are_the_split_where_all_images_are_in_one(tmp_path, form):
+    text = voc(("cat", 0)) if form.endswith("xml") else f"0 {BOX}"
+    write(tmp_path, {"images/a.jpg": "", "images/b.jpg": "", form.format("train", "a"): text,
+                     form.format("test", "b"): text, "classes.txt": "cat\n"})
+    assert parts(tmp_path) == {"images/a.jpg": "train", "images/b.jpg": "test"}
+
+
 def test_a_config_may_name_lists_of_images(tmp_path):
     folder = write_divided(tmp_path, "path: .\ntrain: Train.txt\nval: lists/val.txt\n", **{
         "Train.txt": "data/images/train/0.jpg\n./images/test/1.jpg\n\n",
         "lists/val.txt": "images/val/1.jpg\nnone.jpg\n"})
     assert parts(folder) == {"images/train/0.jpg": "train", "images/test/1.jpg": "train", "images/val/1.jpg": "val"}
-    assert "lists/val.txt names 1 images that are not there: none.jpg" in told(dataset.read_labels(folder))
+    assert "lists/val.txt names images that are not there: none.jpg" in told(dataset.read_labels(folder))
 
 
 def test_an_image_in_two_parts_is_an_error(tmp_path):
@@ -368,10 +425,95 @@ def test_image_sets_are_the_split_of_voc(tmp_path):
     write(tmp_path, files | {f"ImageSets/Main/{name}.txt": text for name, text in sets.items()})
     assert parts(tmp_path) == {"JPEGImages/2007_0.jpg": "train", "JPEGImages/2007_1.jpg": "val",
                                "JPEGImages/2007_3.jpg": "train"}
-    assert "2 images are in no part of the data's own split" in told(dataset.read_labels(tmp_path))
+    assert "images in no part of the data's own split" in told(dataset.read_labels(tmp_path))
 
-    (tmp_path / "ImageSets" / "Main" / "val.txt").unlink()  # a single part is no split
+    (tmp_path / "ImageSets" / "Main" / "val.txt").unlink()  # all that is called train is not divided yet
     assert parts(tmp_path) == {} and len(rows(tmp_path)) == 5
+
+
+def split_of(folder, **how):
+    """Return the names of the images in train, val and test, as training divides them."""
+    table = dataset.read_labels(folder, **how)
+    return [{table.ids[row] for row in rows} for rows in dataset.split(table)]
+
+
+def test_images_of_trainval_are_divided_and_those_of_test_are_kept(tmp_path):
+    names = [f"2007_{k}" for k in range(12)]
+    files = {f"JPEGImages/{name}.jpg": "" for name in names}
+    files |= {f"Annotations/{name}.xml": voc(("cat", 0)) for name in names}
+    sets = {"trainval": "\n".join(names[:8]), "test": "\n".join(names[8:11])}
+    write(tmp_path, files | {f"ImageSets/Main/{name}.txt": text for name, text in sets.items()})
+    train_names, val, test = split_of(tmp_path)
+    assert val and train_names | val == {f"JPEGImages/{name}.jpg" for name in names[:8]}
+    assert test == {f"JPEGImages/{name}.jpg" for name in names[8:11]}
+    assert "which were left out: JPEGImages/2007_11.jpg" in told(dataset.read_labels(tmp_path))
+
+    # Without trainval.txt, all other images are divided.
+    (tmp_path / "ImageSets" / "Main" / "trainval.txt").unlink()
+    assert split_of(tmp_path)[2] == test and len(parts(tmp_path)) == 12
+    (tmp_path / "ImageSets" / "Main" / "test.txt").rename(tmp_path / "ImageSets" / "Main" / "trainval.txt")
+    assert parts(tmp_path) == {} and len(rows(tmp_path)) == 12
+
+
+@pytest.mark.parametrize("kind", ["list", "config", "folder"])
+def test_images_of_a_test_part_are_not_trained_on_even_if_it_is_the_only_part(tmp_path, kind):
+    other = "test" if kind == "folder" else "b"
+    names = [f"{folder}/{k}" for folder in ("a", other) for k in range(4)]
+    files = {f"images/{name}.jpg": "" for name in names} | {f"labels/{name}.txt": f"0 {BOX}" for name in names}
+    files |= {"data.yaml": "names: [cat]\n" + ("test: images/b\n" if kind == "config" else "")}
+    files |= {"test.txt": "".join(f"images/b/{k}.jpg\n" for k in range(4))} if kind == "list" else {}
+    write(tmp_path, files)
+    train_names, val, test = split_of(tmp_path)
+    assert val and train_names | val == {f"a/{k}.jpg" for k in range(4)}
+    assert test == {f"{other}/{k}.jpg" for k in range(4)}
+
+
+def test_images_that_answers_add_to_data_with_a_test_part_do_not_leave_the_others_to_val(tmp_path):
+    names = [f"{folder}/{k}" for folder in ("a", "test") for k in range(4)]
+    files = {f"images/{name}.jpg": "" for name in names} | {f"labels/{name}.txt": f"0 {BOX}" for name in names}
+    folder = write(tmp_path / "data", files | {"images/a/x.jpg": "", "classes.txt": "cat\n"})
+    answers = tmp_path / "answers.csv"
+    answers.write_text("ID,label,given,probability,answer\na/x.jpg,cat,NA,,0\n")
+    assert "a/x.jpg" in split_of(folder, answers=answers)[0]
+    dataset.main([str(folder), "--answers", str(answers), "--out", str(tmp_path / "new.csv")])
+    assert [len(part) for part in split_of(folder, labels=tmp_path / "new.csv")] == [4, 1, 4]
+
+
+@pytest.mark.parametrize("kind", ["yolo", "voc", "coco"])
+def test_data_that_is_all_test_is_not_trained_on_unless_an_option_names_its_labels(tmp_path, kind):
+    names = [f"test/images/{k}" for k in range(4)]
+    files = {f"{name}.jpg": "" for name in names} | {
+        "yolo": {"classes.txt": "cat\n", **{f"{name.replace('images', 'labels')}.txt": f"0 {BOX}" for name in names}},
+        "voc": {f"{name}.xml": voc(("cat", 0)) for name in names},
+        "coco": {"annotations/instances_test.json": coco({k: f"{k}.jpg" for k in range(4)}, [(1, 1, 0)])}}[kind]
+    write(tmp_path, files)
+    assert {*parts(tmp_path).values()} == {"test"}
+    with pytest.raises(InputError, match="split has no train images"):
+        split_of(tmp_path)
+    labels = {"yolo": "test/labels", "voc": "test/images", "coco": "annotations/instances_test.json"}[kind]
+    assert sum(map(len, split_of(tmp_path, labels=labels))) == 4
+
+
+@pytest.mark.parametrize("form", ["stems", "blank line first", "ImageSets"])
+@pytest.mark.parametrize("kind", ["yolo", "voc"])
+def test_lists_of_images_in_other_forms_and_places_are_the_split_too(tmp_path, kind, form):
+    folder = write_yolo(tmp_path) if kind == "yolo" else write(tmp_path, {
+        "images/a.jpg": "", "images/b.jpg": "", "Annotations/a.xml": voc(("cat", 0)), "Annotations/b.xml": voc()})
+    place = "ImageSets/" if form == "ImageSets" else ""
+    text = {"stems": "{}\n", "blank line first": "\n \nimages/{}.jpg\n", "ImageSets": "{}.jpg\n"}[form]
+    write(folder, {f"{place}train.txt": text.format("a"), f"{place}val.txt": text.format("b")})
+    assert parts(folder) == {"images/a.jpg": "train", "images/b.jpg": "val"}
+
+
+def test_a_file_with_the_name_of_a_list_that_is_none_is_named_in_a_warning(tmp_path):
+    folder = write_yolo(tmp_path, {"val.txt": "images/b.jpg labels/b.txt\n"})
+    (folder / "test.txt").symlink_to("nowhere")
+    assert f"{folder}/val.txt is no list of images" in told(dataset.read_labels(folder, labels="labels"))
+
+
+def test_an_image_is_no_list_of_images(tmp_path, capsys):
+    folder = write_yolo(tmp_path, config="names: [cat, dog, cow]\nval: images/b.jpg\n")
+    assert "val: images/b.jpg is an image: name a folder" in refused(capsys, dataset.main, folder)
 
 
 def test_nobody_is_asked_about_an_image_that_a_list_puts_into_val(tmp_path):
@@ -413,6 +555,8 @@ WRONG_CONFIGS = {
     "no list": ("names: cat\n", "data.yaml:1: names must be a list"),
     "open bracket": ("names: [cat,\n  dog\ntrain: x\n", "data.yaml:1: the brackets are not understood"),
     "open quote": ("names: ['cat, dog]\n", "data.yaml:1: "),
+    "list in a list": ("names: [[cat, dog], cow]\n", "data.yaml:1: the brackets are not understood"),
+    "key twice": ("names: {0: cat, 0: dog, 2: cow}\n", "data.yaml:1: "),
     "comma missing": ("names: ['cat' 'dog']\n", "data.yaml:1: the brackets are not understood"),
     "nc": ("nc: 2\nnames: [cat, dog, cow]\n", "data.yaml: nc is 2, but there are 3 names"),
     "twice": ("names: [cat, dog, cow]\nnames: [cat]\n", "data.yaml:2: names is there twice"),
@@ -466,13 +610,33 @@ def test_names_that_differ_from_file_to_file_are_an_error(tmp_path, capsys):
     assert "no names of the classes: add data.yaml" in refused(capsys, dataset.main, folder)
 
 
+def test_a_blank_line_among_numbered_names_is_an_error(tmp_path, capsys):
+    folder = write_yolo(tmp_path, {"classes.txt": "cat\n\ndog\ncow\n"})
+    assert "classes.txt:2: a blank line" in refused(capsys, dataset.main, folder)
+    write(tmp_path, {"classes.txt": "cat\ndog\ncow\n \n\n"})
+    assert dataset.read_labels(folder).classes == ["cat", "dog", "cow"]
+
+
+def test_an_export_in_a_folder_below_has_its_own_names_and_split(tmp_path, capsys):
+    folder = write_yolo(tmp_path, {f"export/images/{name}.jpg": "" for name in "de"} | {
+        "export/labels/d.txt": f"0 {BOX}", "export/labels/e.txt": "", "export/train.txt": "images/d.jpg\n",
+        "export/val.txt": "images/e.jpg\n", "export/data.yaml": "names: [bird]\ntrain: train.txt\nval: val.txt\n"})
+    assert "data.yaml name different classes" in refused(capsys, dataset.main, folder)
+    assert dataset.read_labels(folder, labels="labels").classes == ["cat", "dog", "cow"]
+    shutil.rmtree(folder / "images")
+    shutil.rmtree(folder / "labels")
+    (folder / "data.yaml").unlink()
+    assert rows(folder) == {"export/images/d.jpg": [1], "export/images/e.jpg": [0]}
+    assert parts(folder) == {"export/images/d.jpg": "train", "export/images/e.jpg": "val"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is wrong with label files
 
 
 WRONG_LINES = {
     f"x {BOX}": "a class number and the numbers of a box, not x, 0.5",
-    "1 0.5 0.5 0.2": "a.txt:2: 4 numbers are too few",
+    "1 0.5 0.5 0.2": "a.txt:2: too few numbers",
     f"3 {BOX}": "a.txt:2: there is no class 3: ",
     f"-1 {BOX}": "a.txt:2: -1 is not a class number",
     f"0.5 {BOX}": "a.txt:2: 0.5 is not a class number",
@@ -500,7 +664,7 @@ WRONG_XML = {
     "cut off": (voc(("cat", 0))[:-20], "a.xml:3: not XML: "),
     "empty": ("", "a.xml:1: not XML: no element found"),
     "unknown encoding": ("<?xml version='1.0' encoding='x'?><annotation/>", "a.xml:1: not XML: "),
-    "no object": ("<annotation/>", "none of 1 Pascal VOC files has an <object>"),
+    "no object": ("<annotation/>", "no Pascal VOC file has an <object>"),
 }
 
 
@@ -656,6 +820,10 @@ def test_all_labels_are_written_as_one_table_with_answers_merged_in(tmp_path, ki
 
 def test_a_column_cannot_be_named_in_data_without_columns(tmp_path, capsys):
     folder = write_yolo(tmp_path)
-    for option in ("--group", "--split-column"):
+    (folder / "part").write_text("a.jpg")
+    for option in ("--group", "--split-column", "--image-column", "--image-list", "--ignore", "--separator",
+                   "--positive", "--negative", "--unknown"):
         assert f"{option} part: {folder} has no label file with columns" in refused(
             capsys, dataset.main, folder, option, "part")
+    assert "--label-threshold 0.0: " in refused(capsys, dataset.main, folder, "--label-threshold", "0")
+    assert len(dataset.read_labels(write_divided(tmp_path / "divided", ""), split_column="folder").parts) == 6
