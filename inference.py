@@ -171,14 +171,14 @@ def parse_options(argv=None):
 
 def _check_combinations(options):
     """Raise an InputError if options contradict each other, or if one would have no effect."""
-    if options.heatmap and not options.save:
-        raise InputError("--heatmap draws into the folder of --save DIR: add that option")
     commands = [name for name in ("evaluate", "calibrate", "ask", "export") if getattr(options, name)]
     if len(commands) > 1:
         raise InputError(f"--{commands[0]} and --{commands[1]} are two commands: use one of them")
 
     if options.export:
         _check_export(options)
+    if options.heatmap and not options.save:
+        raise InputError("--heatmap draws into the folder of --save DIR: add that option")
     command = commands[0] if commands and not options.export else None  # one that is about DATA
     if command and (options.paths or options.save or options.format in ("csv", "probabilities")):
         raise InputError(f"--{command} is about its DATA: it takes no images and no --save, and "
@@ -209,7 +209,8 @@ def _check_export(options):
     """Raise an InputError if --export names no known format, or if an option does not go with it."""
     _is_onnx(options.export)
     others = {"images": options.paths, "--out": options.out, "--save": options.save,
-              "--format": options.format != "table", "--device": options.device not in ("auto", "cpu"),
+              "--heatmap": options.heatmap, "--format": options.format != "table",
+              "--device": options.device not in ("auto", "cpu"),
               "--precision": options.precision not in ("auto", "fp32")}
     for name, given in others.items():
         if given:

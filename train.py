@@ -151,8 +151,8 @@ def option_parser():
     add("--epochs", type=count, help="number of epochs; with --patience the maximum")
     add("-b", "--batch-size", type=count, help="images per step, over all processes")
     add("--lr", type=real, help="learning rate of the head")
-    add("--lr-backbone", type=real, help="learning rate of the backbone (default: as --lr; 5e-5 "
-        "for a pretrained one without BatchNorm)")
+    add("--lr-backbone", type=real, help="learning rate of the backbone (default: as --lr, but at "
+        "most 5e-5 for a pretrained one without BatchNorm)")
     add("--wd", type=real, help="weight decay of AdamW; 0 makes it Adam")
     add("--schedule", choices=("constant", "cosine", "multistep"), help="learning rate schedule")
     add("--milestones", type=count, nargs="+", metavar="EPOCH",

@@ -323,6 +323,12 @@ def test_heatmaps_are_grad_cam_of_the_last_layer_with_places(backbone, layer, re
     """Selvaraju et al. 2017, equations 1 and 2, compared where the map is highest."""
     labels = list(range(12))  # of an untrained network, the maps of half of them are zero
     network = with_values(backbone, 96, count=12)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # the statistics are those of these images, or deep layers would be all but zero
+    with torch.no_grad():
+        network.train()(torch.randn(4, 3, 96, 96))
+    network.eval()
     classifier = classifier_of(network, backbone, "linear", [0.0], list(map(str, labels)), {}, [0.5] * 12, 96)
     image = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
     heat = inference.heatmaps(classifier, image, labels)
