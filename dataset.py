@@ -1962,6 +1962,7 @@ def _yaml_values(path):
             block = None
         elif block and not line.startswith("..."):
             raise InputError(f"{path}:{number}: {line.strip()!r} is not understood: {SIMPLE_YAML}")
+
     return {key: (lines[0][0], _yaml_value(path, lines)) for key, lines in found.items()}
 
 
