@@ -2606,8 +2606,11 @@ def _match_paths(table, folder, own_folder=False):
     """
     found = []
     places = {}  # label file -> (its folder, the part it belongs to, starts of relative paths)
-    folder_parts = {_part_of_folder(f"{place}/") for place in set(map(os.path.dirname, folder.names))}
-    bases = _find_bases(table, folder, folder_parts) if own_folder else {}
+    bases = {}
+    if own_folder:
+        folders = set(map(os.path.dirname, folder.names))
+        folder_parts = {_part_of_folder(f"{place}/") for place in folders}
+        bases = _find_bases(table, folder, folder_parts)
     for row, (name, origin) in enumerate(zip(table.ids, table.origins)):
         source = origin.rpartition(":")[0]
         if source not in places:
