@@ -2360,15 +2360,20 @@ def _add_config_images(listed, table, folder, path):
             elif _image_suffix(target.name)[1] and target.is_file():
                 raise InputError(f"{path}: {part}: {value} is an image: name a folder, or a .txt "
                                  "file with an image per line")
-            elif target.is_dir():
-                images = listed.setdefault(part, set())
-                below = _place_below(os.path.realpath(target), folder.real_root)
-                start = f"{below}/" if below else ""
-                if below is not None:
-                    images.update(name for name in folder.names if name.startswith(start)
-                                  and _image_suffix(name)[1] in IMAGE_SUFFIXES)
             else:
-                listed.setdefault(part, set()).update(_read_image_list(target, table, folder))
+                images = (_images_in(target, folder) if target.is_dir() else
+                          _read_image_list(target, table, folder))
+                listed.setdefault(part, set()).update(images)
+
+
+def _images_in(place, folder):
+    """Return the set of images of an ImageFolder that lie below a folder on disk."""
+    below = _place_below(os.path.realpath(place), folder.real_root)
+    if below is None:
+        return set()
+    start = f"{below}/" if below else ""
+    return {name for name in folder.names
+            if name.startswith(start) and _image_suffix(name)[1] in IMAGE_SUFFIXES}
 
 
 def _find_listed(value, base, place):
