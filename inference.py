@@ -421,11 +421,12 @@ def _logits_and_errors(classifier, images, batch_size, workers):
 
 
 @torch.inference_mode()
-def compute_logits(classifier, images, precision, batch_size=32, workers=2, rows=None):
+def compute_logits(classifier, images, precision, batch_size=32, workers=2, rows=None, advance=None):
     """Compute the logits of every view of the images.
 
     Args: images: an ImageDataset of the classifier's size; precision: the dtype that the backbones
-    compute in; rows: which of the images to use (default: all).
+    compute in; rows: which of the images to use (default: all); advance: a function that is called
+    with the number of images after each batch, for example to show progress.
     Returns: float32 (V, N, C) on the classifier's device, for V views of N images.
     """
     device = classifier.device
@@ -441,6 +442,8 @@ def compute_logits(classifier, images, precision, batch_size=32, workers=2, rows
     for batch, _, _ in dataset.batches(images, order, workers, pin=device.type == "cuda"):
         batch = batch.to(device, non_blocking=True)
         logits.append(forward_views(classifier, networks, batch, precision))
+        if advance:
+            advance(len(batch))
     return torch.cat(logits, dim=1)
 
 
