@@ -10,6 +10,7 @@
     python tests/bench.py export MODEL[,MODEL...]... [--tta]   # exported files beside predict()
     python tests/bench.py labels             # read_labels beside pandas (pip install pandas)
     python tests/bench.py coco [MEGABYTES]   # read_labels of a large COCO file, and of many files of YOLO and VOC
+    python tests/bench.py scale [ROWS [CLASSES [FOLDER]]]   # start, resume and end of an epoch with many small files
     python tests/bench.py cache              # peak memory with and without a cache of 2 GiB
     python tests/bench.py thresholds RUN...  # threshold methods and calibration, on the val and test splits of runs
     python tests/bench.py suspects DATA WEIGHTS [SHARE [SEEDS]]  # are flipped labels found? beside cleanlab
@@ -20,6 +21,7 @@
 """
 
 import dataclasses
+import io
 import os
 import re
 import resource
@@ -749,6 +751,92 @@ def write_many_voc(folder, count):
     for part, chosen in (("train", names[: count // 2]), ("val", names[count // 2 :])):
         (folder / "ImageSets" / "Main" / f"{part}.txt").write_text("\n".join(chosen) + "\n")
     return count
+
+
+# Each command starts in a process of its own and ends where the first training step would begin. "stop" takes the
+# step and saves. "epoch" then ends an epoch after a million steps, on made-up outputs for val.
+STARTS = """
+import os, resource, sys
+sys.path.insert(0, {root!r})
+command, data, out = sys.argv[1:]
+if command == "dataset.py":
+    import dataset
+    dataset.main([data])
+    sys.exit()
+
+import torch
+import inference, train
+options = ["--data", data, "--out", out, "--weights", "none", "--size", "32", "--cache", "off", "--device", "cpu"]
+
+def first_step(run, *batch):
+    if command in ("train.py", "--resume"):
+        sys.stdout.flush()
+        os._exit(0)
+    run.signal = 15
+    return torch.tensor(0.5)
+
+def outputs(classifier, images, *rest, **more):
+    return torch.randn(1, len(images), len(classifier.classes), generator=torch.Generator().manual_seed(0))
+
+def finished_epoch(run):
+    if command == "epoch":
+        run.state.losses = [1 / (1 + step / 1000) for step in range(1_000_000)]
+        run.state.images = len(run.tables["train"])
+        inference.compute_logits = outputs
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        train.end_epoch(run)
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        print("end of an epoch:", after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        os._exit(0)
+    raise SystemExit
+
+train.train_step = first_step
+if command == "epoch":
+    train.fit = finished_epoch
+train.main(options + ["--resume"] * (command == "--resume"))
+"""
+
+
+def bench_scale(rows=1_000_000, classes=5, folder=None):
+    """Print CPU seconds and peak memory of dataset.py, of train.py up to its first step, and of more, for many files.
+
+    The files are made in FOLDER unless they are there already, and left there; without it, in a temporary one.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        data = Path(folder or temporary)
+        if not (data / "labels.txt").exists():
+            write_many_images(data, int(rows), int(classes))
+        for path in (data / "images").iterdir():  # from now on the files are in the page cache
+            path.read_bytes()
+        describe_machine()
+
+        script = Path(temporary, "starts.py")
+        script.write_text(STARTS.format(root=str(ROOT)))
+        for command in ("dataset.py", "train.py", "stop", "--resume", "epoch"):
+            arguments = [sys.executable, str(script), command, str(data), f"{temporary}/out"]
+            process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            output = process.stdout.read()
+            _, status, used = os.wait4(process.pid, 0)
+            seconds = used.ru_utime + used.ru_stime
+            ended = re.search(r"end of an epoch: ([\d.]+)", output)
+            print(f"{rows} x {classes}  {command:12}{seconds:8.1f} s of CPU, peak {used.ru_maxrss / 2**20:.2f} GiB"
+                  + (f"; the end of the epoch alone {float(ended[1]):.1f} s" if ended else ""), flush=True)
+            assert status in (0, 143 << 8), output
+
+
+def write_many_images(folder, rows, classes):
+    """Write a labels.txt and as many small JPEG files, no two of which have the same bytes."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(buffer, "jpeg")
+    with open(folder / "labels.txt", "w") as file:
+        for row in range(rows):
+            (folder / "images" / f"{row:07d}.jpg").write_bytes(buffer.getvalue() + str(row).encode())
+            words = rng.choice(["0", "1", "NA"], classes, p=[0.7, 0.2, 0.1])
+            file.write(f"{row:07d}.jpg {' '.join(words)}\n")
 
 
 def bench_cache(gigabytes=None):
