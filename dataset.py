@@ -35,7 +35,8 @@ import sys
 import textwrap
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -745,14 +746,15 @@ def _read_file(path, data):
     _add_image_list(file)
     _regularize_rows(file)
     titles = _split_header(file)
+    origins = [f"{path}:{number}" for number, _ in file.rows]
     file.cells = _columns(file, titles)
     data.titles[path] = titles
 
     # Columns with a role of their own are taken away first; labels are looked for in what remains.
     title = data.how.image_column or _find_image_column(file)
     file.notes.append(f"images: in {f'the column {title}' if title else 'a column without a title'}")
-    table = file.table = LabelTable(file.take(title, "--image-column"), [], None, [], notes=file.notes)
-    table.origins = [f"{path}:{number}" for number, _ in file.rows]
+    names = list(file.take(title, "--image-column"))
+    table = file.table = LabelTable(names, [], None, [], notes=file.notes, origins=origins)
     _add_folders(file)
     for name in data.how.ignore:
         file.cells.pop(name, None)
@@ -840,18 +842,27 @@ def read_rows(path):
     if path.suffix.lower() in (".json", ".jsonl") or starts:
         raise InputError(f"{path} is JSON: {READABLE}")
     delimiter = _find_delimiter(path, first)
-    if delimiter == " ":
-        return [(number, line.split()) for number, line in enumerate(lines, 1) if line.strip()], delimiter
 
+    # A table of a million rows and 80 classes should fit in memory: equal cells are one object, and
+    # each line is forgotten when it has been read.
     rows = []
+    known = {}
+    lines.reverse()
+    remaining = (lines.pop() for _ in range(len(lines)))
+    if delimiter == " ":
+        for number, line in enumerate(remaining, 1):
+            if cells := line.split():
+                rows.append((number, list(map(known.setdefault, cells, cells))))
+        return rows, delimiter
+
     # Some programs, such as Roboflow, write a blank after each comma.
-    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, strict=True,
+    reader = csv.reader((line + "\n" for line in remaining), delimiter=delimiter, strict=True,
                         skipinitialspace=True)
     try:
         for cells in reader:
-            cells = [cell.strip() for cell in cells]
+            cells = list(map(str.strip, cells))
             if any(cells):
-                rows.append((reader.line_num, cells))
+                rows.append((reader.line_num, list(map(known.setdefault, cells, cells))))
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}: {error}: is a quote left open?") from None
 
@@ -859,7 +870,9 @@ def read_rows(path):
     width = max((len(cells) for _, cells in rows), default=0)
     while width and not any(len(cells) >= width and cells[width - 1] for _, cells in rows):
         width -= 1
-    return [(number, cells[:width]) for number, cells in rows], delimiter
+    for _, cells in rows:
+        del cells[width:]
+    return rows, delimiter
 
 
 def read_lines(path):
@@ -1007,22 +1020,31 @@ def _split_header(file):
 
 
 def _columns(file, titles):
-    """Return {title: the cells of the column}; every row must have a cell for each title."""
-    flat = []
-    for number, cells in file.rows:
-        extra = len(cells) - len(titles)
-        # Between blanks, the cells that are too many may belong to a file name: my photo.jpg
-        if file.delimiter == " " and extra > 0 and file.values[cells[extra]] is None:
-            cells = [" ".join(cells[: extra + 1]), *cells[extra + 1 :]]
+    """Return {title: the Cells of the column}; every row must have a cell for each title."""
+    columns = [Cells() for _ in titles]
+    rows, file.rows = file.rows[::-1], []
+    while rows:  # the first ones are at the end, where they can be forgotten as they are read
+        some = [_fit_cells(file, number, cells, titles) for number, cells in reversed(rows[-10_000:])]
+        del rows[-10_000:]
+        for column, cells in zip(columns, zip(*some)):
+            column.extend(cells)
+    return dict(zip(titles, columns))
 
-        if len(cells) != len(titles):
-            more = "" if file.delimiter == " " or extra < 0 else (
-                f": put a cell that contains {DELIMITER_NAMES[file.delimiter]} in quotes, or separate "
-                "its names by ;")
-            raise InputError(f"{file.path}:{number}: {len(cells)} cells, but there are "
-                             f"{len(titles)} columns{more}")
-        flat += cells
-    return {title: flat[i :: len(titles)] for i, title in enumerate(titles)}
+
+def _fit_cells(file, number, cells, titles):
+    """Return the cells of a row, one for each title. Raises InputError if there are others."""
+    # Between blanks, the cells that are too many may belong to a file name: my photo.jpg
+    extra = len(cells) - len(titles)
+    if file.delimiter == " " and extra > 0 and file.values[cells[extra]] is None:
+        cells = [" ".join(cells[: extra + 1]), *cells[extra + 1 :]]
+
+    if len(cells) != len(titles):
+        more = "" if file.delimiter == " " or extra < 0 else (
+            f": put a cell that contains {DELIMITER_NAMES[file.delimiter]} in quotes, or separate "
+            "its names by ;")
+        raise InputError(f"{file.path}:{number}: {len(cells)} cells, but there are "
+                         f"{len(titles)} columns{more}")
+    return cells
 
 
 def _first_repeated(names):
@@ -1081,7 +1103,7 @@ def _find_image_column(file):
         titled = title.lower() in ID_TITLES
         names = [cell for cell in some if _image_suffix(cell)[1] or cell in images.names]
         exist = [name for name in names if name in images.names or images.ends(_plain_path(name).lstrip("/"))]
-        labels = not titled and all(file.values[cell] is not None for cell in cells)
+        labels = not titled and all(file.values[cell] is not None for cell in cells.distinct)
         stems = 0 if labels else sum(map(images.names_image, some))
         is_index = title == "" or title.startswith("Unnamed: ")  # as pandas writes it
         # Compared from left to right: the first item that differs decides.
@@ -1163,7 +1185,7 @@ def _read_parts(file):
 
 def _is_split(title, file):
     """Return True for a column of train, val and test, or of true and false below is_valid."""
-    distinct = {cell.lower() for cell in set(file.cells[title])} - UNKNOWN_WORDS
+    distinct = {cell.lower() for cell in file.cells[title].distinct} - UNKNOWN_WORDS
     parts = {PART_WORDS.get(word) for word in distinct}
     if title.lower() == "split":
         return bool(parts - {None})  # any other word is reported as an error later
@@ -1241,13 +1263,59 @@ def _say_the_same(listed, flags):
     return same
 
 
+class Cells(Sequence):
+    """Hold the cells of a column as small numbers, since of a million labels few are distinct."""
+
+    def __init__(self, cells=()):
+        self._code_of = defaultdict()  # {distinct cell: its number}
+        self._code_of.default_factory = self._code_of.__len__  # a new cell gets the next number
+        self._parts = [np.empty(0, np.uint8)]
+        self.extend(cells)
+
+    def extend(self, cells):
+        """Append a list of cells. Only possible before the first use."""
+        codes = np.fromiter(map(self._code_of.__getitem__, cells), np.uint32, len(cells))
+        self._parts.append(codes.astype(np.min_scalar_type(len(self._code_of))))
+
+    @cached_property
+    def distinct(self):
+        """Return the distinct cells, in the order in which they appear."""
+        return list(self._code_of)
+
+    @cached_property
+    def codes(self):
+        """Return the place of each cell in `distinct`, whole numbers (N,)."""
+        self._parts = [np.concatenate(self._parts)]
+        return self._parts[0]
+
+    @cached_property
+    def counts(self):
+        """Return {cell: how often it is there}."""
+        return dict(zip(self.distinct, np.bincount(self.codes, minlength=len(self.distinct)).tolist()))
+
+    def lookup(self, values):
+        """Return the values of the cells, float32 (N,), for {cell: a number}."""
+        return np.array([values[cell] for cell in self.distinct], np.float32)[self.codes]
+
+    def __len__(self):
+        return len(self.codes)
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            return [self.distinct[code] for code in self.codes[place]]
+        return self.distinct[self.codes[place]]
+
+    def __iter__(self):
+        return map(self.distinct.__getitem__, self.codes.tolist())
+
+
 class Column:
     """Hold a column and what its cells can be read as; decisions about labels are based on this."""
 
     def __init__(self, title, cells, values):
         self.title = title
-        self.cells = cells
-        self.distinct = set(cells)
+        self.cells = cells  # Cells
+        self.distinct = set(cells.distinct)
         self.labels = _label_meanings(self.distinct, values)  # {cell: 1.0, 0.0, NaN, or None for no label}
         numbers = {cell: values.number(cell) for cell in self.distinct}
         self.numbers = set(numbers.values())
@@ -1262,7 +1330,7 @@ class Column:
     @cached_property
     def counts(self):
         """Return how many cells are a known label, and how many are no label."""
-        counts = Counter(self.cells)
+        counts = self.cells.counts
         known = sum(count for cell, count in counts.items() if self.labels[cell] in (0, 1))
         return known, sum(count for cell, count in counts.items() if self.labels[cell] is None)
 
@@ -1405,8 +1473,7 @@ def _read_table(file, columns):
 
     table.targets = np.empty((len(table), len(chosen)), np.float32)
     for c, column in enumerate(chosen):
-        labels = map(column.labels.__getitem__, column.cells)
-        table.targets[:, c] = np.fromiter(labels, np.float32, len(table))
+        table.targets[:, c] = column.cells.lookup(column.labels)
     return chosen
 
 
@@ -1438,7 +1505,7 @@ def _check_signs(file, columns):
     minus = []
     zeros = 0
     for column in columns:
-        counts = Counter(column.cells)
+        counts = column.cells.counts
         minus.append(sum(count for cell, count in counts.items() if values.number(cell) == -1))
         zeros += sum(count for cell, count in counts.items() if values[cell] == 0)
     if sum(minus) > zeros and (zeros == 0 or min(minus)) and len(file.table) > 1:
@@ -1482,7 +1549,7 @@ def _read_vectors(file, columns):
 
     # The vectors, split into a column per class, are a table.
     rows = [column.vectors[cell] or ["NA"] * width for cell in column.cells]
-    parts = [Column(title, list(cells), file.values) for title, cells in zip(titles, zip(*rows))]
+    parts = [Column(title, Cells(cells), file.values) for title, cells in zip(titles, zip(*rows))]
     for part in parts:
         part.is_other = False  # a class may have any name
     _read_table(file, parts)
@@ -2609,7 +2676,7 @@ def _match_paths(table, folder, own_folder=False):
 
     Returns the files, how each was matched, and the path that each row means; None if it is missing.
     """
-    found = []
+    found, ways, meant = [], [], []
     places = {}  # label file -> (its folder, the part it belongs to, starts of relative paths)
     bases = {}
     if own_folder:
@@ -2628,17 +2695,19 @@ def _match_paths(table, folder, own_folder=False):
 
         # Most names need no search: they are paths from the image folder, and nothing else.
         if source in bases:
-            image = bases[source] + _plain_path(name)
-            found.append((image, "trailing part" if bases[source] else "full path", image))
+            image = path = bases[source] + _plain_path(name)
+            how = "trailing part" if bases[source] else "full path"
         elif name in folder.names and not name.startswith(starts):
-            found.append((name, "full path", name))
+            image, how, path = name, "full path", name
         else:
             part = table.parts[row] if table.parts else part
-            image, how, meant = folder.find(name, origin, place, part)
+            image, how, path = folder.find(name, origin, place, part)
             if own_folder and image and how != "full path" and part in folder_parts:
                 image = image if _part_of_folder(image) == part else None
-            found.append((image, how, meant) if image else (None, None, None))
-    return zip(*found)
+        found.append(image)
+        ways.append(how if image else None)
+        meant.append(path if image else None)
+    return found, ways, meant
 
 
 def _find_bases(table, folder, folder_parts):
