@@ -81,6 +81,8 @@ class LabelTable:
     origins: list = field(default_factory=list)  # "FILE:LINE" of the row
     added: list = field(default_factory=list)  # True for rows that answers added to the label file
 
+    keys: np.ndarray = None  # image_key() of each image, whole numbers (N,), 0 where it is not computed
+
     # Arrays (N, C), or None if no answers were merged.
     before: np.ndarray = None  # the targets before the merge
     answered: np.ndarray = None  # True where a person answered, if only that they cannot tell
@@ -95,6 +97,7 @@ class LabelTable:
     part_of: dict = field(default_factory=dict)  # {image below `root`: its part}, if files list them
     merged: int = 0  # number of rows that were merged with an earlier row of the same image
     absent: float = math.nan  # label of classes that a row does not name; 0 in lists
+    identities: "Identities" = None  # what tells the images apart, of all rows as they were read
 
     def __len__(self):
         return len(self.ids)
@@ -105,7 +108,7 @@ class LabelTable:
         for name in ("ids", "paths", "objects", "parts", "copies", "origins", "added"):
             values = getattr(self, name)
             chosen[name] = [values[i] for i in rows] if values else []
-        for name in ("before", "answered"):
+        for name in ("keys", "before", "answered"):
             values = getattr(self, name)
             chosen[name] = None if values is None else values[rows]
         return replace(self, targets=self.targets[rows], **chosen)
@@ -220,7 +223,7 @@ class Reading:
             setattr(self, name, [word.lower() for word in words])
 
 
-def read_labels(data_dir, labels=None, images=None, classes=(), **how):
+def read_labels(data_dir, labels=None, images=None, classes=(), identify=None, **how):
     """Read a data folder and detect its label format.
 
     The formats are tables, lists of names, .cls files, and boxes (YOLO, COCO JSON, Pascal VOC), where a
@@ -233,6 +236,7 @@ def read_labels(data_dir, labels=None, images=None, classes=(), **how):
         images: the image folder; by default DATA/images, or DATA itself.
         classes: the classes of a folder without a label file. It has no rows then, except for the
             images that answers are about, whose labels are classes too.
+        identify: a function to use instead of identify_images().
         how: fields of Reading.
 
     Returns:
@@ -266,7 +270,7 @@ def read_labels(data_dir, labels=None, images=None, classes=(), **how):
         _split_by_folders(table)
 
     # Duplicates come first, since parts and rows can only be compared if it is known what is one image.
-    table = _find_copies(table)
+    _find_copies(table, identify or identify_images)
     table = _merge_rows(_separate_parts(table, how.drop_overlap))
     _make_ids_unique(table)
 
@@ -2648,7 +2652,7 @@ def _attach_images(table, folder, kind):
                               "(correct the label file if they are the same): "
                               f"{'; '.join(others[:3])}")
     table.paths = [f"{folder.root}/{image}" for image in found]
-    return table.subset(rows)
+    return table.subset(rows) if table.missing else table
 
 
 def _images_without_labels(folder, classes, how):
@@ -2952,6 +2956,8 @@ class ImageFolder:
     def ends(self, path):
         """Return the files whose path ends in this one, or is the end of it, sorted."""
         stem, suffix = _image_suffix(path)
+        if stem.rpartition("/")[2] not in self._last_stems:  # such as a label: no index is needed
+            return []
         found = set()
         for stems in (False,) if suffix else (False, True):
             tail = stem if stems else stem + suffix
@@ -2961,6 +2967,11 @@ class ImageFolder:
                 found.update(whole.get(tail, ()))
                 tail = tail.partition("/")[2]
         return sorted(found)
+
+    @cached_property
+    def _last_stems(self):
+        """Return the names of all files, without folders and without the suffixes of images."""
+        return {_image_suffix(name.rpartition("/")[2])[0] for name in self.names}
 
     def tails(self, depth, stems):
         """Return {the last `depth` parts of a path: its files}; with depth 0, {whole path: its files}.
@@ -3067,32 +3078,107 @@ def _long_form(names):
 # Identical images, overlapping parts, and rows of the same image
 
 
-def _find_copies(table):
+def _find_copies(table, identify):
     """Set `copies` if two rows have the same image, by its path or by its bytes."""
-    # Rows of the same path share a file, which is read only once.
-    first_of_path = {}
-    for row, path in enumerate(table.paths):
-        first_of_path.setdefault(path, row)
-    sizes = {}
-    for path in first_of_path:
-        with contextlib.suppress(OSError):  # training reports it
-            sizes[path] = os.path.getsize(path)
+    # Rows of the same path share a file, which is looked at only once.
+    paths = list(dict.fromkeys(table.paths))
+    place = {path: i for i, path in enumerate(paths)}
+    places = np.array([place[path] for path in table.paths], int)
 
-    # Only files of the same size can have the same bytes, so few of them are read.
-    shared = Counter(sizes.values())
+    table.identities = identify(paths)
+    table.keys = table.identities.keys[places]
+    firsts = table.identities.firsts[places]
+    if len(paths) < len(table) or (firsts != np.arange(len(table))).any():
+        table.copies = [paths[i] for i in firsts]
+
+
+class Identities(NamedTuple):
+    """Tell which of N files are the same."""
+
+    stamp: str  # a fingerprint of their paths, sizes and times of change
+    firsts: np.ndarray  # whole numbers (N,): the place of the first file with the same bytes
+    keys: np.ndarray  # whole numbers (N,): image_key(), or 0 where it was not needed
+
+
+def identify_images(paths, known=None):
+    """Find the files with the same bytes, and return Identities.
+
+    Args: known: the Identities of an earlier run, which are returned if no file has changed.
+    """
+    stats = _map_in_threads(_size_and_time, paths)
+    names = "\0".join(paths).encode("utf-8", "surrogateescape")
+    stamp = hashlib.sha256(np.array(stats, np.int64).tobytes() + names).hexdigest()
+    if known and known.stamp == stamp:
+        return known
+
+    # Only files of the same size can have the same bytes. Most of these differ early. What is left
+    # is compared as a whole.
+    sizes = np.array([size for size, _ in stats])
+    keys = np.zeros(len(paths), np.uint64)
+    similar = _repeated(sizes, np.flatnonzero(sizes > 0))
+    keys[similar] = _map_in_threads(image_key, [paths[i] for i in similar])
+    equal = _repeated(keys, similar)
+    digests = _map_in_threads(_digest, [paths[i] for i in equal])
+
+    firsts = np.arange(len(paths))
     first_of_bytes = {}
-    original = {}  # path -> the first row with the same bytes
-    for path, size in sizes.items():
-        if size and shared[size] > 1:
-            with contextlib.suppress(OSError):
-                digest = hashlib.sha256(Path(path).read_bytes()).digest()
-                original[path] = first_of_bytes.setdefault(digest, first_of_path[path])
-    rows = [original.get(path, first_of_path[path]) for path in table.paths]
-    if all(row == other for row, other in enumerate(rows)):
-        return table
+    for i, digest in zip(equal.tolist(), digests):
+        firsts[i] = first_of_bytes.setdefault(digest, i)
+    return Identities(stamp, firsts, keys)
 
-    table.copies = [table.paths[row] for row in rows]
-    return table
+
+def _repeated(values, places):
+    """Return those of some places in an array whose values are there more than once."""
+    _, inverse, counts = np.unique(values[places], return_inverse=True, return_counts=True)
+    return places[counts[inverse] > 1]
+
+
+def _map_in_threads(function, paths):
+    """Return a list of what a function that waits for a disk returns for each path."""
+    # A task for each file would cost more than the reading of a small one.
+    parts = [paths[start : start + 1000] for start in range(0, len(paths), 1000)]
+    with ThreadPoolExecutor(8) as pool:
+        return list(chain(*pool.map(lambda part: list(map(function, part)), parts)))
+
+
+def _size_and_time(path):
+    """Return the size of a file and the time of its last change, or -1, -1 if it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:  # training reports it
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def image_key(path):
+    """Return a positive integer that identifies an image in later runs, even under another name."""
+    # A hash of the size and the first 64 KB of the file: to read whole files would take too long.
+    try:
+        with open(path, "rb", buffering=0) as file:
+            content = str(os.fstat(file.fileno()).st_size).encode() + file.read(2**16)
+    except OSError:  # training reports it
+        content = os.fsencode(path)
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")  # 64 bits do for millions
+
+
+def image_keys(table):
+    """Return the image_key() of each image of a table, whole numbers (N,)."""
+    keys = np.zeros(len(table), np.uint64) if table.keys is None else table.keys.copy()
+    missing = np.flatnonzero(keys == 0)
+    keys[missing] = _map_in_threads(image_key, [table.paths[row] for row in missing])
+    return keys
+
+
+def _digest(path):
+    """Return a hash of a whole file, or one of its path if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    except OSError:
+        digest.update(os.fsencode(path))
+    return digest.digest()
 
 
 LESSER_FIRST = ("", *PARTS)  # --drop-overlap keeps the rows of an image in the last of its parts
@@ -3165,7 +3251,7 @@ def _merge_rows(table):
     table.merged = len(table) - len(first)
     if table.merged and table.absent != 0:
         table.warnings.append(f"{table.merged} rows of an image were merged with its first row")
-    return table.subset(np.array(list(first.values()), int))
+    return table.subset(np.array(list(first.values()), int)) if table.merged else table
 
 
 def _make_ids_unique(table):
@@ -3246,7 +3332,8 @@ def images_to_ask_about(table, held_out):
     # Identical images become one: the first of them, with the labels that are known of any. Groups
     # are numbered in the order of their first rows, so first[g] is the first row of group g.
     numbers = {}
-    originals = _find_copies(images).copies or images.paths
+    _find_copies(images, identify_images)
+    originals = images.copies or images.paths
     group = np.array([numbers.setdefault(path, len(numbers)) for path in originals], int)
     first = np.unique(group, return_index=True)[1]
     known = np.full((len(first), len(table.classes)), np.nan, np.float32)

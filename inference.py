@@ -351,7 +351,7 @@ class Classifier:
     mirrored: bool = False  # whether to average over the mirrored image, too
     epoch: int = 0  # after which the model was saved
     scores: dict = field(default_factory=dict)  # on val, after that epoch
-    trained_on: list = field(default_factory=list)  # image_keys() of the training images
+    trained_on: list = field(default_factory=list)  # dataset.image_keys() of the training images
     options: dict = field(default_factory=dict)  # of the training run
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: torch.dtype = torch.float32  # None: predict() chooses, by the number of images
@@ -653,27 +653,11 @@ def _held_out_rows(classifier, table):
     # A model that was trained on these images knows which of them it was trained on, whatever other
     # options had a say in that. Rows that answers added later belong to train.
     if not (table.parts and all(table.parts)):
-        known = np.isin(image_keys(table), classifier.trained_on)
+        known = np.isin(dataset.image_keys(table), np.array(classifier.trained_on, np.uint64))
         if 2 * known.sum() > len(train):
             train = np.flatnonzero(known | table.is_added)
     own = {row for row, part in enumerate(table.parts) if part in ("val", "test")}
     return own | {*range(len(table))}.difference(train)
-
-
-def image_keys(table):
-    """Return an integer per image that identifies it in later runs, even under another name."""
-
-    # A hash of the size and the first 64 KB of the file: to read whole files would take too long.
-    def key(path):
-        try:
-            with open(path, "rb") as file:
-                content = str(os.fstat(file.fileno()).st_size).encode() + file.read(2**16)
-        except OSError:  # training reports it
-            content = os.fsencode(path)
-        return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")  # 64 bits do for millions
-
-    with ThreadPoolExecutor(default_workers()) as pool:
-        return list(pool.map(key, table.paths))
 
 
 def import_metrics(option):

@@ -642,7 +642,7 @@ def build(options, tables, weights=None):
     else:
         weights = weights or read_weights(options)
         fresh = load_weights(network, weights, options, table.classes)
-        trained_on = inference.image_keys(table)
+        trained_on = dataset.image_keys(table).tolist()
         if weights:
             warn_about_leaks(weights, tables)
             trained_on = sorted({*weights.trained_on, *trained_on})
@@ -721,8 +721,7 @@ def count_trained_on(weights, table):
     """Return how many images of a table the weights, if any, were trained on."""
     if weights is None or not weights.trained_on:
         return 0
-    known = set(weights.trained_on)
-    return sum(key in known for key in inference.image_keys(table))
+    return int(np.isin(dataset.image_keys(table), np.array(weights.trained_on, np.uint64)).sum())
 
 
 def warn_about_leaks(weights, tables):

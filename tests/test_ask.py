@@ -232,7 +232,7 @@ def test_a_split_that_training_would_draw_is_left_out_and_folds_leave_out_test_a
 
     # The model knows these images, if in other splits than train.py would draw now.
     table, classifier = dataset.read_labels(folder), inference.load_model(model)
-    trained_on = {name for name, key in zip(table.ids, inference.image_keys(table)) if key in classifier.trained_on}
+    trained_on = {name for name, key in zip(table.ids, dataset.image_keys(table)) if key in classifier.trained_on}
     assert {row["ID"] for row in asked} == trained_on
     assert 20 < len(trained_on) < 40
 
