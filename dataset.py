@@ -22,6 +22,7 @@ import argparse
 import ast
 import contextlib
 import csv
+import datetime
 import errno
 import hashlib
 import io
@@ -31,6 +32,7 @@ import os
 import posixpath
 import re
 import shlex
+import shutil
 import sys
 import textwrap
 import time
@@ -126,6 +128,7 @@ class LabelTable:
 def main(argv=None):
     """Run the command line and return the LabelTable that it summarises."""
     options = _parse_options(argv)
+    Progress.shown = True
     if options.demo:
         write_demo(options.demo, options.seed)
         options.data = options.demo
@@ -4679,15 +4682,112 @@ def fail(message, code):
 
 def print_text(text="", file=None, end="\n"):
     """Print text; escape letters the terminal cannot show, and ignore a closed pipe."""
-    file = file or sys.stdout
+    Progress.erase()  # else the text would be appended to the line
+    _print(text, file or sys.stdout, end)
+
+
+def _print(text, file, end):
+    """Print as print_text() does, whatever line of a Progress is on the screen."""
     try:
         print(text, file=file, end=end, flush=True)
     except UnicodeEncodeError:
-        print_text(text.encode("ascii", "backslashreplace").decode(), file, end)
+        _print(text.encode("ascii", "backslashreplace").decode(), file, end)
     except (BrokenPipeError, ValueError):  # ValueError: the stream was closed
         # Python flushes the stream again at exit, which would fail too: now it leads nowhere.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+class Progress:
+    """Show how far long work is, in a line that updates in place and is removed at the end.
+
+    Nothing is shown in the first two seconds, without a terminal or notebook, and while
+    Progress.shown is False. Call advance() from one thread only. Where one Progress is used within
+    another, they share the line, and print_text() removes it before it prints.
+
+        with Progress("checking images", len(paths)) as progress:
+            for path in paths:
+                check(path)
+                progress.advance()  # checking images  1,200/2,000  85/s  0:00:09 left
+    """
+
+    shown = False  # main() of each script sets it: a program that imports these files stays silent
+    line = None  # the stream and the width of the line on the screen, whichever Progress drew it
+
+    def __init__(self, title, total):
+        self.title = title
+        self.total = total
+        self.done = 0
+        self.started = time.perf_counter()
+        self.stream = live_stream() if Progress.shown else None
+        self.due = self.started + 2 if self.stream else math.inf  # time of the next update
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.erase()
+
+    def advance(self, count=1):
+        """Note that `count` more are done."""
+        self.done += count
+        now = time.perf_counter()
+        if now >= self.due:
+            self.due = now + 0.2  # five times a second looks smooth
+            self._draw(self.parts(now - self.started))
+
+    def parts(self, seconds):
+        """Return the parts of the line after so many seconds, of which narrow terminals lack some."""
+        rate = self.done / seconds
+        left = max(0, self.total - self.done) * seconds / max(1, self.done)
+        return [self.title, f"{self.done:,}/{self.total:,}", f"{rate:,.{0 if rate >= 10 else 1}f}/s",
+                f"{format_seconds(left)} left"]
+
+    def _draw(self, parts):
+        """Replace the line on the screen."""
+        # A line that fills the last column of a terminal may make it scroll.
+        room = _count_columns(self.stream) - 1
+        while len(parts) > 2 and len("  ".join(parts)) > room:
+            del parts[-2]  # the first one says what is done, and the last one how long it takes
+        line = "  ".join(parts)[:room]
+
+        covered = min(Progress.line[1], room) if Progress.line else 0
+        _print(f"\r{line:<{covered}}", self.stream, "")
+        Progress.line = self.stream, len(line)
+
+    @staticmethod
+    def erase():
+        """Remove the line from the screen, if there is one."""
+        if Progress.line:
+            (stream, width), Progress.line = Progress.line, None
+            room = _count_columns(stream) - 1
+            _print(f"\r{' ' * min(width + 2, room)}\r", stream, "")  # 2: of the ^C of a Ctrl-C
+
+
+def live_stream():
+    """Return the stream on which a line can be overwritten, or None if there is none."""
+    # Predictions go to stdout, so stderr comes first; but notebooks show that in red.
+    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
+        return sys.stdout
+    for stream in (sys.stderr, sys.stdout):
+        with contextlib.suppress(AttributeError, ValueError):  # it is None, or closed
+            if stream.isatty():
+                return stream
+    return None
+
+
+def _count_columns(stream):
+    """Return the width of a terminal in letters."""
+    columns = 0
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        columns = os.get_terminal_size(stream.fileno()).columns
+    # This one asks only stdout, which may be a file.
+    return columns or shutil.get_terminal_size().columns
+
+
+def format_seconds(seconds):
+    """Format a time as hours, minutes and seconds: 0:03:20."""
+    return str(datetime.timedelta(seconds=int(seconds)))
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -60,6 +60,7 @@ def main(argv=None):
     export_model() returns.
     """
     options = parse_options(argv)
+    dataset.Progress.shown = True
     if options.backbones:
         print_text(format_backbones())
         return backbone_names()

@@ -40,7 +40,7 @@ from torch import distributed, nn
 import dataset
 import inference
 import metrics
-from dataset import PARTS, InputError, number, print_text
+from dataset import PARTS, InputError, Progress, number, print_text
 from inference import HEADS
 
 # --------------------------------------------------------------------------------------------------
@@ -297,6 +297,7 @@ def main(argv=None):
     """
     options = parse_options(argv)
     start_processes(options)
+    Progress.shown = is_leader() and not options.quiet
     tables = read_data(options)  # the train, val and test splits
     check_out(options, tables)
     print_configuration(options)
