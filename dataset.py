@@ -41,7 +41,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -855,7 +855,7 @@ def read_rows(path):
     rows = []
     known = {}
     lines.reverse()
-    remaining = (lines.pop() for _ in range(len(lines)))
+    remaining = (lines.pop() for _ in tracked(f"reading {path.name}", range(len(lines))))
     if delimiter == " ":
         for number, line in enumerate(remaining, 1):
             if cells := line.split():
@@ -1030,11 +1030,13 @@ def _columns(file, titles):
     """Return {title: the Cells of the column}; every row must have a cell for each title."""
     columns = [Cells() for _ in titles]
     rows, file.rows = file.rows[::-1], []
-    while rows:  # the first ones are at the end, where they can be forgotten as they are read
-        some = [_fit_cells(file, number, cells, titles) for number, cells in reversed(rows[-10_000:])]
-        del rows[-10_000:]
-        for column, cells in zip(columns, zip(*some)):
-            column.extend(cells)
+    with Progress(f"understanding {file.path.name}", len(rows)) as progress:
+        while rows:  # the first ones are at the end, where they can be forgotten as they are read
+            some = [_fit_cells(file, number, cells, titles) for number, cells in reversed(rows[-10_000:])]
+            del rows[-10_000:]
+            for column, cells in zip(columns, zip(*some)):
+                column.extend(cells)
+            progress.advance(len(some))
     return dict(zip(titles, columns))
 
 
@@ -1806,7 +1808,7 @@ def _read_cls(files, data_dir):
     # An index that is not listed is absent, so an empty file is an image without any label.
     targets = np.zeros((len(files), len(names)), np.float32)
     indices = {number: c for c, number in enumerate(names)}
-    for row, file in enumerate(files):
+    for row, file in enumerate(tracked("reading .cls files", files)):
         for number, line in enumerate(read_lines(file), 1):
             index = line.strip()
             if index and index not in indices:
@@ -1860,7 +1862,7 @@ def _read_yolo(files, data_dir):
     targets = np.zeros((len(files), len(names)), np.float32)
     column_of = {number: column for column, number in enumerate(names)}
 
-    for row, file in enumerate(files):
+    for row, file in enumerate(tracked("reading YOLO files", files)):
         for line_number, line in enumerate(read_lines(file), 1):
             if cells := line.split():
                 number = _class_of_box(cells, f"{file}:{line_number}")
@@ -2129,7 +2131,7 @@ def _read_voc(files, data_dir):
 
     A class is present if it has a box. If all its boxes in an image are difficult, it is NA there.
     """
-    labels = [_read_voc_file(file)[1] for file in files]
+    labels = [_read_voc_file(file)[1] for file in tracked("reading Pascal VOC files", files)]
     classes = _in_order(set(chain(*labels)))
     if not classes:
         raise InputError(f"{files[0]}: no Pascal VOC file has an <object>: name "
@@ -2254,7 +2256,9 @@ def _read_coco_part(path, table, column_of):
 def _read_coco_file(path):
     """Read the COCO_KEYS of a JSON file. Raises InputError."""
     try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"), object_hook=_only_coco_keys)
+        text = path.read_bytes().decode("utf-8-sig")
+        with Progress(f"reading {path.name}", text.count("{")) as progress:
+            content = json.loads(text, object_hook=partial(_only_coco_keys, progress))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -2269,8 +2273,9 @@ def _read_coco_file(path):
     return content
 
 
-def _only_coco_keys(entry):
+def _only_coco_keys(progress, entry):
     """Return an object of JSON without the keys that do not count."""
+    progress.advance()
     return {key: entry[key] for key in COCO_KEYS if key in entry}
 
 
@@ -2690,7 +2695,8 @@ def _match_paths(table, folder, own_folder=False):
         folders = set(map(os.path.dirname, folder.names))
         folder_parts = {_part_of_folder(f"{place}/") for place in folders}
         bases = _find_bases(table, folder, folder_parts)
-    for row, (name, origin) in enumerate(zip(table.ids, table.origins)):
+    for row, name in enumerate(tracked("finding images", table.ids)):
+        origin = table.origins[row]
         source = origin.rpartition(":")[0]
         if source not in places:
             inside = os.path.relpath(source, folder.data_dir).replace(os.sep, "/")
@@ -3108,7 +3114,7 @@ def identify_images(paths, known=None):
 
     Args: known: the Identities of an earlier run, which are returned if no file has changed.
     """
-    stats = _map_in_threads(_size_and_time, paths)
+    stats = _map_in_threads(_size_and_time, paths, "looking at images")
     names = "\0".join(paths).encode("utf-8", "surrogateescape")
     stamp = hashlib.sha256(np.array(stats, np.int64).tobytes() + names).hexdigest()
     if known and known.stamp == stamp:
@@ -3119,9 +3125,9 @@ def identify_images(paths, known=None):
     sizes = np.array([size for size, _ in stats])
     keys = np.zeros(len(paths), np.uint64)
     similar = _repeated(sizes, np.flatnonzero(sizes > 0))
-    keys[similar] = _map_in_threads(image_key, [paths[i] for i in similar])
+    keys[similar] = _map_in_threads(image_key, [paths[i] for i in similar], "comparing images")
     equal = _repeated(keys, similar)
-    digests = _map_in_threads(_digest, [paths[i] for i in equal])
+    digests = _map_in_threads(_digest, [paths[i] for i in equal], "comparing similar images")
 
     firsts = np.arange(len(paths))
     first_of_bytes = {}
@@ -3136,12 +3142,19 @@ def _repeated(values, places):
     return places[counts[inverse] > 1]
 
 
-def _map_in_threads(function, paths):
-    """Return a list of what a function that waits for a disk returns for each path."""
+def _map_in_threads(function, paths, title):
+    """Return a list of what a function that waits for a disk returns for each path.
+
+    Args: title: what it does, to be shown beside its progress.
+    """
     # A task for each file would cost more than the reading of a small one.
-    parts = [paths[start : start + 1000] for start in range(0, len(paths), 1000)]
-    with ThreadPoolExecutor(8) as pool:
-        return list(chain(*pool.map(lambda part: list(map(function, part)), parts)))
+    parts = [paths[start : start + 500] for start in range(0, len(paths), 500)]
+    found = []
+    with ThreadPoolExecutor(8) as pool, Progress(title, len(paths)) as progress:
+        for some in pool.map(lambda part: list(map(function, part)), parts):
+            found += some
+            progress.advance(len(some))
+    return found
 
 
 def _size_and_time(path):
@@ -3168,7 +3181,7 @@ def image_keys(table):
     """Return the image_key() of each image of a table, whole numbers (N,)."""
     keys = np.zeros(len(table), np.uint64) if table.keys is None else table.keys.copy()
     missing = np.flatnonzero(keys == 0)
-    keys[missing] = _map_in_threads(image_key, [table.paths[row] for row in missing])
+    keys[missing] = _map_in_threads(image_key, [table.paths[row] for row in missing], "looking at images")
     return keys
 
 
@@ -4762,6 +4775,14 @@ class Progress:
             (stream, width), Progress.line = Progress.line, None
             room = _count_columns(stream) - 1
             _print(f"\r{' ' * min(width + 2, room)}\r", stream, "")  # 2: of the ^C of a Ctrl-C
+
+
+def tracked(title, items):
+    """Yield the items of a list, and show how many of them are done."""
+    with Progress(title, len(items)) as progress:
+        for item in items:
+            yield item
+            progress.advance()
 
 
 def live_stream():

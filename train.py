@@ -18,6 +18,7 @@ import argparse
 import atexit
 import contextlib
 import datetime
+import functools
 import hashlib
 import itertools
 import math
@@ -29,6 +30,7 @@ import sys
 import threading
 import time
 import unicodedata
+import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -489,7 +491,8 @@ def read_data(options):
         print_once(options, f"drawing the demo data into {options.data}")
         dataset.write_demo(options.data)
     wait_for_leader()
-    table = dataset.read_labels(options.data, **dataset.data_options(options))
+    identify = functools.partial(identify_images, options)
+    table = dataset.read_labels(options.data, identify=identify, **dataset.data_options(options))
     print_once(options, dataset.summary(table, options.data))
 
     parts = dataset.split(table, options.split, options.split_method, options.seed)
@@ -505,6 +508,32 @@ def read_data(options):
     smallest = min(len(part) for part in tables.values() if len(part))
     check_batches(options, len(tables["train"]), smallest)
     return tables
+
+
+def identify_images(options, paths):
+    """Return the dataset.Identities of the images, which the leader finds for all processes."""
+    # That may take minutes for a million images, so --resume takes what the run found when it began,
+    # unless an image has changed since.
+    found = [None]
+    if is_leader():
+        known = read_identities(Path(options.out) / "images.npz") if options.resume else None
+        found = [dataset.identify_images(paths, known)]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(found)
+    return found[0]
+
+
+def read_identities(path):
+    """Return the dataset.Identities in a file, or None if there are none."""
+    damaged = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
+    with contextlib.suppress(*damaged), np.load(path, allow_pickle=False) as saved:
+        return dataset.Identities(str(saved["stamp"]), saved["firsts"], saved["keys"])
+
+
+def write_identities(path, identities):
+    """Write a file for read_identities()."""
+    with dataset.atomic_write(path, "wb") as file:
+        np.savez(file, **identities._asdict())
 
 
 def check_splits(options, tables):
@@ -1705,7 +1734,7 @@ RUN_FILES = (
     "model.pth", "last.pth", "classes.json", "label_groups.json", "thresholds.json", "predictions.csv",
     "probabilities.csv", "train_metadata.csv", "val_metadata.csv", "test_metadata.csv",
     "loss_curve.png", "pr_curves.png", "reliability.png", "predictions.png", "history.csv",
-    "metrics.json", "config.json", "fold_thresholds.csv", "suspects.csv", "review.html")
+    "metrics.json", "config.json", "images.npz", "fold_thresholds.csv", "suspects.csv", "review.html")
 HISTORY = ["epoch", "steps", "train_loss", "val_loss", *(f"val_{name}" for name in metrics.HEADLINES),
            "train_f1_macro", "train_f1_weighted", "train_map", "lr", "lr_backbone", "seconds",
            "images_per_second"]
@@ -1864,6 +1893,7 @@ def write_inputs(options, tables):
     dataset.write_json(out / "classes.json", table.classes)
     if table.groups:
         dataset.write_json(out / "label_groups.json", table.groups)
+    write_identities(out / "images.npz", table.identities)
 
     for split, part in tables.items():
         if len(part) == 0:

@@ -31,7 +31,7 @@ from dataset import InputError
 RUN = ["--epochs", "2", "--lr", "3e-3", *SMALL]
 FOLD_FILES = {"model.pth", "last.pth", "classes.json", "label_groups.json", "thresholds.json", "predictions.csv",
               "probabilities.csv", "train_metadata.csv", "val_metadata.csv", "loss_curve.png", "history.csv",
-              "metrics.json", "config.json", "pr_curves.png", "predictions.png", "reliability.png"}
+              "metrics.json", "config.json", "images.npz", "pr_curves.png", "predictions.png", "reliability.png"}
 OUT_FILES = {"suspects.csv", "review.html"} | FOLD_FILES - {
     "last.pth", "val_metadata.csv", "loss_curve.png", "history.csv"}
 
@@ -622,8 +622,8 @@ def test_a_fresh_run_removes_the_folds_of_the_one_before(plain, demo, tmp_path, 
 
     def look():
         left = [name for name in files_of(out) if not name.startswith("fold_1/")]
-        seen.append(sorted(set(left) - {"config.json", "classes.json", "label_groups.json", "train_metadata.csv",
-                                        "test_metadata.csv"}))
+        seen.append(sorted(set(left) - {"config.json", "images.npz", "classes.json", "label_groups.json",
+                                        "train_metadata.csv", "test_metadata.csv"}))
         interrupt()
 
     seen = []
