@@ -21,6 +21,7 @@ helpers that all scripts share.
 import argparse
 import ast
 import contextlib
+import copy
 import csv
 import datetime
 import errno
@@ -755,6 +756,7 @@ def _read_file(path, data):
     titles = _split_header(file)
     origins = [f"{path}:{number}" for number, _ in file.rows]
     file.cells = _columns(file, titles)
+    file.rows = []  # columns take less memory
     data.titles[path] = titles
 
     # Columns with a role of their own are taken away first; labels are looked for in what remains.
@@ -789,6 +791,8 @@ def _read_file(path, data):
 
 def _join_tables(tables):
     """Join the tables of several files; a class that one of them lacks is absent or unknown there."""
+    if len(tables) == 1:
+        return tables[0]
     classes = list(dict.fromkeys(chain(*(table.classes for table in tables))))
     targets = []
     joined = LabelTable([], [], None, classes, tables[0].groups, absent=tables[0].absent)
@@ -840,31 +844,66 @@ READABLE = ("label files are tables (.txt, .csv, .tsv) with a column per class, 
 def read_rows(path):
     """Read a text file of rows.
 
-    Returns ([(line number, cells), ...] of the lines that are not blank, delimiter). Raises
-    InputError.
+    Returns a sequence of (line number, cells) of the lines that are not blank, and the delimiter.
+    Raises InputError.
     """
     lines = read_lines(path)
     first = next((line for line in lines if line.strip()), "").strip()
     starts = first in ("{", "[") or first.startswith(('{"', "[{", '["'))
     if path.suffix.lower() in (".json", ".jsonl") or starts:
         raise InputError(f"{path} is JSON: {READABLE}")
+
     delimiter = _find_delimiter(path, first)
-
-    # A table of a million rows and 80 classes should fit in memory: equal cells are one object, and
-    # each line is forgotten when it has been read.
-    rows = []
-    known = {}
-    lines.reverse()
-    remaining = (lines.pop() for _ in tracked(f"reading {path.name}", range(len(lines))))
     if delimiter == " ":
-        for number, line in enumerate(remaining, 1):
-            if cells := line.split():
-                rows.append((number, list(map(known.setdefault, cells, cells))))
-        return rows, delimiter
+        return Rows(lines, str.split, path.name), delimiter
+    if any('"' in line for line in lines):
+        return _read_quoted(path, lines, delimiter), delimiter
+    return Rows(lines, lambda line: list(map(str.strip, line.split(delimiter))), path.name), delimiter
 
+
+class Rows(Sequence):
+    """Hold the rows of a file, as pairs (line number, cells).
+
+    Lines are split each time they are used: a million rows of 80 cells would take too much memory.
+    """
+
+    def __init__(self, lines, split, title):
+        self.lines, self.numbers = [], []
+        self.split = split
+        self.width = 0
+        for number, line in enumerate(tracked(f"reading {title}", lines), 1):
+            width = _width(split(line))
+            if width:
+                self.lines.append(line)
+                self.numbers.append(number)
+                self.width = max(width, self.width)
+
+    def __len__(self):
+        return len(self.lines)
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            rows = copy.copy(self)
+            rows.lines, rows.numbers = self.lines[place], self.numbers[place]
+            return rows
+        return self.numbers[place], self.split(self.lines[place])[: self.width]
+
+
+def _width(cells):
+    """Return the number of cells without blank ones at the end, which spreadsheets often write."""
+    width = len(cells)
+    while width and not cells[width - 1]:
+        width -= 1
+    return width
+
+
+def _read_quoted(path, lines, delimiter):
+    """Return the rows (line number, cells) of a file with quotes. Raises InputError."""
+    rows = []
+    known = {}  # equal cells are one object, to save memory
     # Some programs, such as Roboflow, write a blank after each comma.
-    reader = csv.reader((line + "\n" for line in remaining), delimiter=delimiter, strict=True,
-                        skipinitialspace=True)
+    reader = csv.reader((line + "\n" for line in tracked(f"reading {path.name}", lines)),
+                        delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
         for cells in reader:
             cells = list(map(str.strip, cells))
@@ -873,13 +912,8 @@ def read_rows(path):
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}: {error}: is a quote left open?") from None
 
-    # Spreadsheets often write empty columns at the right.
-    width = max((len(cells) for _, cells in rows), default=0)
-    while width and not any(len(cells) >= width and cells[width - 1] for _, cells in rows):
-        width -= 1
-    for _, cells in rows:
-        del cells[width:]
-    return rows, delimiter
+    width = max((_width(cells) for _, cells in rows), default=0)
+    return [(number, cells[:width]) for number, cells in rows]
 
 
 def read_lines(path):
@@ -968,11 +1002,18 @@ def _regularize_rows(file):
 
     # Rows of 1, 0 and NA are a table. Others hold names for certain if they start with a part, if
     # they are ragged, or if a name is in two columns.
+    count = labels = 0
+    for _, cells in file.rows:
+        names = [cell for cell in cells[start + 1 :] if cell]
+        count += len(names)
+        labels += sum(file.values[name] is not None for name in names)
+    if 2 * labels > count:
+        return
+
     lists = [[cell for cell in cells[start + 1 :] if cell] for _, cells in file.rows]
-    labels = sum(file.values[name] is not None for names in lists for name in names)
     ragged = len(set(map(len, lists))) > 1
     repeated = len(set(chain(*lists))) < sum(map(len, map(set, zip(*lists))))
-    if 2 * labels > sum(map(len, lists)) or not (has_part or ragged or repeated):
+    if not (has_part or ragged or repeated):
         return
 
     regular = [(file.rows[0][0], ["image", "labels", *(["split"] if has_part else [])])]
@@ -1029,14 +1070,10 @@ def _split_header(file):
 def _columns(file, titles):
     """Return {title: the Cells of the column}; every row must have a cell for each title."""
     columns = [Cells() for _ in titles]
-    rows, file.rows = file.rows[::-1], []
-    with Progress(f"understanding {file.path.name}", len(rows)) as progress:
-        while rows:  # the first ones are at the end, where they can be forgotten as they are read
-            some = [_fit_cells(file, number, cells, titles) for number, cells in reversed(rows[-10_000:])]
-            del rows[-10_000:]
-            for column, cells in zip(columns, zip(*some)):
-                column.extend(cells)
-            progress.advance(len(some))
+    rows = iter(tracked(f"understanding {file.path.name}", file.rows))
+    while some := [_fit_cells(file, number, cells, titles) for number, cells in islice(rows, 1000)]:
+        for column, cells in zip(columns, zip(*some)):
+            column.extend(cells)
     return dict(zip(titles, columns))
 
 
