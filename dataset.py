@@ -3839,7 +3839,7 @@ class ImageDataset(torch.utils.data.Dataset):
     """Serve the images of a LabelTable: [i] is (uint8 (3, size, size), targets float32 (C,), id).
 
     An image that cannot be read becomes grey, with unknown labels, so that training ignores it;
-    `errors` says why: {row: message}. Args: cache: a PixelCache, which needs paths as images.
+    `errors` says why: {row: message}. With a PixelCache, the images of the table must be paths.
     """
 
     def __init__(self, table, size, cache=None):

@@ -659,7 +659,7 @@ def build(options, tables, weights=None, cache=None):
         [member], table.classes, table.groups, [0.5] * count, options=dict(vars(options)),
         trained_on=trained_on, device=device, precision=choose_precision(options, device, last))
     pos_weight = compute_pos_weight(table.targets, options.pos_weight, options.pos_weight_clip)
-    # Images of test are read only once, at the end, so caching them would be of no use.
+    # Images of test are read only once, at the end, so it is of no use to cache them.
     images = {name: dataset.ImageDataset(part, options.size, None if name == "test" else cache)
               for name, part in tables.items()}
 
@@ -1101,8 +1101,8 @@ def memory_groups(root):
         if controllers and "memory" not in controllers.split(","):
             continue
         for mount in [mounts / "memory"] if controllers else [mounts, mounts / "unified"]:
-            # In a container the mount is often its own group, and the path is that on the host.
-            names = path.split("/")[1:] if path != "/" else []
+            # A container often sees its own group as the mount, but the path that it has outside.
+            names = [name for name in path.split("/") if name]
             if ".." in names or not os.path.isdir(mount.joinpath(*names)):
                 names = []
             for depth in range(len(names) + 1):
@@ -1675,8 +1675,7 @@ def cross_validate(options, tables, cache=None):
 def build_fold(options, pool, own, out, weights, cache):
     """Return the Run of a fold, which writes to the folder `out`.
 
-    Args: own: booleans (N,), the rows of the pool to validate on; weights, cache: as
-    for build().
+    Args: own: booleans (N,), the rows of the pool to validate on; weights, cache: as for build().
     """
     fold = argparse.Namespace(**vars(options))
     fold.out, fold.folds, fold.registry, fold.export_splits = str(out), 0, None, None
