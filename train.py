@@ -1121,7 +1121,8 @@ def free_in_group(folder):
     """Return the bytes that a control group leaves to its processes; infinity without a limit."""
     free = math.inf
     for limits, used, droppable in GROUP_FILES:
-        taken = (read_number(folder / used) or 0) - (read_number(folder / "memory.stat", droppable) or 0)
+        taken = read_number(folder / used) or 0
+        taken -= read_number(folder / "memory.stat", droppable) or 0
         for name in limits:
             limit = read_number(folder / name)
             if limit is not None:
