@@ -36,6 +36,7 @@ import shlex
 import shutil
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from collections import Counter, defaultdict, deque
@@ -4043,23 +4044,19 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 
-CACHE_OVERHEAD = 4096  # bytes per cached image beside its pixels: objects, and the rest of a page
-
-
 class ImageDataset(torch.utils.data.Dataset):
     """Serve the images of a LabelTable: [i] is (uint8 (3, size, size), targets float32 (C,), id).
 
-    Decoded images are kept in memory, up to cache_bytes. An image that cannot be read becomes grey,
-    with unknown labels, so that training ignores it; `errors` says why: {row: message}.
+    An image that cannot be read becomes grey, with unknown labels, so that training ignores it;
+    `errors` says why: {row: message}. With a PixelCache, the images of the table must be paths.
     """
 
-    def __init__(self, table, size, cache_bytes=0):
+    def __init__(self, table, size, cache=None):
         self.table = table
         self.size = size
+        self.cache = cache
         self.errors = {}
         self.targets = torch.from_numpy(table.targets.copy())
-        self._pixels = {}
-        self._capacity = int(cache_bytes // (3 * size * size + CACHE_OVERHEAD))
 
     def __len__(self):
         return len(self.table)
@@ -4069,18 +4066,61 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def pixels(self, row):
         """Return one image as uint8 (size, size, 3)."""
-        pixels = self._pixels.get(row)
-        if pixels is None:
+        load = self.cache.load if self.cache else load_pixels
+        try:
+            return load(self.table.paths[row], self.size)
+        except ImageError as error:
+            self.errors[row] = str(error)
+            self.targets[row] = math.nan
+            # 127 is the middle of the range, and so close to 0 after normalize().
+            return np.full((self.size, self.size, 3), 127, np.uint8)
+
+
+def load_pixels(image, size):
+    """Return an image as uint8 (size, size, 3). Raises ImageError."""
+    return np.array(load_image(image, size))
+
+
+CACHE_OVERHEAD = 4096  # bytes per cached image beside its pixels: objects, and the rest of a page
+
+
+class PixelCache:
+    """Decode each image once, as long as the pixels of all images fit into `limit` bytes.
+
+    The ImageDatasets of several splits and folds may share a cache, and threads may use it.
+    """
+
+    def __init__(self, limit):
+        self._room = limit
+        self._held = {}  # {(path, size): pixels, or a message if the file cannot be read}
+        self._lock = threading.Lock()
+
+    def load(self, path, size):
+        """Return an image as uint8 (size, size, 3). Raises ImageError."""
+        held = self._held.get((path, size))
+        if held is None:
             try:
-                pixels = np.array(load_image(self.table.paths[row], self.size))
+                held = load_pixels(path, size)
             except ImageError as error:
-                self.errors[row] = str(error)
-                self.targets[row] = math.nan
-                # 127 is the middle of the range, and so close to 0 after normalize().
-                pixels = np.full((self.size, self.size, 3), 127, np.uint8)
-            if len(self._pixels) < self._capacity:
-                self._pixels[row] = pixels
-        return pixels
+                held = str(error)
+            self._hold((path, size), held)
+        if isinstance(held, str):
+            raise ImageError(held)
+        return held
+
+    def _hold(self, key, pixels):
+        """Keep the pixels of an image, or the message about it, if there is room for them."""
+        cost = CACHE_OVERHEAD + (0 if isinstance(pixels, str) else pixels.nbytes)
+        with self._lock:  # two threads may have decoded the same image
+            if cost <= self._room and key not in self._held:
+                self._room -= cost
+                self._held[key] = pixels
+
+    def close(self):
+        """Forget all images, even if something still refers to the cache, and keep no others."""
+        with self._lock:
+            self._room = 0
+            self._held.clear()
 
 
 def batches(dataset, order, workers=2, pin=False):

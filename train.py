@@ -304,7 +304,11 @@ def main(argv=None):
     check_out(options, tables)
     print_configuration(options)
 
-    report = cross_validate(options, tables) if options.folds else train(build(options, tables))
+    # All splits and folds share a cache. It is emptied at the end, because a notebook keeps the
+    # traceback of a failed run, and with it everything that its functions refer to.
+    with contextlib.closing(dataset.PixelCache(cache_budget(options.cache))) as cache:
+        report = (cross_validate(options, tables, cache) if options.folds
+                  else train(build(options, tables, cache=cache)))
 
     images = tables["test"].paths or tables["val"].paths or tables["train"].paths
     print_next_steps(options, images[0])
@@ -651,10 +655,11 @@ class Run:
         return self.classifier.members[0]
 
 
-def build(options, tables, weights=None):
+def build(options, tables, weights=None, cache=None):
     """Return a Run at its start, or with --resume at the point where last.pth was saved.
 
-    Args: tables: as read_data() returns them; weights: those of read_weights(), if read already.
+    Args: tables: as read_data() returns them; weights: those of read_weights(), if read already;
+    cache: a dataset.PixelCache for the images of train and val.
     Raises InputError for unknown layers, and for weights or a last.pth that do not fit.
     """
     last = read_state(options, tables) if options.resume else None
@@ -684,9 +689,8 @@ def build(options, tables, weights=None):
         [member], table.classes, table.groups, [0.5] * count, options=dict(vars(options)),
         trained_on=trained_on, device=device, precision=choose_precision(options, device, last))
     pos_weight = compute_pos_weight(table.targets, options.pos_weight, options.pos_weight_clip)
-    # Every image may use the same share of the memory, whatever its split.
-    budget = cache_budget(options.cache) / sum(map(len, tables.values()))  # bytes per image
-    images = {name: dataset.ImageDataset(part, options.size, budget * len(part))
+    # Images of test are read only once, at the end, so it is of no use to cache them.
+    images = {name: dataset.ImageDataset(part, options.size, None if name == "test" else cache)
               for name, part in tables.items()}
 
     optimizer = torch.optim.AdamW(parameter_groups(network), weight_decay=options.wd,
@@ -1018,13 +1022,46 @@ def draw_batches(run):
     # A batch is cut from all places first, and then divided among the processes. Augmentation goes
     # by place, so that an image that --sampler balanced draws twice looks different each time.
     rank, ranks = rank_and_ranks()
+    if options.sampler == "balanced":  # by place, else all copies of an image would go to one rank
+        homes = np.arange(count) % ranks
+    else:
+        homes = home_ranks(run.tables["train"].ids, ranks)[rows]
     steps = steps_per_epoch(options, count - state.images)
     drawn = []
     for places in np.array_split(np.arange(state.images, count), steps):
         if not np.isnan(targets[rows[places]]).all():  # else there is nothing to learn from it
-            own = np.array_split(places, ranks)[rank]
+            own = places[divide_batch(homes[places], ranks) == rank]
             drawn.append((rows[own], own, int(places[-1]) + 1))
     return drawn
+
+
+def home_ranks(ids, ranks):
+    """Return the rank whose memory should hold each image, an array of N of them.
+
+    The others seldom need the image, so that --cache is not filled with copies.
+    """
+    if ranks == 1:
+        return np.zeros(len(ids), int)
+    # By chance, because rows are often sorted by label, and BatchNorm must not see a single class.
+    # By name, because a name is the same in every process, epoch and fold.
+    digests = (hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in ids)
+    return np.array([int.from_bytes(digest[:4], "big") % ranks for digest in digests])
+
+
+def divide_batch(homes, ranks):
+    """Return the rank that gets each image of a batch, an array of B of them.
+
+    All get equally many, or one more or less: an image whose home has enough goes to another rank.
+    Args: homes (B,), as home_ranks() returns them.
+    """
+    room = [len(share) for share in np.array_split(homes, ranks)]
+    chosen = np.full(len(homes), -1)
+    for i, home in enumerate(homes.tolist()):
+        if room[home]:
+            chosen[i] = home
+            room[home] -= 1
+    chosen[chosen < 0] = np.repeat(np.arange(ranks), room)
+    return chosen
 
 
 def steps_per_epoch(options, count):
@@ -1057,25 +1094,82 @@ def cache_size(text):
     raise argparse.ArgumentTypeError(f"{text}: use auto, off, or a number of gigabytes")
 
 
-def cache_budget(cache):
-    """Return the bytes of --cache; auto is half of the free memory, shared by the processes."""
+def cache_budget(cache, root=Path("/")):
+    """Return the bytes of --cache; auto is half of the free memory, shared by the processes.
+
+    Args: root: the folder with proc/ and sys/.
+    """
     if cache != "auto":
         return 0 if cache == "off" else float(cache) * 2**30
-    free = 4 * 2**30  # a cautious guess where there is no /proc: macOS and Windows
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        free = int(meminfo.read_text().partition("MemAvailable:")[2].split()[0]) * 1024
 
-    # A container may have less than the machine. The kernel can drop file_cache at any time.
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError, IndexError):  # no limit, or no Linux container
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        stat = (group / "memory.stat").read_text()
-        file_cache = int(stat.partition("inactive_file")[2].split()[0])
-        free = min(free, limit - used + file_cache)
+    free = 4 * 2**30  # a cautious guess where there is no /proc: macOS and Windows
+    kilobytes = read_number(root / "proc/meminfo", "MemAvailable:")
+    if kilobytes is not None:
+        free = 1024 * kilobytes
+    for folder in memory_groups(root):
+        free = min(free, free_in_group(folder))
     # The other half is for the network, the batches, and other programs.
     return max(0, free) / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def memory_groups(root):
+    """Yield the folders of the control groups that may limit the memory of this process.
+
+    Containers, SLURM and systemd run processes in such groups. Those above a group limit it, too.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except (OSError, ValueError):  # no Linux
+        return
+
+    # A line is "0::/user/job" (cgroup version 2), or such as "7:memory:/user/job" (version 1).
+    # A machine with both versions has the second in a folder of its own.
+    mounts = root / "sys/fs/cgroup"
+    for line in lines:
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        for mount in [mounts / "memory"] if controllers else [mounts, mounts / "unified"]:
+            # A container often sees its own group as the mount, but the path that it has outside.
+            names = [name for name in path.split("/") if name]
+            if ".." in names or not os.path.isdir(mount.joinpath(*names)):
+                names = []
+            for depth in range(len(names) + 1):
+                yield mount.joinpath(*names[:depth])
+
+
+# Files of a control group in versions 1 and 2: its limits, the memory in use, and the line of
+# memory.stat about files that the kernel keeps in memory, but can drop at any time.
+GROUP_FILES = (
+    (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
+    (("memory.max", "memory.high"), "memory.current", "inactive_file"),
+)
+
+
+def free_in_group(folder):
+    """Return the bytes that a control group leaves to its processes; infinity without a limit."""
+    free = math.inf
+    for limits, used, droppable in GROUP_FILES:
+        taken = read_number(folder / used) or 0
+        taken -= read_number(folder / "memory.stat", droppable) or 0
+        for name in limits:
+            limit = read_number(folder / name)
+            if limit is not None:
+                free = min(free, limit - taken)
+    return free
+
+
+def read_number(path, title=None):
+    """Return the number in a file, or in its line with this title; None if there is none."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        text = path.read_text()
+        if title is None:
+            return int(text)  # a ValueError for "max", which means no limit
+        for line in text.splitlines():
+            words = line.split()
+            if words[:1] == [title]:
+                return int(words[1])
+    return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1187,7 +1281,8 @@ def predict_split(run, split):
             distributed.broadcast(buffer, 0)
 
     # Each process fills in its rows, and the sum of all is complete, as the other rows are 0.
-    share = np.array_split(np.arange(len(images)), ranks)[rank]
+    homes = home_ranks(run.tables[split].ids, ranks)
+    share = np.flatnonzero(divide_batch(homes, ranks) == rank)
     batch_size = 2 * run.options.batch_size  # without gradients there is room for more
     part = inference.compute_logits(run.classifier, images, run.classifier.precision, batch_size,
                                     run.options.workers, share)[0]
@@ -1537,9 +1632,10 @@ def check_best_is_kept(run, before):
 # Folds: cross-validation
 
 
-def cross_validate(options, tables):
+def cross_validate(options, tables, cache=None):
     """Train a network for each part of the data on all other parts, and return the report.
 
+    Args: tables: as read_data() returns them; cache: a dataset.PixelCache for all folds.
     Raises InputError when a part is too small, or when --weights has seen the images.
     """
     # Each fold is an ordinary run in OUT/fold_k. Its network predicts the part that it was not
@@ -1567,7 +1663,7 @@ def cross_validate(options, tables):
     with folder_locked(out):
         for k, folder in enumerate(folders):
             print_once(options, f"\nfold {k + 1} of {options.folds}")
-            run = build_fold(options, pool, parts == k, folder, weights)
+            run = build_fold(options, pool, parts == k, folder, weights, cache)
             if k == 0 and is_leader():  # only now, after build() has found no error
                 if not options.resume:
                     remove_old_run(options)
@@ -1606,17 +1702,17 @@ def cross_validate(options, tables):
     return report
 
 
-def build_fold(options, pool, own, out, weights):
+def build_fold(options, pool, own, out, weights, cache):
     """Return the Run of a fold, which writes to the folder `out`.
 
-    Args: own: booleans (N,), the rows of the pool to validate on; weights: as for build().
+    Args: own: booleans (N,), the rows of the pool to validate on; weights, cache: as for build().
     """
     fold = argparse.Namespace(**vars(options))
     fold.out, fold.folds, fold.registry, fold.export_splits = str(out), 0, None, None
     if out.name != "fold_1" and not (out / "last.pth").exists():
         fold.resume = False  # the run was stopped in an earlier fold, so this one begins
     rows = {"train": np.flatnonzero(~own), "val": np.flatnonzero(own), "test": []}
-    return build(fold, {name: pool.subset(rows[name]) for name in PARTS}, weights)
+    return build(fold, {name: pool.subset(rows[name]) for name in PARTS}, weights, cache)
 
 
 def report_folds(options, classifier, table, parts, raw):

@@ -368,6 +368,7 @@ def ceilings(run):
 
 def start_run(*options):
     """Return a Run that is ready to train, and a function that trains one epoch of it."""
+    import dataset
     import train
 
     class Silent:
@@ -375,7 +376,8 @@ def start_run(*options):
             pass
 
     options = train.parse_options([*options, "-q", "--out", tempfile.mkdtemp()])
-    run = train.build(options, train.read_data(options))
+    cache = dataset.PixelCache(train.cache_budget(options.cache))
+    run = train.build(options, train.read_data(options), cache=cache)
 
     def epoch():
         train.choose_layers(run)
@@ -856,13 +858,14 @@ def bench_cache(gigabytes=None):
 
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        paths = [f"{folder}/{i}.jpg" for i in range(50)]
-        for path in paths:
-            Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(path)
+        for i in range(50):
+            Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(f"{folder}/{i}.jpg")
         names, targets = [str(i) for i in range(100_000)], np.zeros((100_000, 80), np.float32)
-        files = [paths[i % 50] for i in range(100_000)]
+        files = [f"{folder}/{i}.jpg" for i in range(100_000)]
+        for i in range(50, 100_000):  # each has a path of its own, by which the cache knows it
+            os.link(files[i % 50], files[i])
         table = dataset.LabelTable(names, files, targets, [str(c) for c in range(80)])
-        images = dataset.ImageDataset(table, 224, float(gigabytes) * 2**30)
+        images = dataset.ImageDataset(table, 224, dataset.PixelCache(float(gigabytes) * 2**30))
         for _ in dataset.batches(images, np.array_split(np.arange(100_000), 100_000 // 64), 2):
             pass
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

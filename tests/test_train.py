@@ -702,41 +702,6 @@ def test_exported_splits_are_those_of_the_run_and_never_mixed_with_others(few_im
     assert not (tmp_path / "second" / "model.pth").exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_automatic_cache_takes_half_of_the_free_memory_and_a_share_of_it_per_process(
-    few_images, tmp_path, monkeypatch, processes
-):
-    gib = 2**30
-    files = {
-        "/proc/meminfo": f"MemTotal: {64 * 2**20} kB\nMemFree: 1 kB\nMemAvailable: {48 * 2**20} kB\n",
-        "/sys/fs/cgroup/memory.max": f"{16 * gib}\n",
-        "/sys/fs/cgroup/memory.current": f"{15 * gib}\n",
-        "/sys/fs/cgroup/memory.stat": f"file {11 * gib}\ninactive_file {10 * gib}\nactive_file {gib}\n",
-    }
-    read_text = Path.read_text
-
-    def read_files(path, *rest, **named):
-        return files.get(str(path)) or read_text(path, *rest, **named)
-
-    monkeypatch.setattr(Path, "read_text", read_files)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    image_dataset = dataset.ImageDataset
-    budgets = []
-
-    def watched(table, size, cache_bytes=0):
-        budgets.append(cache_bytes)
-        return image_dataset(table, size, cache_bytes)
-
-    monkeypatch.setattr(dataset, "ImageDataset", watched)
-    run("--data", few_images, "--out", tmp_path / "out", "--epochs", 1, "--cache", "auto")
-    assert sum(budgets) == pytest.approx(11 * gib / 2 / processes)
-    files["/proc/meminfo"] = f"MemTotal: {64 * 2**20} kB\nMemFree: 1 kB\nMemAvailable: {8 * 2**20} kB\n"
-    for option, expected in (("auto", 8 * gib / 2 / processes), ("0.5", gib / 2), ("off", 0)):
-        budgets.clear()
-        run("--data", few_images, "--out", tmp_path / "out", "--epochs", 1, "--cache", option)
-        assert sum(budgets) == pytest.approx(expected)
-
-
 def test_tensorboard_is_optional(few_images, tmp_path, monkeypatch):
     options = ["--data", few_images, "--out", tmp_path / "out", "--tensorboard", "--epochs", 2]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
