@@ -4179,7 +4179,7 @@ def label_sheet(table, count=24, seed=0):
     rows = np.random.default_rng(seed).permutation(len(table))[:count]
     names = picture_names(table.classes)
     cells = []
-    for row in sorted(rows):
+    for row in watched("drawing the sheet", sorted(rows)):
         present = list_names(names, table.targets[row] == 1)
         lines = [(table.ids[row], BLACK), (present or "no label", GREEN)]
         unknown = np.isnan(table.targets[row])
@@ -4298,7 +4298,7 @@ def images_summary(table, most=1000):
     kinds = Counter()
     errors = []
     # Of more than `most` images, every n-th one is opened, as a network drive may be slow.
-    for path in table.paths[:: -(-len(table) // most)]:
+    for path in watched("opening images", table.paths[:: -(-len(table) // most)]):
         try:
             with _open_image(path) as image:
                 sizes.append(image.size)
@@ -4325,7 +4325,8 @@ def find_bad_images(table, workers):
             return str(error)
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        return [message for message in pool.map(problem, table.paths) if message]
+        found = watched("decoding images", pool.map(problem, table.paths), len(table))
+        return [message for message in found if message]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4352,7 +4353,7 @@ def write_demo(folder, seed=0, count=1000):
     (folder / "images").mkdir(exist_ok=True)
 
     lines = [" ".join(["image", *DEMO_LABELS])]
-    for i in range(count):
+    for i in watched("drawing the demo data", range(count)):
         # Each image has its own generator, so image i does not depend on how many are written.
         rng = np.random.default_rng([seed, i])
         labels = draw_demo_labels(rng)
@@ -4553,6 +4554,8 @@ class Progress:
             for path in paths:
                 check(path)
                 progress.advance()  # checking images  1,200/2,000  85/s  0:00:09 left
+
+    watched() does the same for any loop.
     """
 
     shown = False  # main() of each script sets it: a program that imports these files stays silent
@@ -4591,8 +4594,8 @@ class Progress:
         """Replace the line on the screen."""
         # A line that fills the last column of a terminal may make it scroll.
         room = _count_columns(self.stream) - 1
-        while len(parts) > 2 and len("  ".join(parts)) > room:
-            del parts[-2]  # the first one says what is done, and the last one how long it takes
+        while len(parts) > 1 and len("  ".join(parts)) > room:
+            del parts[-2 if len(parts) > 2 else -1]  # what is done and the time left go last
         line = "  ".join(parts)[:room]
 
         covered = min(Progress.line[1], room) if Progress.line else 0
@@ -4606,6 +4609,14 @@ class Progress:
             (stream, width), Progress.line = Progress.line, None
             room = _count_columns(stream) - 1
             _print(f"\r{' ' * min(width + 2, room)}\r", stream, "")  # 2: of the ^C of a Ctrl-C
+
+
+def watched(title, items, total=None):
+    """Yield the items, and show meanwhile how many are done. total: by default their len()."""
+    with Progress(title, len(items) if total is None else total) as progress:
+        for item in items:
+            yield item
+            progress.advance()
 
 
 def live_stream():
@@ -4687,15 +4698,19 @@ def refuse_to_replace(option, path, files):
         refuse_answered(path)
 
 
+def is_stream(path):
+    """Return True if what is written to a path replaces no file: a pipe, a device, /dev/stdout."""
+    return str(path).startswith("/dev/") or (os.path.exists(path) and not os.path.isfile(path))
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """Open a temporary file that replaces `path` if the block succeeds, and is removed if it fails.
 
-    Symlinks are followed. What is no regular file (a pipe, /dev/stdout) is written directly. Raises
-    OSError.
+    Symlinks are followed. A stream, by is_stream(), is written directly. Raises OSError.
     """
     settings = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
-    direct = str(path).startswith("/dev/") or (os.path.exists(path) and not os.path.isfile(path))
+    direct = is_stream(path)
     target = Path(path if direct else os.path.realpath(path))
     temporary = target if direct else target.with_name(f".{target.name}.tmp")
 

@@ -97,7 +97,7 @@ def test_a_slow_rate_has_a_decimal_and_a_long_wait_has_hours(clock, make_termina
     (80, "predicting  1,200/2,000  300/s  0:00:02 left"),
     (44, "predicting  1,200/2,000  0:00:02 left"),
     (30, "predicting  0:00:02 left"),
-    (15, "predicting  0:"),
+    (15, "predicting"),
     (2, "p"),
 ])
 def test_a_line_is_never_wider_than_the_terminal(clock, make_terminal, monkeypatch, columns, line):
