@@ -2131,6 +2131,7 @@ class ProgressLine(Progress):
         self.run = run
         self.loss = None  # of the last step, still on the device
         self.trained = 0.0  # time of the last step
+        self.units = {}
         for row in run.state.history:  # of a resumed run
             kind = kind_of_step(run.options, row["epoch"])
             note_speed(run.speeds, kind, row["images_per_second"])
@@ -2147,7 +2148,8 @@ class ProgressLine(Progress):
         state = self.run.state
         count = len(self.run.tables["train"])
         rate = state.images / state.seconds
-        left = f"{dataset.format_seconds(estimate_left(self.run))} left"
+        self.units = self.units or work_units(self.run)
+        left = f"{dataset.format_seconds(estimate_left(self.run, self.units))} left"
         if self.run.fold[1] > 1:
             left += " in all"
         # Showing the loss waits for the device, but only five times a second.
@@ -2212,17 +2214,19 @@ def images_left(options, tables, epoch=0, images=0):
     return left
 
 
-def step_units(run, kind):
-    """Return about how long an image of a step takes, compared with predicting one."""
+def work_units(run):
+    """Return about how long an image takes in each kind of work, compared with predicting one."""
     # The backward pass of a layer takes twice as long as its forward pass, but it ends at the first
     # layer that is trained. Parameters stand for layers, and those of most networks take similar
     # times: a ResNet18 of which layer3, layer4 and the head are trained takes 1 + 2 * 32 / 62.
-    unfrozen, sam = kind
-    network = run.member.network
-    trained = select_parameters(network, layers_to_train(run.options, unfrozen), run.fresh)
+    options, network = run.options, run.member.network
     names = [name for name, _ in network.named_parameters()]
-    first = next(place for place, name in enumerate(names) if name in trained)
-    return (1 + 2 * (1 - first / len(names))) * (1 + sam)
+    units = {PREDICT: 1.0}
+    for unfrozen, sam in {kind_of_step(options, epoch + 1) for epoch in range(options.epochs)}:
+        trained = select_parameters(network, layers_to_train(options, unfrozen), run.fresh)
+        first = next(place for place, name in enumerate(names) if name in trained)
+        units[unfrozen, sam] = (1 + 2 * (1 - first / len(names))) * (1 + sam)
+    return units
 
 
 def note_speed(speeds, kind, rate):
@@ -2232,8 +2236,8 @@ def note_speed(speeds, kind, rate):
         speeds[kind] = 1 / rate
 
 
-def estimate_left(run):
-    """Return the seconds that a run will still take; with folds, all of them."""
+def estimate_left(run, units):
+    """Return the seconds that a run will still take; with folds, all of them. units: work_units()."""
     options, state = run.options, run.state
     fold, folds = run.fold
     left = images_left(options, run.tables, state.epoch, state.images)
@@ -2246,15 +2250,14 @@ def estimate_left(run):
     now, share = state.seconds / state.images, state.images / len(run.tables["train"])
     now = share * now + (1 - share) * speeds.pop(kind, now)
     speeds[kind] = now  # as the last one
-    units = {one: step_units(run, one) for one in left if one != PREDICT}
-    return seconds_left(left, speeds, units | {PREDICT: 1.0})
+    return seconds_left(left, speeds, units)
 
 
 def seconds_left(left, speeds, units):
     """Return the seconds that work takes.
 
     Args: left: {kind: number of images}; speeds: {kind: seconds per image}, as measured, the last
-    measured kind last; units: {kind: how long an image takes compared with other kinds}.
+    measured kind last; units: as work_units() returns them.
     """
     last = next(reversed(speeds))
     seconds = {kind: speeds.get(kind, speeds[last] * units[kind] / units[last]) for kind in left}
