@@ -4584,11 +4584,11 @@ class Progress:
             self._draw(self.parts(now - self.started))
 
     def parts(self, seconds):
-        """Return the parts of the line after so many seconds, of which narrow terminals lack some."""
+        """Return the parts of the line after so many seconds; narrow terminals lack some of them."""
         rate = self.done / seconds
         left = max(0, self.total - self.done) * seconds / max(1, self.done)
-        return [self.title, f"{self.done:,}/{self.total:,}", f"{rate:,.{0 if rate >= 10 else 1}f}/s",
-                f"{format_seconds(left)} left"]
+        rate = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s"
+        return [self.title, f"{self.done:,}/{self.total:,}", rate, f"{format_seconds(left)} left"]
 
     def _draw(self, parts):
         """Replace the line on the screen."""

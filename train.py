@@ -2160,10 +2160,10 @@ class ProgressLine(Progress):
         """Print the last row of the history."""
         options, state = self.run.options, self.run.state
         row = state.history[-1]
-        note_speed(self.run.speeds, kind_of_step(options, row["epoch"]), row["images_per_second"])
         if predicted := images_predicted(options, self.run.tables, row["epoch"]):
             seconds = time.perf_counter() - self.trained  # to predict and to save
             note_speed(self.run.speeds, PREDICT, predicted / seconds)
+        note_speed(self.run.speeds, kind_of_step(options, row["epoch"]), row["images_per_second"])
 
         line = "epoch {epoch:{width}}/{epochs}  loss {train_loss:.4f}"
         if "val_loss" in row:
@@ -2237,7 +2237,7 @@ def note_speed(speeds, kind, rate):
 
 
 def estimate_left(run, units):
-    """Return the seconds that a run will still take; with folds, all of them. units: work_units()."""
+    """Return the seconds that a run, or all folds, will still take. units: those of work_units()."""
     options, state = run.options, run.state
     fold, folds = run.fold
     left = images_left(options, run.tables, state.epoch, state.images)
@@ -2245,23 +2245,22 @@ def estimate_left(run, units):
         left.update(images_left(options, run.tables))  # which adds: folds are of similar size
 
     # An epoch may be faster than the one before, for example because its images are in memory now.
-    # Its first steps tell little about it, and its last ones everything.
+    # Its first steps tell little about it, but a fifth of it enough.
     speeds, kind = dict(run.speeds), kind_of_step(options, state.epoch + 1)
-    now, share = state.seconds / state.images, state.images / len(run.tables["train"])
-    now = share * now + (1 - share) * speeds.pop(kind, now)
-    speeds[kind] = now  # as the last one
-    return seconds_left(left, speeds, units)
+    now, weight = state.seconds / state.images, min(1, 5 * state.images / len(run.tables["train"]))
+    before = seconds_per_image(kind, speeds, units) if speeds else now
+    speeds.pop(kind, None)
+    speeds[kind] = weight * now + (1 - weight) * before  # as the last one
+    return sum(images * seconds_per_image(kind, speeds, units) for kind, images in left.items())
 
 
-def seconds_left(left, speeds, units):
-    """Return the seconds that work takes.
+def seconds_per_image(kind, speeds, units):
+    """Return how long an image takes: as measured, or in proportion to the last kind of work.
 
-    Args: left: {kind: number of images}; speeds: {kind: seconds per image}, as measured, the last
-    measured kind last; units: as work_units() returns them.
+    Args: speeds: {kind: seconds per image}, the last measured kind last; units: of work_units().
     """
     last = next(reversed(speeds))
-    seconds = {kind: speeds.get(kind, speeds[last] * units[kind] / units[last]) for kind in left}
-    return sum(images * seconds[kind] for kind, images in left.items())
+    return speeds.get(kind, speeds[last] * units[kind] / units[last])
 
 
 if __name__ == "__main__":
