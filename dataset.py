@@ -4558,6 +4558,7 @@ class Progress:
     watched() does the same for any loop.
     """
 
+    delay = 2  # seconds: what takes less needs no line
     shown = False  # main() of each script sets it: a program that imports these files stays silent
     line = None  # the stream and the width of the line on the screen, whichever Progress drew it
 
@@ -4567,7 +4568,7 @@ class Progress:
         self.done = 0
         self.started = time.perf_counter()
         self.stream = live_stream() if Progress.shown else None
-        self.due = self.started + 2 if self.stream else math.inf  # time of the next update
+        self.due = self.started + self.delay if self.stream else math.inf  # of the next update
 
     def __enter__(self):
         return self

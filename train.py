@@ -2127,6 +2127,8 @@ def place_of(run):
 class ProgressLine(Progress):
     """Print a line per epoch, and within it, on a terminal, one that updates in place."""
 
+    delay = 0  # seconds: a training is long
+
     def __init__(self, run):
         self.run = run
         self.loss = None  # of the last step, still on the device

@@ -316,25 +316,19 @@ def test_an_epoch_that_is_faster_than_the_one_before_shortens_the_time_left():
 @pytest.fixture
 def hurried(monkeypatch):
     """Let every Progress show its line at once, and after every advance."""
-    start = Progress.__init__
-
-    def init(progress, *arguments):
-        start(progress, *arguments)
-        progress.due = -math.inf if progress.stream else math.inf
-
     draw = Progress._draw
 
     def draw_again(progress, parts):
         draw(progress, parts)
         progress.due = -math.inf
 
-    monkeypatch.setattr(Progress, "__init__", init)
+    monkeypatch.setattr(Progress, "delay", 0)
     monkeypatch.setattr(Progress, "_draw", draw_again)
 
 
 def test_a_training_with_folds_shows_each_stage_and_leaves_only_its_text(
         demo, tmp_path, make_terminal, hurried, blank_pictures, capsys, monkeypatch):
-    words = ["--data", str(demo), "--epochs", "2", "--folds", "2", *(word for word in SMALL if word != "-q")]
+    words = ["--data", str(demo), "--epochs", "1", "--folds", "2", *(word for word in SMALL if word != "-q")]
     train.main([*words, "--out", str(tmp_path / "a")])
     plain = capsys.readouterr().out
     assert "\r" not in plain
@@ -343,7 +337,7 @@ def test_a_training_with_folds_shows_each_stage_and_leaves_only_its_text(
         terminal = make_terminal()
         train.main([*words, "--out", str(tmp_path / "b")])
     lines = terminal.getvalue().split("\r")
-    stages = ["fold 1/2  epoch 1/2  image ", "fold 1/2  epoch 2/2  predicting val  40/40", "fold 2/2  epoch 1/2  image",
+    stages = ["fold 1/2  epoch 1/1  image ", "fold 1/2  epoch 1/1  predicting val  40/40", "fold 2/2  epoch 1/1  image",
               "fold 1/2  predicting val  40/40", "encoding images  ", "drawing heatmaps  "]
     for stage in stages:
         assert any(line.startswith(stage) for line in lines), stage

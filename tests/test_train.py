@@ -1576,7 +1576,6 @@ def test_progress_updates_in_place_on_a_terminal(few_images, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
         patch.setattr(sys, "stderr", terminal)
-        patch.setattr(train.ProgressLine, "due", property(lambda _: 0, lambda *_: None), raising=False)  # at once
         train.main(["--data", str(few_images), "--out", str(tmp_path / "out"), "--epochs", "2", "-b", "4",
                     *LOUD])
     _, _, text = terminal.getvalue().partition("\r")
