@@ -4585,7 +4585,7 @@ class Progress:
             self._draw(self.parts(now - self.started))
 
     def parts(self, seconds):
-        """Return the parts of the line after so many seconds; narrow terminals lack some of them."""
+        """Return the parts of the line after so many seconds; some are left out if it is narrow."""
         rate = self.done / seconds
         left = max(0, self.total - self.done) * seconds / max(1, self.done)
         rate = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s"

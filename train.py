@@ -1166,8 +1166,8 @@ def predict_split(run, split):
     batch_size = 2 * run.options.batch_size  # without gradients there is room for more
     title = "  ".join([*place_of(run), f"predicting {split}"])
     with Progress(title, len(share)) as progress:
-        part = inference.compute_logits(run.classifier, images, run.classifier.precision, batch_size,
-                                        run.options.workers, share, progress.advance)[0]
+        part = inference.compute_logits(run.classifier, images, run.classifier.precision,
+                                        batch_size, run.options.workers, share, progress.advance)[0]
     logits = part.new_zeros(len(images), part.shape[1])
     logits[share] = part
     logits = sum_over_ranks(logits).cpu()
@@ -2239,7 +2239,7 @@ def note_speed(speeds, kind, rate):
 
 
 def estimate_left(run, units):
-    """Return the seconds that a run, or all folds, will still take. units: those of work_units()."""
+    """Return the seconds that a run, or all folds, will still take. units: of work_units()."""
     options, state = run.options, run.state
     fold, folds = run.fold
     left = images_left(options, run.tables, state.epoch, state.images)
