@@ -872,7 +872,7 @@ class Rows(Sequence):
         self.lines, self.numbers = [], []
         self.split = split
         self.width = 0
-        for number, line in enumerate(tracked(f"reading {title}", lines), 1):
+        for number, line in enumerate(watched(f"reading {title}", lines), 1):
             width = _width(split(line))
             if width:
                 self.lines.append(line)
@@ -903,7 +903,7 @@ def _read_quoted(path, lines, delimiter):
     rows = []
     known = {}  # equal cells are one object, to save memory
     # Some programs, such as Roboflow, write a blank after each comma.
-    reader = csv.reader((line + "\n" for line in tracked(f"reading {path.name}", lines)),
+    reader = csv.reader((line + "\n" for line in watched(f"reading {path.name}", lines)),
                         delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
         for cells in reader:
@@ -1071,7 +1071,7 @@ def _split_header(file):
 def _columns(file, titles):
     """Return {title: the Cells of the column}; every row must have a cell for each title."""
     columns = [Cells() for _ in titles]
-    rows = iter(tracked(f"understanding {file.path.name}", file.rows))
+    rows = iter(watched(f"understanding {file.path.name}", file.rows))
     while some := [_fit_cells(file, number, cells, titles) for number, cells in islice(rows, 1000)]:
         for column, cells in zip(columns, zip(*some)):
             column.extend(cells)
@@ -1846,7 +1846,7 @@ def _read_cls(files, data_dir):
     # An index that is not listed is absent, so an empty file is an image without any label.
     targets = np.zeros((len(files), len(names)), np.float32)
     indices = {number: c for c, number in enumerate(names)}
-    for row, file in enumerate(tracked("reading .cls files", files)):
+    for row, file in enumerate(watched("reading .cls files", files)):
         for number, line in enumerate(read_lines(file), 1):
             index = line.strip()
             if index and index not in indices:
@@ -1900,7 +1900,7 @@ def _read_yolo(files, data_dir):
     targets = np.zeros((len(files), len(names)), np.float32)
     column_of = {number: column for column, number in enumerate(names)}
 
-    for row, file in enumerate(tracked("reading YOLO files", files)):
+    for row, file in enumerate(watched("reading YOLO files", files)):
         for line_number, line in enumerate(read_lines(file), 1):
             if cells := line.split():
                 number = _class_of_box(cells, f"{file}:{line_number}")
@@ -2169,7 +2169,7 @@ def _read_voc(files, data_dir):
 
     A class is present if it has a box. If all its boxes in an image are difficult, it is NA there.
     """
-    labels = [_read_voc_file(file)[1] for file in tracked("reading Pascal VOC files", files)]
+    labels = [_read_voc_file(file)[1] for file in watched("reading Pascal VOC files", files)]
     classes = _in_order(set(chain(*labels)))
     if not classes:
         raise InputError(f"{files[0]}: no Pascal VOC file has an <object>: name "
@@ -2733,7 +2733,7 @@ def _match_paths(table, folder, own_folder=False):
         folders = set(map(os.path.dirname, folder.names))
         folder_parts = {_part_of_folder(f"{place}/") for place in folders}
         bases = _find_bases(table, folder, folder_parts)
-    for row, name in enumerate(tracked("finding images", table.ids)):
+    for row, name in enumerate(watched("finding images", table.ids)):
         origin = table.origins[row]
         source = origin.rpartition(":")[0]
         if source not in places:
@@ -4425,7 +4425,7 @@ def label_sheet(table, count=24, seed=0):
     rows = np.random.default_rng(seed).permutation(len(table))[:count]
     names = picture_names(table.classes)
     cells = []
-    for row in sorted(rows):
+    for row in watched("drawing the sheet", sorted(rows)):
         present = list_names(names, table.targets[row] == 1)
         lines = [(table.ids[row], BLACK), (present or "no label", GREEN)]
         unknown = np.isnan(table.targets[row])
@@ -4544,7 +4544,7 @@ def images_summary(table, most=1000):
     kinds = Counter()
     errors = []
     # Of more than `most` images, every n-th one is opened, as a network drive may be slow.
-    for path in table.paths[:: -(-len(table) // most)]:
+    for path in watched("opening images", table.paths[:: -(-len(table) // most)]):
         try:
             with _open_image(path) as image:
                 sizes.append(image.size)
@@ -4571,7 +4571,8 @@ def find_bad_images(table, workers):
             return str(error)
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        return [message for message in pool.map(problem, table.paths) if message]
+        found = watched("decoding images", pool.map(problem, table.paths), len(table))
+        return [message for message in found if message]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4598,7 +4599,7 @@ def write_demo(folder, seed=0, count=1000):
     (folder / "images").mkdir(exist_ok=True)
 
     lines = [" ".join(["image", *DEMO_LABELS])]
-    for i in range(count):
+    for i in watched("drawing the demo data", range(count)):
         # Each image has its own generator, so image i does not depend on how many are written.
         rng = np.random.default_rng([seed, i])
         labels = draw_demo_labels(rng)
@@ -4799,8 +4800,11 @@ class Progress:
             for path in paths:
                 check(path)
                 progress.advance()  # checking images  1,200/2,000  85/s  0:00:09 left
+
+    watched() does the same for any loop.
     """
 
+    delay = 2  # seconds: what takes less needs no line
     shown = False  # main() of each script sets it: a program that imports these files stays silent
     line = None  # the stream and the width of the line on the screen, whichever Progress drew it
 
@@ -4810,7 +4814,7 @@ class Progress:
         self.done = 0
         self.started = time.perf_counter()
         self.stream = live_stream() if Progress.shown else None
-        self.due = self.started + 2 if self.stream else math.inf  # time of the next update
+        self.due = self.started + self.delay if self.stream else math.inf  # of the next update
 
     def __enter__(self):
         return self
@@ -4827,18 +4831,18 @@ class Progress:
             self._draw(self.parts(now - self.started))
 
     def parts(self, seconds):
-        """Return the parts of the line after so many seconds, of which narrow terminals lack some."""
+        """Return the parts of the line after so many seconds; some are left out if it is narrow."""
         rate = self.done / seconds
         left = max(0, self.total - self.done) * seconds / max(1, self.done)
-        return [self.title, f"{self.done:,}/{self.total:,}", f"{rate:,.{0 if rate >= 10 else 1}f}/s",
-                f"{format_seconds(left)} left"]
+        rate = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s"
+        return [self.title, f"{self.done:,}/{self.total:,}", rate, f"{format_seconds(left)} left"]
 
     def _draw(self, parts):
         """Replace the line on the screen."""
         # A line that fills the last column of a terminal may make it scroll.
         room = _count_columns(self.stream) - 1
-        while len(parts) > 2 and len("  ".join(parts)) > room:
-            del parts[-2]  # the first one says what is done, and the last one how long it takes
+        while len(parts) > 1 and len("  ".join(parts)) > room:
+            del parts[-2 if len(parts) > 2 else -1]  # what is done and the time left go last
         line = "  ".join(parts)[:room]
 
         covered = min(Progress.line[1], room) if Progress.line else 0
@@ -4854,9 +4858,9 @@ class Progress:
             _print(f"\r{' ' * min(width + 2, room)}\r", stream, "")  # 2: of the ^C of a Ctrl-C
 
 
-def tracked(title, items):
-    """Yield the items of a list, and show how many of them are done."""
-    with Progress(title, len(items)) as progress:
+def watched(title, items, total=None):
+    """Yield the items, and show meanwhile how many are done. total: by default their len()."""
+    with Progress(title, len(items) if total is None else total) as progress:
         for item in items:
             yield item
             progress.advance()
@@ -4941,15 +4945,19 @@ def refuse_to_replace(option, path, files):
         refuse_answered(path)
 
 
+def is_stream(path):
+    """Return True if what is written to a path replaces no file: a pipe, a device, /dev/stdout."""
+    return str(path).startswith("/dev/") or (os.path.exists(path) and not os.path.isfile(path))
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """Open a temporary file that replaces `path` if the block succeeds, and is removed if it fails.
 
-    Symlinks are followed. What is no regular file (a pipe, /dev/stdout) is written directly. Raises
-    OSError.
+    Symlinks are followed. A stream, by is_stream(), is written directly. Raises OSError.
     """
     settings = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
-    direct = str(path).startswith("/dev/") or (os.path.exists(path) and not os.path.isfile(path))
+    direct = is_stream(path)
     target = Path(path if direct else os.path.realpath(path))
     temporary = target if direct else target.with_name(f".{target.name}.tmp")
 

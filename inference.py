@@ -30,7 +30,9 @@ import math
 import os
 import pickle
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections import Counter, OrderedDict
@@ -77,22 +79,39 @@ def main(argv=None):
     classifier = _load_chosen_models(options)
     _note(f"{', '.join(options.model)}: {classifier}; {len(paths)} images")
 
-    probabilities, errors = predict_all(classifier, paths, options.batch_size, options.workers)
-    good = [row for row in range(len(paths)) if row not in errors]
-    if good:
-        names = [ids[row] for row in good]
-        text = format_predictions(options.format, names, probabilities[good],
-                                  classifier.thresholds, classifier)
-        _print_or_write(text, options.out)
-    if good and options.save:
-        drawn = save_pictures(classifier, [paths[row] for row in good], probabilities[good],
-                              options.save, options.heatmap)
-        more = f" and {len(drawn) - 1} more" if len(drawn) > 1 else ""
-        print_text(f"drawn: {drawn[0]}{more}", file=sys.stderr if options.out else None)
+    with _signals_noted() as signals:
+        with dataset.Progress("predicting", len(paths)) as progress:
+            probabilities, errors = predict_all(classifier, paths, options.batch_size,
+                                                options.workers, _until(signals, progress))
+
+        # After Ctrl-C, what was predicted so far is written, but not as if it were everything.
+        count = len(probabilities)
+        out = options.out if count == len(paths) else _partial_path(options.out)
+        good = [row for row in range(count) if row not in errors]
+        if good:
+            names = [ids[row] for row in good]
+            text = format_predictions(options.format, names, probabilities[good],
+                                      classifier.thresholds, classifier)
+            _print_or_write(text, out)
+
+        # The pictures come last, since they take much longer.
+        drawn = []
+        if good and options.save and not signals:
+            with dataset.Progress("drawing pictures", len(good)) as progress:
+                drawn = save_pictures(classifier, [paths[row] for row in good], probabilities[good],
+                                      options.save, options.heatmap, _until(signals, progress))
+        if drawn:
+            more = f" and {len(drawn) - 1} more" if len(drawn) > 1 else ""
+            print_text(f"drawn: {drawn[0]}{more}", file=sys.stderr if options.out else None)
 
     # Bad images do not keep the good ones from being predicted, but scripts see the exit code.
     for message in errors.values():
         _note(f"skipped: {message}")
+    if signals:
+        place = f": {out}" if out and good else ""
+        pictures = f"; {len(drawn):,} pictures are drawn" if options.save else ""
+        _note(f"stopped after {count:,} of {len(paths):,} images{place}{pictures}")
+        raise KeyboardInterrupt if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
     if errors:
         raise ImageError(f"{len(errors)} of {len(paths)} images could not be read")
     return probabilities
@@ -124,7 +143,8 @@ def parse_options(argv=None):
         help="csv: labels and confidences; json: indices of the labels, by the stem of the image "
              "unless two share it; probabilities: CSV with a column per class")
     add("--out", metavar="FILE", help="write the output (with --calibrate, the model) to FILE, which "
-        "must not be one that is read")
+        "must not be one that is read; after Ctrl-C, what was predicted so far is written to "
+        "FILE.partial, or without --out printed")
     add("--save", metavar="DIR", help="save a picture of each image and its labels in DIR, where "
         "only such pictures are replaced")
     add("--heatmap", action="store_true",
@@ -222,6 +242,9 @@ def _check_outputs(options, paths):
     """Raise an InputError if the output would replace, or lie among, files that are read."""
     if options.out:
         dataset.refuse_to_replace("--out", options.out, [*options.model, *paths])
+        if not dataset.is_stream(options.out):
+            partial = _partial_path(options.out)
+            dataset.refuse_to_replace("an interrupted --out", partial, [*options.model, *paths])
     if not options.save:
         return
     if os.path.exists(options.save) and not os.path.isdir(options.save):
@@ -248,6 +271,47 @@ def _load_chosen_models(options):
     if options.threshold is not None:
         classifier.thresholds = [options.threshold] * len(classifier.classes)
     return classifier
+
+
+@contextlib.contextmanager
+def _signals_noted():
+    """Yield a list, to which the first Ctrl-C or SIGTERM within the block only adds its number.
+
+    The second one acts at once.
+    """
+    signals, before = [], {}
+
+    def note(signal_number, _):
+        signals.append(signal_number)
+        restore()
+        with contextlib.suppress(OSError):  # print() is not safe here: it may have been interrupted
+            os.write(2, b"\nstopping after the images in progress\n")
+
+    def restore():
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+        before = {name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        restore()
+
+
+def _until(signals, progress):
+    """Return a function `advance` that shows progress, and asks to stop once there is a signal."""
+
+    def advance(count=1):
+        progress.advance(count)
+        return bool(signals)
+
+    return advance
+
+
+def _partial_path(out):
+    """Return where an interrupted run writes: to FILE.partial, unless --out is a stream."""
+    return f"{out}.partial" if out and not dataset.is_stream(out) else out
 
 
 def _note(text):
@@ -395,19 +459,24 @@ def predict(classifier, images, batch_size=32, workers=None):
     return probabilities
 
 
-def predict_all(classifier, images, batch_size=32, workers=None):
+def predict_all(classifier, images, batch_size=32, workers=None, advance=None):
     """Predict as predict() does, but carry on after images that cannot be read.
 
-    Returns: the probabilities (N, C), NaN for bad images, and {row: error message} for these.
+    Args: advance: as for compute_logits().
+    Returns: the probabilities (N, C), NaN for bad images, and {row: error message} for these. If
+    `advance` stops the work, N is the number of images until then.
     """
-    logits, errors = _logits_and_errors(classifier, images, batch_size, workers)
+    logits, errors = _logits_and_errors(classifier, images, batch_size, workers, advance)
     probabilities = to_probabilities(classifier, logits)
     probabilities[list(errors)] = np.nan  # the network was given a grey image instead
     return probabilities, errors
 
 
-def _logits_and_errors(classifier, images, batch_size, workers):
-    """Return the logits (V, N, C) of a list of images, and {row: message} for bad images."""
+def _logits_and_errors(classifier, images, batch_size, workers, advance):
+    """Return the logits (V, N, C) of a list of images, and {row: message} for bad images.
+
+    Args: advance: as for compute_logits().
+    """
     # ImageDataset expects a table with labels: here, all of them are unknown.
     unknown = np.full((len(images), len(classifier.classes)), np.nan, np.float32)
     if not len(images):
@@ -418,7 +487,9 @@ def _logits_and_errors(classifier, images, batch_size, workers):
     data = ImageDataset(table, classifier.size)
     workers = default_workers() if workers is None else workers
     precision = classifier.precision or choose_precision("auto", classifier.device, len(images))[0]
-    return compute_logits(classifier, data, precision, batch_size, workers), data.errors
+    logits = compute_logits(classifier, data, precision, batch_size, workers, advance=advance)
+    # If the work was stopped, threads had decoded further images already.
+    return logits, {row: message for row, message in data.errors.items() if row < logits.shape[1]}
 
 
 @torch.inference_mode()
@@ -427,7 +498,8 @@ def compute_logits(classifier, images, precision, batch_size=32, workers=2, rows
 
     Args: images: an ImageDataset of the classifier's size; precision: the dtype that the backbones
     compute in; rows: which of the images to use (default: all); advance: a function that is called
-    with the number of images after each batch, for example to show progress.
+    with the number of images after each batch, for example to show progress; if it returns True,
+    the images that follow are left out.
     Returns: float32 (V, N, C) on the classifier's device, for V views of N images.
     """
     device = classifier.device
@@ -443,8 +515,8 @@ def compute_logits(classifier, images, precision, batch_size=32, workers=2, rows
     for batch, _, _ in dataset.batches(images, order, workers, pin=device.type == "cuda"):
         batch = batch.to(device, non_blocking=True)
         logits.append(forward_views(classifier, networks, batch, precision))
-        if advance:
-            advance(len(batch))
+        if advance and advance(len(batch)):
+            break
     return torch.cat(logits, dim=1)
 
 
@@ -546,7 +618,9 @@ def evaluate(classifier, table, batch_size=32, workers=None, recalibrate=False):
     """
     metrics = import_metrics("--evaluate")
     targets = targets_for(classifier, table)
-    logits, errors = _logits_and_errors(classifier, table.paths, batch_size, workers)
+    with dataset.Progress("predicting", len(table)) as progress:
+        logits, errors = _logits_and_errors(classifier, table.paths, batch_size, workers,
+                                            progress.advance)
     for message in errors.values():
         _note(f"skipped: {message}")
     if len(errors) == len(table):
@@ -579,7 +653,9 @@ def ask(options):
     _note(f"{', '.join(options.model)}: {classifier}")
 
     images, columns = _find_unknown_labels(classifier, table, options)
-    probabilities, errors = predict_all(classifier, images.paths, options.batch_size, options.workers)
+    with dataset.Progress("predicting", len(images)) as progress:
+        probabilities, errors = predict_all(classifier, images.paths, options.batch_size,
+                                            options.workers, progress.advance)
     for message in errors.values():
         _note(f"skipped: {message}")
     good = [row for row in range(len(images)) if row not in errors]
@@ -1753,18 +1829,19 @@ PICTURE_SIDE = 360  # pixels of an image's longer side: four in a row fill a lap
 SOFTWARE = "inference.py --save"  # by which a PNG file says that save_pictures() drew it
 
 
-def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
+def save_pictures(classifier, paths, probabilities, folder, heatmap=False, advance=None):
     """Draw each image with its labels below it, and save it as folder/NAME.png.
 
     Args: probabilities (N, C) from predict(); heatmap: whether to add a picture of each label that
-    shows where the network sees it.
+    shows where the network sees it; advance: a function that is called after each picture; if it
+    returns True, the images that follow are left out.
     Returns: the paths of the pictures.
     """
     names = dataset.picture_names(classifier.classes)
     mark = PngImagePlugin.PngInfo()  # so that a later run knows that it may replace the picture
     mark.add_text("Software", SOFTWARE)
-    written = picture_paths(paths, folder)
-    for path, picture, row in zip(paths, written, probabilities):
+    written = []
+    for path, picture, row in zip(paths, picture_paths(paths, folder), probabilities):
         image = dataset.load_image(path, within=PICTURE_SIDE)
         present = np.flatnonzero(row >= np.array(classifier.thresholds))
         labels = sorted(present, key=lambda c: -row[c])
@@ -1776,6 +1853,9 @@ def save_pictures(classifier, paths, probabilities, folder, heatmap=False):
                 found = "seen here" if heat.any() else "no region found"
                 cells.append((draw_heatmap(image, heat), [(f"{text}, {found}", dataset.RED)]))
         dataset.write_png(picture, dataset.draw_sheet(cells, Path(path).name, 4, PICTURE_SIDE), pnginfo=mark)
+        written.append(picture)
+        if advance and advance():
+            break
     return written
 
 
@@ -1991,10 +2071,11 @@ def write_review(path, questions, heat=None, title="Review labels"):
     cards = questions[:REVIEW_CARDS]
     places = {file: i for i, file in enumerate(dict.fromkeys(card.path for card in cards))}
     with ThreadPoolExecutor(default_workers()) as pool:
-        images = list(pool.map(_encode_image, places))
+        encoded = pool.map(_encode_image, places)
+        images = list(dataset.watched("encoding images", encoded, len(places)))
 
     rows = [[*card.cells()[:4], places[card.path], _storage_key(card)] for card in cards]
-    for file, place in places.items():
+    for file, place in dataset.watched("drawing heatmaps", places.items()):
         readable = images[place][1]
         if heat and readable:
             own = [row for row in rows if row[4] == place]

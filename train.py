@@ -17,7 +17,6 @@ reports on test. It writes all its files to --out. inference.py uses the model.
 import argparse
 import atexit
 import contextlib
-import datetime
 import functools
 import hashlib
 import itertools
@@ -31,6 +30,7 @@ import threading
 import time
 import unicodedata
 import zipfile
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -328,8 +328,7 @@ def train(run):
 def fit(run):
     """Train until the last epoch, or until patience or a signal ends it sooner."""
     options, state = run.options, run.state
-    progress = ProgressLine(run)
-    with signals_noted(run):
+    with signals_noted(run), ProgressLine(run) as progress:
         # A resumed run may lack its best model, because it was killed before it wrote model.pth, or
         # because by another --monitor the last epoch is now the best.
         best, _ = find_best(run)
@@ -643,6 +642,8 @@ class Run:
     signal: int = 0  # number of the signal that asks to stop
     reported: set = field(default_factory=set)  # warnings about bad images that were printed
     board: object = None  # TensorBoard's writer
+    fold: tuple = (1, 1)  # with --folds: which fold, counted from 1, and how many there are
+    speeds: dict = field(default_factory=dict)  # {kind of work: seconds per image}, as measured
 
     @property
     def out(self):
@@ -854,11 +855,8 @@ def choose_layers(run):
     """Freeze and unfreeze the layers for the coming epoch, and set run.model."""
     options = run.options
     network = run.member.network
-    layers = options.train_layers
-    if options.unfreeze and run.state.epoch + 1 >= options.unfreeze_epoch:
-        layers += f",{options.unfreeze}"
-
-    trained = select_parameters(network, layers, run.fresh)
+    unfrozen = options.unfreeze and run.state.epoch + 1 >= options.unfreeze_epoch
+    trained = select_parameters(network, layers_to_train(options, unfrozen), run.fresh)
     before = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     if run.model is None or trained != before:
         for name, parameter in network.named_parameters():
@@ -866,6 +864,11 @@ def choose_layers(run):
         run.model = network
         if distributed.is_initialized():  # DDP notes which parameters train when it is made
             run.model = nn.parallel.DistributedDataParallel(network)
+
+
+def layers_to_train(options, unfrozen):
+    """Return the layers to train before or after --unfreeze-epoch, for select_parameters()."""
+    return f"{options.train_layers},{options.unfreeze}" if unfrozen else options.train_layers
 
 
 def select_parameters(network, layers, fresh=()):
@@ -1284,8 +1287,10 @@ def predict_split(run, split):
     homes = home_ranks(run.tables[split].ids, ranks)
     share = np.flatnonzero(divide_batch(homes, ranks) == rank)
     batch_size = 2 * run.options.batch_size  # without gradients there is room for more
-    part = inference.compute_logits(run.classifier, images, run.classifier.precision, batch_size,
-                                    run.options.workers, share)[0]
+    title = "  ".join([*place_of(run), f"predicting {split}"])
+    with Progress(title, len(share)) as progress:
+        part = inference.compute_logits(run.classifier, images, run.classifier.precision,
+                                        batch_size, run.options.workers, share, progress.advance)[0]
     logits = part.new_zeros(len(images), part.shape[1])
     logits[share] = part
     logits = sum_over_ranks(logits).cpu()
@@ -1658,12 +1663,13 @@ def cross_validate(options, tables, cache=None):
         raise InputError(f"--weights {options.weights} was trained on {known} of the images that "
                          "--folds tests on: use weights that have not seen them, such as imagenet")
 
-    classifiers = []
+    classifiers, speeds = [], {}
     raw = np.full(pool.targets.shape, np.nan)  # out-of-fold probabilities, before their calibration
     with folder_locked(out):
         for k, folder in enumerate(folders):
             print_once(options, f"\nfold {k + 1} of {options.folds}")
             run = build_fold(options, pool, parts == k, folder, weights, cache)
+            run.fold, run.speeds = (k + 1, options.folds), speeds
             if k == 0 and is_leader():  # only now, after build() has found no error
                 if not options.resume:
                     remove_old_run(options)
@@ -1977,7 +1983,8 @@ def export_splits(tables, folder):
         target = Path(folder) / "images" / split
         target.mkdir(parents=True, exist_ok=True)
         # Two images of different folders may have the same name.
-        for path, name in zip(table.paths, dataset.distinct_names(table.paths)):
+        names = dataset.distinct_names(table.paths)
+        for path, name in zip(dataset.watched(f"copying {split}", table.paths), names):
             shutil.copy2(path, target / name)
 
 
@@ -2233,52 +2240,154 @@ def print_next_steps(options, image):
                f"next: {shlex.join(command)}")
 
 
-class ProgressLine:
+def place_of(run):
+    """Return where a run is, as the first parts of a line: ["fold 2/5", "epoch 3/20"]."""
+    fold, folds = run.fold
+    parts = [f"fold {fold}/{folds}"] if folds > 1 else []
+    if run.state.images:  # else no epoch is in progress
+        parts.append(f"epoch {run.state.epoch + 1}/{run.options.epochs}")
+    return parts
+
+
+class ProgressLine(Progress):
     """Print a line per epoch, and within it, on a terminal, one that updates in place."""
+
+    delay = 0  # seconds: a training is long
 
     def __init__(self, run):
         self.run = run
-        self.live = is_leader() and not run.options.quiet and is_interactive()
-        self.shown = 0.0  # time of the last update
+        self.loss = None  # of the last step, still on the device
+        self.trained = 0.0  # time of the last step
+        self.units = {}
+        for row in run.state.history:  # of a resumed run
+            kind = kind_of_step(run.options, row["epoch"])
+            note_speed(run.speeds, kind, row["images_per_second"])
+        super().__init__("training", len(run.tables["train"]) * run.options.epochs)
 
     def step(self, loss):
         """Show the progress after a step."""
-        options, state = self.run.options, self.run.state
-        count = len(self.run.tables["train"])
-        now = time.perf_counter()
-        # Five times a second looks smooth. More would be slow: showing a loss waits for the device.
-        if not self.live or (now - self.shown < 0.2 and state.images < count):
-            return
+        self.loss = loss
+        self.advance()
+        self.trained = time.perf_counter()
 
-        self.shown = now
+    def parts(self, _):
+        """Return the parts of the line, as Progress.parts() does."""
+        state = self.run.state
+        count = len(self.run.tables["train"])
         rate = state.images / state.seconds
-        images_left = (options.epochs - state.epoch) * count - state.images
-        left = datetime.timedelta(seconds=int(images_left / rate))
-        line = (f"epoch {state.epoch + 1}/{options.epochs}  image {state.images}/{count}  "
-                f"loss {loss.item():.4f}  {rate:.0f} images/s  {left} left")
-        print_text(f"\r{line:<90}", end="")  # padded, to cover a longer line before it
+        self.units = self.units or work_units(self.run)
+        left = f"{dataset.format_seconds(estimate_left(self.run, self.units))} left"
+        if self.run.fold[1] > 1:
+            left += " in all"
+        # Showing the loss waits for the device, but only five times a second.
+        return [*place_of(self.run), f"image {state.images:,}/{count:,}",
+                f"loss {self.loss.item():.4f}", f"{rate:,.0f} images/s", left]
 
     def end_epoch(self):
         """Print the last row of the history."""
-        options = self.run.options
-        row = self.run.state.history[-1]
+        options, state = self.run.options, self.run.state
+        row = state.history[-1]
+        if predicted := images_predicted(options, self.run.tables, row["epoch"]):
+            seconds = time.perf_counter() - self.trained  # to predict and to save
+            note_speed(self.run.speeds, PREDICT, predicted / seconds)
+        note_speed(self.run.speeds, kind_of_step(options, row["epoch"]), row["images_per_second"])
+
         line = "epoch {epoch:{width}}/{epochs}  loss {train_loss:.4f}"
         if "val_loss" in row:
             line += "  val loss {val_loss:.4f}  f1 macro {val_f1_macro:.3f}  map {val_map:.3f}"
         line += "  {images_per_second:.0f} images/s  {seconds:.1f} s"
         if find_best(self.run)[0] == row["epoch"] and options.monitor != "last":
             line += "  best"
-        line = line.format(width=len(str(options.epochs)), epochs=options.epochs, **row)
-        print_once(options, f"\r{line:<90}" if self.live else line)
+        print_once(options, line.format(width=len(str(options.epochs)), epochs=options.epochs, **row))
 
 
-def is_interactive():
-    """Return True when the output is a terminal or a notebook, where a line can be overwritten."""
-    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
-        return True
-    with contextlib.suppress(AttributeError, ValueError):  # stdout is None, or closed
-        return sys.stdout.isatty()
-    return False
+# Time left: the images that are still to be trained on and to be predicted, of each kind, times the
+# seconds that an image of this kind takes: as measured, or, as long as none was trained on, in
+# proportion to what was measured. For example, no step with --sam is taken in the first half of the
+# epochs, but it has two forward and two backward passes.
+
+PREDICT = "predict"  # a kind of work; the others are those of kind_of_step()
+
+
+def kind_of_step(options, epoch):
+    """Return what decides how long the steps of an epoch, counted from 1, take: two booleans.
+
+    Returns: whether the layers of --unfreeze are trained, and whether --sam doubles the steps.
+    """
+    unfrozen = bool(options.unfreeze) and epoch >= options.unfreeze_epoch
+    return unfrozen, bool(options.sam) and epoch - 1 >= options.epochs / 2
+
+
+def images_predicted(options, tables, epoch):
+    """Return how many images are predicted at the end of an epoch, counted from 1."""
+    last = epoch == options.epochs
+    every = options.train_metrics_every
+    validates = last or epoch % options.val_every == 0
+    scores_train = every and (last or epoch % every == 0)
+    return validates * len(tables["val"]) + bool(scores_train) * len(tables["train"])
+
+
+def images_left(options, tables, epoch=0, images=0):
+    """Count the images that are left of a run: {kind: number of images to train on, or to predict}.
+
+    Args: epoch: finished epochs; images: those used of the epoch in progress.
+    """
+    left = Counter()
+    for one in range(epoch + 1, options.epochs + 1):
+        left[kind_of_step(options, one)] += len(tables["train"])
+        left[PREDICT] += images_predicted(options, tables, one)
+    left[kind_of_step(options, epoch + 1)] -= images
+    left[PREDICT] += len(tables["val"]) + len(tables["test"])  # for the report
+    return left
+
+
+def work_units(run):
+    """Return about how long an image takes in each kind of work, compared with predicting one."""
+    # The backward pass of a layer takes twice as long as its forward pass, but it ends at the first
+    # layer that is trained. Parameters stand for layers, and those of most networks take similar
+    # times: a ResNet18 of which layer3, layer4 and the head are trained takes 1 + 2 * 32 / 62.
+    options, network = run.options, run.member.network
+    names = [name for name, _ in network.named_parameters()]
+    units = {PREDICT: 1.0}
+    for unfrozen, sam in {kind_of_step(options, epoch + 1) for epoch in range(options.epochs)}:
+        trained = select_parameters(network, layers_to_train(options, unfrozen), run.fresh)
+        first = next(place for place, name in enumerate(names) if name in trained)
+        units[unfrozen, sam] = (1 + 2 * (1 - first / len(names))) * (1 + sam)
+    return units
+
+
+def note_speed(speeds, kind, rate):
+    """Note how many images a second were measured of a kind of work, which becomes the last one."""
+    speeds.pop(kind, None)
+    if rate:
+        speeds[kind] = 1 / rate
+
+
+def estimate_left(run, units):
+    """Return the seconds that a run, or all folds, will still take. units: of work_units()."""
+    options, state = run.options, run.state
+    fold, folds = run.fold
+    left = images_left(options, run.tables, state.epoch, state.images)
+    for _ in range(folds - fold):
+        left.update(images_left(options, run.tables))  # which adds: folds are of similar size
+
+    # An epoch may be faster than the one before, for example because its images are in memory now.
+    # Its first steps tell little about it, but a fifth of it enough.
+    speeds, kind = dict(run.speeds), kind_of_step(options, state.epoch + 1)
+    now, weight = state.seconds / state.images, min(1, 5 * state.images / len(run.tables["train"]))
+    before = seconds_per_image(kind, speeds, units) if speeds else now
+    speeds.pop(kind, None)
+    speeds[kind] = weight * now + (1 - weight) * before  # as the last one
+    return sum(images * seconds_per_image(kind, speeds, units) for kind, images in left.items())
+
+
+def seconds_per_image(kind, speeds, units):
+    """Return how long an image takes: as measured, or in proportion to the last kind of work.
+
+    Args: speeds: {kind: seconds per image}, the last measured kind last; units: of work_units().
+    """
+    last = next(reversed(speeds))
+    return speeds.get(kind, speeds[last] * units[kind] / units[last])
 
 
 if __name__ == "__main__":

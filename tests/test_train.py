@@ -1540,6 +1540,7 @@ def test_progress_updates_in_place_on_a_terminal(few_images, tmp_path, monkeypat
     terminal = Terminal()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
+        patch.setattr(sys, "stderr", terminal)
         train.main(["--data", str(few_images), "--out", str(tmp_path / "out"), "--epochs", "2", "-b", "4",
                     *LOUD])
     _, _, text = terminal.getvalue().partition("\r")
