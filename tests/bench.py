@@ -808,8 +808,9 @@ def bench_scale(rows=1_000_000, classes=5, folder=None):
         data = Path(folder or temporary)
         if not (data / "labels.txt").exists():
             write_many_images(data, int(rows), int(classes))
-        for path in (data / "images").iterdir():  # from now on the files are in the page cache
-            path.read_bytes()
+        for entry in os.scandir(data / "images"):  # from now on the files are in the page cache
+            with open(entry.path, "rb") as file:
+                file.read()
         describe_machine()
 
         script = Path(temporary, "starts.py")
@@ -834,10 +835,12 @@ def write_many_images(folder, rows, classes):
     (folder / "images").mkdir(parents=True)
     buffer = io.BytesIO()
     Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(buffer, "jpeg")
+    image = buffer.getvalue()
+    labels = np.array(["0", "1", "NA"])[rng.choice(3, (rows, classes), p=[0.7, 0.2, 0.1])]
     with open(folder / "labels.txt", "w") as file:
-        for row in range(rows):
-            (folder / "images" / f"{row:07d}.jpg").write_bytes(buffer.getvalue() + str(row).encode())
-            words = rng.choice(["0", "1", "NA"], classes, p=[0.7, 0.2, 0.1])
+        for row, words in enumerate(labels.tolist()):
+            with open(f"{folder}/images/{row:07d}.jpg", "wb") as picture:
+                picture.write(image + str(row).encode())
             file.write(f"{row:07d}.jpg {' '.join(words)}\n")
 
 
