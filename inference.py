@@ -653,7 +653,7 @@ def _held_out_rows(classifier, table):
     # A model that was trained on these images knows which of them it was trained on, whatever other
     # options had a say in that. Rows that answers added later belong to train.
     if not (table.parts and all(table.parts)):
-        known = np.isin(image_keys(table), classifier.trained_on)
+        known = was_trained_on(classifier.trained_on, table)
         if 2 * known.sum() > len(train):
             train = np.flatnonzero(known | table.is_added)
     own = {row for row, part in enumerate(table.parts) if part in ("val", "test")}
@@ -674,6 +674,12 @@ def image_keys(table):
 
     with ThreadPoolExecutor(default_workers()) as pool:
         return list(pool.map(key, table.paths))
+
+
+def was_trained_on(trained_on, table):
+    """Return booleans (N,): True for the images of a table whose image_keys() are in trained_on."""
+    # As 64 unsigned bits: NumPy would make floats of mixed integers, which differ too little.
+    return np.isin(np.array(image_keys(table), np.uint64), np.array(trained_on, np.uint64))
 
 
 def import_metrics(option):
@@ -1135,7 +1141,7 @@ def read_weights(weights, backbone):
     classes, trained_on = [], []
     if "format" in content and "classes" in content:  # a checkpoint of train.py
         classes = list(content["classes"])
-        trained_on = list(content.get("trained_on", []))
+        trained_on = unpack_keys(content.get("trained_on", []))
     if "members" in content:  # a model.pth, of which the first network is taken
         content = content["members"][0]
 
@@ -1315,8 +1321,20 @@ def save_model(classifier, path):
         fields = {name: getattr(member, name) for name in MEMBER_FIELDS}
         members.append(fields | {"network": state})
 
-    fields = {name: getattr(classifier, name) for name in (*SAVED_FIELDS, "trained_on")}
+    fields = {name: getattr(classifier, name) for name in SAVED_FIELDS}
+    fields["trained_on"] = pack_keys(classifier.trained_on)
     write_checkpoint(path, {"format": FORMAT, "members": members} | fields)
+
+
+def pack_keys(keys):
+    """Return image_keys() as a tensor, since a list of a million numbers takes seconds to load."""
+    # torch has few functions for unsigned integers, so the same 64 bits are saved as signed ones.
+    return torch.from_numpy(np.array(keys, np.uint64).view(np.int64))
+
+
+def unpack_keys(saved):
+    """Return the image_keys() that pack_keys() packed as a list; older files hold such a list."""
+    return saved.numpy().view(np.uint64).tolist() if isinstance(saved, torch.Tensor) else list(saved)
 
 
 def write_checkpoint(path, content):
@@ -1357,7 +1375,7 @@ def load_model(path="outputs/model.pth", device="auto", precision="auto"):
 
     precision = None if precision == "auto" else choose_precision(precision, device)[0]
     fields = {name: content[name] for name in SAVED_FIELDS}
-    trained_on = content.get("trained_on", [])  # which the first files of this format lack
+    trained_on = unpack_keys(content.get("trained_on", []))  # the first files of this format lack it
     return Classifier(members, **fields, trained_on=trained_on, device=device, precision=precision)
 
 
@@ -2515,7 +2533,7 @@ def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=()):
     if not len(points):
         points = np.array([(0, 0), (1, 1)])
     count = size[1] // 70  # a tick every 70 pixels
-    x_ticks, y_ticks = (_ticks(min(values), max(values), count) for values in points.T)
+    x_ticks, y_ticks = (_ticks(values.min(), values.max(), count) for values in points.T)
 
     # Pillow's lines are jagged, so the chart is drawn twice as large, and shrunk at the end. The
     # margins leave room for the title, the legend and the numbers and names of the axes.
@@ -2549,7 +2567,10 @@ def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=()):
     # legend is written from right to left, at its beginning.
     legend = right
     for (name, _, _, colour), points in reversed(list(zip(series, lines))):
-        line = list(zip(to_x(points[:, 0]), to_y(points[:, 1])))
+        line = np.column_stack([to_x(points[:, 0]), to_y(points[:, 1])])
+        if len(line) > 4 * width:
+            line = _thin_out(line)
+        line = list(map(tuple, line.tolist()))
         pen.line(line, fill=colour, width=4, joint="curve")
         for x, y in line if len(line) <= 40 else []:  # more dots would merge into a thick line
             pen.ellipse((x - 6, y - 6, x + 6, y + 6), fill=colour)
@@ -2572,6 +2593,17 @@ def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=()):
     write((left + right) / 2, height - 28, x_label, "mm", 30)
     write(16, top - 28, y_label, "lm")
     return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _thin_out(line):
+    """Return the points of a line (N, 2), but in each column of pixels only the ends of what it covers.
+
+    A million points then become two for each column, and the picture stays the same.
+    """
+    xs, ys = line.T
+    starts = np.flatnonzero(np.diff(xs.astype(int), prepend=-1))  # where the line enters a column
+    low, high = np.minimum.reduceat(ys, starts), np.maximum.reduceat(ys, starts)
+    return np.column_stack([xs[starts], low, xs[starts], high]).reshape(-1, 2)
 
 
 def _ticks(low, high, count):

@@ -30,6 +30,7 @@ import threading
 import time
 import unicodedata
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -580,7 +581,7 @@ def trains_on_one_image(options):
 
 @dataclass
 class State:
-    """Progress of a run: plain values, saved in last.pth as they are."""
+    """Progress of a run: plain values, saved in last.pth as they are, but the losses as a tensor."""
 
     epoch: int = 0  # finished epochs
     images: int = 0  # images used of the epoch in progress
@@ -620,6 +621,11 @@ class Run:
         """The network that is trained, with its calibration."""
         return self.classifier.members[0]
 
+    @cached_property
+    def digests(self):
+        """The fingerprints of the data in last.pth, computed once, as the tables never change."""
+        return {"splits": splits_digest(self.tables), "images": images_digest(self.tables)}
+
 
 def build(options, tables, weights=None):
     """Return a Run at its start, or with --resume at the point where last.pth was saved.
@@ -638,7 +644,7 @@ def build(options, tables, weights=None):
         select_parameters(network, layers)  # an error now, not in epoch N
 
     if last:  # load_state() fills in the network
-        fresh, trained_on = tuple(last["fresh"]), last["trained_on"]
+        fresh, trained_on = tuple(last["fresh"]), inference.unpack_keys(last["trained_on"])
     else:
         weights = weights or read_weights(options)
         fresh = load_weights(network, weights, options, table.classes)
@@ -721,8 +727,7 @@ def count_trained_on(weights, table):
     """Return how many images of a table the weights, if any, were trained on."""
     if weights is None or not weights.trained_on:
         return 0
-    known = set(weights.trained_on)
-    return sum(key in known for key in inference.image_keys(table))
+    return np.count_nonzero(inference.was_trained_on(weights.trained_on, table))
 
 
 def warn_about_leaks(weights, tables):
@@ -974,6 +979,7 @@ def draw_batches(run):
     """
     options, state = run.options, run.state
     targets = run.tables["train"].targets
+    useless = np.isnan(targets).all(axis=1)  # there is nothing to learn from such an image
     count = len(targets)
 
     # The order depends on the seed and the epoch alone, so that a resumed run continues it: after
@@ -992,7 +998,7 @@ def draw_batches(run):
     steps = steps_per_epoch(options, count - state.images)
     drawn = []
     for places in np.array_split(np.arange(state.images, count), steps):
-        if not np.isnan(targets[rows[places]]).all():  # else there is nothing to learn from it
+        if not useless[rows[places]].all():
             own = np.array_split(places, ranks)[rank]
             drawn.append((rows[own], own, int(places[-1]) + 1))
     return drawn
@@ -1348,10 +1354,11 @@ def save_state(run):
     classifier = run.classifier
     content = {
         "format": inference.FORMAT, "options": classifier.options, "classes": classifier.classes,
-        "splits": splits_digest(run.tables), "images": images_digest(run.tables),
-        "precision": precision_name(classifier.precision),
-        "state": dict(vars(run.state)), "fresh": list(run.fresh),
-        "trained_on": classifier.trained_on, "network": run.member.network.state_dict(),
+        **run.digests, "precision": precision_name(classifier.precision),
+        # A tensor of losses, since a list of a million numbers takes seconds to load.
+        "state": vars(run.state) | {"losses": torch.tensor(run.state.losses, dtype=torch.float64)},
+        "fresh": list(run.fresh), "trained_on": inference.pack_keys(classifier.trained_on),
+        "network": run.member.network.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(), "random": torch.get_rng_state(),
     }
@@ -1451,7 +1458,8 @@ def load_state(run, content):
 
     Raises InputError when the network of the best epoch is lost.
     """
-    run.state = State(**content["state"])
+    losses = torch.as_tensor(content["state"]["losses"], dtype=torch.float64)  # older files: a list
+    run.state = State(**content["state"] | {"losses": losses.tolist()})
     path = run.out / "model.pth"
     if path.exists():  # the best epoch so far
         saved = inference.read_checkpoint(path)
@@ -1915,12 +1923,15 @@ def loss_curves(losses, history, marks=(), title=""):
 
     Args: losses: a number per step; history: a dict per epoch; marks: pairs (epoch, text).
     """
-    steps = range(1, len(losses) + 1)
+    losses = np.array(losses, float)
+    steps = np.arange(1, len(losses) + 1)
     series = [("each iteration", steps, losses, inference.COLOURS[0])]
     # A long curve is mostly noise. A running mean over a 40th of it shows the trend.
     window = len(losses) // 40
     if window > 1:
-        means = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+        # The sum of the losses 11 to 20 is that of the first 20 less that of the first 10.
+        sums = np.cumsum(np.append(0, losses))
+        means = (sums[window:] - sums[:-window]) / window
         series = [(f"mean of {window}", steps[window - 1 :], means, inference.COLOURS[0]),
                   ("each iteration", steps, losses, inference.COLOURS[2])]
     upper = inference.draw_chart(series, title or "Loss per iteration", "iteration_number", "training_loss")

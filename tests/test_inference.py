@@ -923,6 +923,31 @@ def test_loss_curves_draw_from_one_point_to_many(losses, epochs):
     assert not losses or len(image.getcolors(10**6)) > 20
 
 
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_line_of_many_points_is_drawn_as_if_all_were_joined(monkeypatch, descending):
+    rng = np.random.default_rng(0)
+    ys = np.sin(np.linspace(0, 9, 30_000)) + rng.normal(0, 0.05, 30_000) + 2 * (rng.random(30_000) > 0.9997)
+    xs = np.arange(30_000)[:: -1 if descending else 1]
+    thinned = np.asarray(inference.draw_chart([("", xs, ys, "#ff0000")], "", "", "", (300, 280)), int)
+    monkeypatch.setattr(inference, "_thin_out", lambda line: line)
+    whole = np.asarray(inference.draw_chart([("", xs, ys, "#ff0000")], "", "", "", (300, 280)), int)
+    differ = np.abs(thinned - whole).max(axis=2)
+    assert 0 < np.count_nonzero(differ > 60) < 0.006 * differ.size  # edges of the line, by less than a pixel
+
+
+def test_the_thick_line_is_the_mean_of_a_fortieth_of_the_losses_before_each_step(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(inference, "draw_chart", lambda series, *_, **__: drawn.append(series))
+    monkeypatch.setattr(inference, "stack_charts", lambda *_: None)
+    losses = np.random.default_rng(0).random(410).tolist()
+    train.loss_curves(losses, [])
+    (name, steps, means, _), (_, all_steps, all_losses, _) = drawn[0]
+    assert name == "mean of 10"
+    assert list(all_steps) == list(range(1, 411)) and list(all_losses) == losses
+    assert list(steps) == list(range(10, 411))
+    np.testing.assert_allclose(means, [np.mean(losses[end - 10 : end]) for end in range(10, 411)], rtol=1e-12)
+
+
 def test_marks_are_of_the_best_epoch_the_unfreezing_and_new_rates(demo, tmp_path, monkeypatch):
     kept = []
 
