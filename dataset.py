@@ -3188,8 +3188,8 @@ def images_to_ask_about(table, held_out):
 
 def can_be_answered(name):
     """Return True if the name of an image survives a round trip through a CSV file in UTF-8."""
-    is_text = not any("\ud800" <= letter <= "\udfff" for letter in name)  # else a byte is not UTF-8
-    return is_text and "\r" not in name and name == name.strip()
+    # Python reads a byte that is not UTF-8 as a character from D800 to DFFF.
+    return name == name.strip() and not re.search("[\r\ud800-\udfff]", name)
 
 
 def write_questions(path, questions):
@@ -3204,6 +3204,14 @@ def write_questions(path, questions):
 def to_cell(target):
     """Return a label, 1, 0 or NaN, as the cell of a label file."""
     return "NA" if math.isnan(target) else str(int(target))
+
+
+def to_cells(targets):
+    """Yield the labels of each row (N, C) as a list of cells of a label file."""
+    words = np.array(["0", "1", "NA"], object)
+    for start in range(0, len(targets), 4096):  # all at once would take many times their memory
+        some = targets[start : start + 4096]
+        yield from words[np.where(np.isnan(some), 2, some).astype(int)].tolist()
 
 
 def holds_questions(path):
@@ -3523,8 +3531,8 @@ def _table_rows(table, ids, group):
     if any(table.parts):
         columns.append(("split", table.parts))
     titles, cells = zip(*columns)
-    return [[*titles, *table.classes], *([*start, *map(to_cell, labels)]
-                                         for *start, labels in zip(*cells, table.targets.tolist()))]
+    return [[*titles, *table.classes],
+            *([*start, *labels] for *start, labels in zip(*cells, to_cells(table.targets)))]
 
 
 def _misreading(out, rows, table, data_dir, how):
@@ -4641,7 +4649,7 @@ def atomic_write(path, mode="w"):
 
 
 def write_csv(path, rows):
-    """Write rows (lists of cells, the header first) as a CSV file."""
+    """Write rows (lists of cells, the header first), which may be a generator, as a CSV file."""
     with atomic_write(path) as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 

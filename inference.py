@@ -1700,26 +1700,27 @@ def format_predictions(style, ids, probabilities, thresholds, classifier):
     if style == "csv":
         return _csv_text(prediction_rows(ids, probabilities, thresholds, classes, classifier.groups))
     if style == "probabilities":
-        rows = [[name, *map(str, row)] for name, row in zip(ids, probabilities)]
-        return _csv_text([["ID", *classes], *rows])
+        rows = ([name, *map(str, row)] for name, row in zip(ids, probabilities))
+        return _csv_text(itertools.chain([["ID", *classes]], rows))
 
     present = probabilities >= thresholds
     if style == "json":
-        indices = [np.flatnonzero(row).tolist() for row in present]
+        indices = _cut_by_row(np.nonzero(present)[1].tolist(), present)
         return json.dumps(dict(zip(_shortest_names(ids), indices)), ensure_ascii=False)
     if len(ids) == 1:
         return _format_table(ids[0], classes, probabilities[0], thresholds, present[0])
 
     width = max(map(len, ids))
     lines = []
-    for name, row, found in zip(ids, probabilities, present):
-        labels = [f"{classes[c]} {row[c]:.2f}" for c in np.flatnonzero(found)]
+    found = _cut_by_row(np.nonzero(present)[1].tolist(), present)
+    for name, row, columns in zip(ids, probabilities, found):
+        labels = [f"{classes[c]} {row[c]:.2f}" for c in columns]
         lines.append(f"{name:{width}}  {', '.join(labels) or 'none'}")
     return "\n".join(lines)
 
 
 def prediction_rows(ids, probabilities, thresholds, classes, groups):
-    """Return the rows of predictions.csv, the header first.
+    """Yield the rows of predictions.csv, the header first.
 
     Each group of classes has a column with its labels, such as "nut;bolt", the most confident
     first; one with their probabilities, "nut:0.9000;bolt:0.6000"; and one with the mean of these.
@@ -1729,21 +1730,39 @@ def prediction_rows(ids, probabilities, thresholds, classes, groups):
     if list(groups) == ["labels"]:  # a single group, whose mean is the overall mean
         averages = ["avg_confidence"]
 
-    rows = [["ID", *groups, *(f"{group}_confidence" for group in groups), *averages]]
+    yield ["ID", *groups, *(f"{group}_confidence" for group in groups), *averages]
+    members = [np.array([classes.index(name) for name in names], int) for names in groups.values()]
     cuts = np.broadcast_to(thresholds, probabilities.shape)
-    for name, row, cut in zip(ids, probabilities, cuts):
-        found = []  # the columns of the labels present, a list per group
-        for members in groups.values():
-            columns = [classes.index(member) for member in members]
-            found.append(sorted((c for c in columns if row[c] >= cut[c]), key=lambda c: -row[c]))
-        labels = [";".join(classes[c] for c in part) for part in found]
-        confidences = [";".join(f"{classes[c]}:{row[c]:.4f}" for c in part) for part in found]
+    for start in range(0, len(ids), 4096):  # all at once would take many times the memory
+        some = slice(start, start + 4096)
+        found = [_present_labels(probabilities[some], cuts[some], columns) for columns in members]
 
-        if len(averages) > 1:
-            found.append(list(itertools.chain(*found)))
-        means = [f"{np.mean([float(row[c]) for c in part]):.4f}" if part else "" for part in found]
-        rows.append([name, *labels, *confidences, *means])
-    return rows
+        for name, *parts in zip(ids[some], *found):  # a list of labels per group
+            labels = [";".join(classes[c] for c, _ in part) for part in parts]
+            confidences = [";".join(f"{classes[c]}:{p:.4f}" for c, p in part) for part in parts]
+            if len(averages) > 1:
+                parts.append(list(itertools.chain(*parts)))
+            means = [f"{sum(p for _, p in part) / len(part):.4f}" if part else "" for part in parts]
+            yield [name, *labels, *confidences, *means]
+
+
+def _present_labels(probabilities, cuts, columns):
+    """Return a list per row of its labels in some columns, as (column, probability), likeliest first.
+
+    Args: probabilities, cuts (N, C); columns: an array, in whose order equal ones are listed.
+    """
+    values = probabilities[:, columns]
+    present = values >= cuts[:, columns]
+    rows, places = np.nonzero(present)
+    values = values[present]
+    order = np.lexsort((-values, rows))  # by rows first; where both are equal, the order stays
+    return _cut_by_row(list(zip(columns[places[order]].tolist(), values[order].tolist())), present)
+
+
+def _cut_by_row(values, chosen):
+    """Cut a list of values, one for each True of a boolean (N, C), into a list per row."""
+    ends = np.cumsum(np.count_nonzero(chosen, axis=1)).tolist()
+    return [values[start:end] for start, end in zip([0, *ends], ends)]
 
 
 def _csv_text(rows):

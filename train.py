@@ -1572,8 +1572,8 @@ def cross_validate(options, tables):
 
         if is_leader():
             write_report(options, classifier, report, table, probabilities, thresholds)
-            rows = [[name, *row] for name, row in zip(table.ids, thresholds.tolist())]
-            dataset.write_csv(out / "fold_thresholds.csv", [["ID", *table.classes], *rows])
+            rows = ([name, *row.tolist()] for name, row in zip(table.ids, thresholds))
+            dataset.write_csv(out / "fold_thresholds.csv", itertools.chain([["ID", *table.classes]], rows))
             write_pr_curves(out, table, probabilities, classifier)
         print_once(options, format_folds(report))
         if is_leader():
@@ -1876,10 +1876,8 @@ def write_inputs(options, tables):
     for split, part in tables.items():
         if len(part) == 0:
             continue
-        rows = [["ID", *part.classes]]
-        for name, labels in zip(part.ids, part.targets.tolist()):
-            rows.append([name, *("NA" if math.isnan(label) else int(label) for label in labels)])
-        dataset.write_csv(out / f"{split}_metadata.csv", rows)
+        rows = ([name, *labels] for name, labels in zip(part.ids, dataset.to_cells(part.targets)))
+        dataset.write_csv(out / f"{split}_metadata.csv", itertools.chain([["ID", *part.classes]], rows))
 
 
 def open_board(options):

@@ -569,6 +569,12 @@ def test_images_of_one_object_stay_together(method):
     assert [len(part) for part in parts] == pytest.approx([210, 45, 45], abs=12)
 
 
+def test_the_cells_of_many_rows_are_those_of_each_label():
+    targets = np.random.default_rng(0).choice([0, 1, np.nan], (4100, 2)).astype(np.float32)
+    assert list(dataset.to_cells(targets)) == [[dataset.to_cell(label) for label in row] for row in targets]
+    assert list(dataset.to_cells(targets[:0])) == []
+
+
 def test_every_split_gets_something_or_it_is_an_error():
     assert [len(part) for part in dataset.split(fake_table([[1]] * 3))] == [1, 1, 1]
     with pytest.raises(InputError, match="2 images are too few for 3 splits"):

@@ -304,15 +304,37 @@ def test_prediction_rows_with_groups_and_without():
     classes = ["bolt", "nut", "rust"]
     groups = {"components": ["bolt", "nut"], "defects": ["rust"]}
     probabilities = np.array([[0.6, 0.9, 0.8], [0.1, 0.2, 0.3]])
-    rows = inference.prediction_rows(["x", "y"], probabilities, [0.5] * 3, classes, groups)
+    rows = list(inference.prediction_rows(["x", "y"], probabilities, [0.5] * 3, classes, groups))
     assert rows[0] == ["ID", "components", "defects", "components_confidence", "defects_confidence",
                        "avg_component_confidence", "avg_defect_confidence", "overall_avg_confidence"]
     assert rows[1] == ["x", "nut;bolt", "rust", "nut:0.9000;bolt:0.6000", "rust:0.8000", "0.7500", "0.8000",
                        "0.7667"]
     assert rows[2] == ["y", "", "", "", "", "", "", ""]
-    rows = inference.prediction_rows(["x"], probabilities, [0.7] * 3, classes, {})
+    rows = list(inference.prediction_rows(["x"], probabilities, [0.7] * 3, classes, {}))
     assert rows[0] == ["ID", "labels", "labels_confidence", "avg_confidence"]
     assert rows[1:] == [["x", "nut;rust", "nut:0.9000;rust:0.8000", "0.8500"]]
+
+
+def test_the_labels_of_many_rows_are_those_of_each_row_alone():
+    rng = np.random.default_rng(0)
+    classes = list("abcdefgh")
+    groups = {"two": ["d", "b"], "five": ["a", "h", "e", "c", "g"], "none": [], "one": ["f"]}
+    probabilities = rng.integers(0, 20, (4200, 8)).astype(np.float32) / 20  # with many equal ones
+    cuts = np.array([0.1, 0.95, 0.5, 0.7, 0.3, 0.6, 1.1, 0.4])
+    rows = inference.prediction_rows([str(i) for i in range(4200)], probabilities, cuts, classes, groups)
+    assert next(rows)[-1] == "overall_avg_confidence"
+    for number, (row, p) in enumerate(zip(rows, probabilities.tolist(), strict=True)):
+        found = [[c for c in map(classes.index, names) if p[c] >= cuts[c]] for names in groups.values()]
+        found = [sorted(columns, key=lambda c: -p[c]) for columns in found]
+        labels = [";".join(classes[c] for c in columns) for columns in found]
+        confidences = [";".join(f"{classes[c]}:{p[c]:.4f}" for c in columns) for columns in found]
+        found.append([c for columns in found for c in columns])
+        means = [f"{np.mean([p[c] for c in columns]):.4f}" if columns else "" for columns in found]
+        assert row == [str(number), *labels, *confidences, *means]
+
+    text = inference.format_predictions("json", list(map(str, range(4200))), probabilities, cuts,
+                                        make_classifier(classes=classes))
+    assert list(json.loads(text).values()) == [np.flatnonzero(row).tolist() for row in probabilities >= cuts]
 
 
 def test_one_image_gives_the_table(model, images, capsys):
