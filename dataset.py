@@ -3398,8 +3398,8 @@ def images_to_ask_about(table, held_out):
 
 def can_be_answered(name):
     """Return True if the name of an image survives a round trip through a CSV file in UTF-8."""
-    is_text = not any("\ud800" <= letter <= "\udfff" for letter in name)  # else a byte is not UTF-8
-    return is_text and "\r" not in name and name == name.strip()
+    # Python reads a byte that is not UTF-8 as a character from D800 to DFFF.
+    return name == name.strip() and not re.search("[\r\ud800-\udfff]", name)
 
 
 def write_questions(path, questions):
@@ -3414,6 +3414,14 @@ def write_questions(path, questions):
 def to_cell(target):
     """Return a label, 1, 0 or NaN, as the cell of a label file."""
     return "NA" if math.isnan(target) else str(int(target))
+
+
+def to_cells(targets):
+    """Yield the labels of each row (N, C) as a list of cells of a label file."""
+    words = np.array(["0", "1", "NA"], object)
+    for start in range(0, len(targets), 4096):  # all at once would take many times their memory
+        some = targets[start : start + 4096]
+        yield from words[np.where(np.isnan(some), 2, some).astype(int)].tolist()
 
 
 def holds_questions(path):
@@ -3733,8 +3741,8 @@ def _table_rows(table, ids, group):
     if any(table.parts):
         columns.append(("split", table.parts))
     titles, cells = zip(*columns)
-    return [[*titles, *table.classes], *([*start, *map(to_cell, labels)]
-                                         for *start, labels in zip(*cells, table.targets.tolist()))]
+    return [[*titles, *table.classes],
+            *([*start, *labels] for *start, labels in zip(*cells, to_cells(table.targets)))]
 
 
 def _misreading(out, rows, table, data_dir, how):
@@ -3803,7 +3811,8 @@ def split(table, ratios=(0.7, 0.15, 0.15), method="stratified", seed=0):
         ratios[2] = 0
     open_parts = [k for k in range(3) if k not in named and ratios[k] > 0] or [0, 1, 2]
     if len(free):
-        part[free] = np.array(open_parts)[divide(table.subset(free), ratios[open_parts], method, seed)]
+        rest = table if len(free) == len(table) else table.subset(free)  # copied only where needed
+        part[free] = np.array(open_parts)[divide(rest, ratios[open_parts], method, seed)]
 
     rows = [np.flatnonzero(part == k) for k in range(3)]
     for name, chosen in zip(PARTS[:2], rows):
@@ -3833,20 +3842,24 @@ def divide(table, ratios, method="stratified", seed=0):
         raise InputError(f"{len(sizes)} {what} are too few for {len(wanted)} splits: add some, or "
                          "change --split or --folds")
 
-    # From here on units are divided, not rows.
+    # From here on units are divided, not rows, in a random order.
     rng = np.random.default_rng(seed)
+    order = rng.permutation(len(sizes))
+    part = np.empty(len(sizes), int)
     if method == "random":
-        order = rng.permutation(len(sizes))
         # A unit goes to the part in which its middle falls on a line of all images.
         done = (np.cumsum(sizes[order]) - sizes[order] / 2) / sizes.sum()
-        part = np.empty(len(sizes), int)
         part[order] = np.searchsorted(np.cumsum(ratios)[:-1], done, side="right")
     else:
         # Unknown labels count as absent here: only known positives are spread.
         targets = table.targets if table.before is None else table.before
-        positives = np.zeros((len(sizes), targets.shape[1]))
-        np.add.at(positives, units, np.nan_to_num(targets))
-        part = _stratified_parts(positives, sizes, ratios, rng)
+        place = np.argsort(order)[units]  # of the unit of each row, in the random order
+        positives = np.empty((targets.shape[1], len(sizes)), np.float32)
+        for start in range(0, len(positives), 16):  # single columns of the table are slow to read
+            columns = np.ascontiguousarray(targets[:, start : start + 16].T)
+            for counts, column in zip(positives[start:], columns):
+                counts[:] = np.bincount(place[column == 1], minlength=len(sizes))
+        part[order] = _stratified_parts(positives, sizes[order], ratios)
 
     # With tiny data a split may be empty: it gets a unit of the largest one.
     for empty in set(wanted) - set(part):
@@ -3869,48 +3882,66 @@ def _units(table):
     if table.copies:
         keys.append(table.copies)
 
+    # Each name becomes the first row that has it, since numbers are compared faster than names.
+    firsts = []
+    for names in keys:
+        first = dict(zip(reversed(names), reversed(range(len(table)))))
+        firsts.append(np.fromiter(map(first.get, names), int, len(table)))
+
     units = np.arange(len(table))
     while True:
         before = units
-        for names in keys:
-            lowest = {}
-            for name, unit in zip(names, units.tolist()):
-                lowest[name] = min(unit, lowest.get(name, unit))
-            units = np.array([lowest[name] for name in names])
+        for first in firsts:
+            lowest = np.full(len(table), len(table))
+            np.minimum.at(lowest, first, units)
+            units = lowest[first]
         if (units == before).all():
-            return np.unique(units, return_inverse=True)[1]
+            break
+    is_lowest = units == np.arange(len(table))
+    return (np.cumsum(is_lowest) - 1)[units]
 
 
-def _stratified_parts(positives, sizes, ratios, rng):
+def _stratified_parts(positives, sizes, ratios):
     """Assign units to parts: those of the rarest label first, to the part that still lacks it most.
 
     For example, with 4 cracks, 90 rusts and ratios 0.75 and 0.25, the cracks are assigned 3 and 1
     while every part still has room; had the rusts gone first, the four units might all have landed
     in one part.
+
+    Args: positives (C, U), how often a unit has a label; sizes (U,), in rows; ratios (K,).
+    Returns: the part of each unit (U,); units that are alike are assigned in the order given.
     """
     part = np.full(len(sizes), -1)
-    wanted = ratios[:, None] * positives.sum(axis=0)  # (K, C) positives that each part still lacks
-    room = ratios * sizes.sum()  # (K,) images that each part still lacks
-    # A part of ratio 0 must get nothing, even if all others have more than they want.
-    allowed = np.where(ratios > 0, 0.0, -np.inf)
-    order = rng.permutation(len(sizes))
-    has = positives > 0
-    left = has.sum(axis=0)
+    wanted = ratios[:, None] * positives.sum(axis=1, dtype=float)  # (K, C), lacking in each part
+    room = (ratios * sizes.sum()).tolist()  # images that each part still lacks
+    parts = np.flatnonzero(ratios).tolist()  # others get nothing, even if these have all they want
+    left = np.count_nonzero(positives, axis=1)
+
     while left.any():
         label = np.argmin(np.where(left > 0, left, np.inf))
-        # Among parts that lack the label equally, the one with most room takes the unit.
-        for unit in order[has[order, label] & (part[order] < 0)]:
-            k = max(range(len(ratios)), key=lambda k: (wanted[k, label] + allowed[k], room[k]))
-            part[unit] = k
-            wanted[k] -= positives[unit]
-            room[k] -= sizes[unit]
-        left = has[part < 0].sum(axis=0)
+        units = np.flatnonzero((positives[label] > 0) & (part < 0))
+        lacking = wanted[:, label].tolist()  # plain numbers, as arrays are slow one by one
+        chosen = []
+        for count, size in zip(positives[label, units].tolist(), sizes[units].tolist()):
+            # Among parts that lack the label equally, the one with most room takes the unit.
+            k = max(parts, key=lambda k: (lacking[k], room[k]))
+            chosen.append(k)
+            lacking[k] -= count
+            room[k] -= size
+
+        # Their other labels are no longer lacking either. They are subtracted one after the other,
+        # not as a sum, which might round to another number and break a tie in another way.
+        part[units] = chosen
+        for k in parts:
+            taken = positives[:, units[part[units] == k]]
+            wanted[k] = np.subtract.reduce(np.column_stack([wanted[k], taken]), axis=1)
+            left -= np.count_nonzero(taken, axis=1)
 
     # Units without a positive fill what room is left.
-    for unit in order[part[order] < 0]:
-        k = np.argmax(room + allowed)
-        part[unit] = k
-        room[k] -= sizes[unit]
+    units = np.flatnonzero(part < 0)
+    for unit, size in zip(units.tolist(), sizes[units].tolist()):
+        part[unit] = k = max(parts, key=room.__getitem__)
+        room[k] -= size
     return part
 
 
@@ -4980,7 +5011,7 @@ def atomic_write(path, mode="w"):
 
 
 def write_csv(path, rows):
-    """Write rows (lists of cells, the header first) as a CSV file."""
+    """Write rows (lists of cells, the header first), which may be a generator, as a CSV file."""
     with atomic_write(path) as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 

@@ -730,11 +730,17 @@ def _held_out_rows(classifier, table):
     # A model that was trained on these images knows which of them it was trained on, whatever other
     # options had a say in that. Rows that answers added later belong to train.
     if not (table.parts and all(table.parts)):
-        known = np.isin(dataset.image_keys(table), np.array(classifier.trained_on, np.uint64))
+        known = was_trained_on(classifier.trained_on, table)
         if 2 * known.sum() > len(train):
             train = np.flatnonzero(known | table.is_added)
     own = {row for row, part in enumerate(table.parts) if part in ("val", "test")}
     return own | {*range(len(table))}.difference(train)
+
+
+def was_trained_on(trained_on, table):
+    """Return booleans (N,): True for the images of a table whose dataset.image_keys() are in trained_on."""
+    # As 64 unsigned bits: NumPy would make floats of mixed integers, which differ too little.
+    return np.isin(dataset.image_keys(table), np.array(trained_on, np.uint64))
 
 
 def import_metrics(option):
@@ -1196,7 +1202,7 @@ def read_weights(weights, backbone):
     classes, trained_on = [], []
     if "format" in content and "classes" in content:  # a checkpoint of train.py
         classes = list(content["classes"])
-        trained_on = list(content.get("trained_on", []))
+        trained_on = unpack_keys(content.get("trained_on", []))
     if "members" in content:  # a model.pth, of which the first network is taken
         content = content["members"][0]
 
@@ -1376,8 +1382,20 @@ def save_model(classifier, path):
         fields = {name: getattr(member, name) for name in MEMBER_FIELDS}
         members.append(fields | {"network": state})
 
-    fields = {name: getattr(classifier, name) for name in (*SAVED_FIELDS, "trained_on")}
+    fields = {name: getattr(classifier, name) for name in SAVED_FIELDS}
+    fields["trained_on"] = pack_keys(classifier.trained_on)
     write_checkpoint(path, {"format": FORMAT, "members": members} | fields)
+
+
+def pack_keys(keys):
+    """Return image_keys() as a tensor, since a list of a million numbers takes seconds to load."""
+    # torch has few functions for unsigned integers, so the same 64 bits are saved as signed ones.
+    return torch.from_numpy(np.array(keys, np.uint64).view(np.int64))
+
+
+def unpack_keys(saved):
+    """Return the image_keys() that pack_keys() packed as a list; older files hold such a list."""
+    return saved.numpy().view(np.uint64).tolist() if isinstance(saved, torch.Tensor) else list(saved)
 
 
 def write_checkpoint(path, content):
@@ -1418,7 +1436,7 @@ def load_model(path="outputs/model.pth", device="auto", precision="auto"):
 
     precision = None if precision == "auto" else choose_precision(precision, device)[0]
     fields = {name: content[name] for name in SAVED_FIELDS}
-    trained_on = content.get("trained_on", [])  # which the first files of this format lack
+    trained_on = unpack_keys(content.get("trained_on", []))  # the first files of this format lack it
     return Classifier(members, **fields, trained_on=trained_on, device=device, precision=precision)
 
 
@@ -1743,26 +1761,27 @@ def format_predictions(style, ids, probabilities, thresholds, classifier):
     if style == "csv":
         return _csv_text(prediction_rows(ids, probabilities, thresholds, classes, classifier.groups))
     if style == "probabilities":
-        rows = [[name, *map(str, row)] for name, row in zip(ids, probabilities)]
-        return _csv_text([["ID", *classes], *rows])
+        rows = ([name, *map(str, row)] for name, row in zip(ids, probabilities))
+        return _csv_text(itertools.chain([["ID", *classes]], rows))
 
     present = probabilities >= thresholds
     if style == "json":
-        indices = [np.flatnonzero(row).tolist() for row in present]
+        indices = _cut_by_row(np.nonzero(present)[1].tolist(), present)
         return json.dumps(dict(zip(_shortest_names(ids), indices)), ensure_ascii=False)
     if len(ids) == 1:
         return _format_table(ids[0], classes, probabilities[0], thresholds, present[0])
 
     width = max(map(len, ids))
     lines = []
-    for name, row, found in zip(ids, probabilities, present):
-        labels = [f"{classes[c]} {row[c]:.2f}" for c in np.flatnonzero(found)]
+    found = _cut_by_row(np.nonzero(present)[1].tolist(), present)
+    for name, row, columns in zip(ids, probabilities, found):
+        labels = [f"{classes[c]} {row[c]:.2f}" for c in columns]
         lines.append(f"{name:{width}}  {', '.join(labels) or 'none'}")
     return "\n".join(lines)
 
 
 def prediction_rows(ids, probabilities, thresholds, classes, groups):
-    """Return the rows of predictions.csv, the header first.
+    """Yield the rows of predictions.csv, the header first.
 
     Each group of classes has a column with its labels, such as "nut;bolt", the most confident
     first; one with their probabilities, "nut:0.9000;bolt:0.6000"; and one with the mean of these.
@@ -1772,21 +1791,39 @@ def prediction_rows(ids, probabilities, thresholds, classes, groups):
     if list(groups) == ["labels"]:  # a single group, whose mean is the overall mean
         averages = ["avg_confidence"]
 
-    rows = [["ID", *groups, *(f"{group}_confidence" for group in groups), *averages]]
+    yield ["ID", *groups, *(f"{group}_confidence" for group in groups), *averages]
+    members = [np.array([classes.index(name) for name in names], int) for names in groups.values()]
     cuts = np.broadcast_to(thresholds, probabilities.shape)
-    for name, row, cut in zip(ids, probabilities, cuts):
-        found = []  # the columns of the labels present, a list per group
-        for members in groups.values():
-            columns = [classes.index(member) for member in members]
-            found.append(sorted((c for c in columns if row[c] >= cut[c]), key=lambda c: -row[c]))
-        labels = [";".join(classes[c] for c in part) for part in found]
-        confidences = [";".join(f"{classes[c]}:{row[c]:.4f}" for c in part) for part in found]
+    for start in range(0, len(ids), 4096):  # all at once would take many times the memory
+        some = slice(start, start + 4096)
+        found = [_present_labels(probabilities[some], cuts[some], columns) for columns in members]
 
-        if len(averages) > 1:
-            found.append(list(itertools.chain(*found)))
-        means = [f"{np.mean([float(row[c]) for c in part]):.4f}" if part else "" for part in found]
-        rows.append([name, *labels, *confidences, *means])
-    return rows
+        for name, *parts in zip(ids[some], *found):  # a list of labels per group
+            labels = [";".join(classes[c] for c, _ in part) for part in parts]
+            confidences = [";".join(f"{classes[c]}:{p:.4f}" for c, p in part) for part in parts]
+            if len(averages) > 1:
+                parts.append(list(itertools.chain(*parts)))
+            means = [f"{sum(p for _, p in part) / len(part):.4f}" if part else "" for part in parts]
+            yield [name, *labels, *confidences, *means]
+
+
+def _present_labels(probabilities, cuts, columns):
+    """Return a list per row of its labels in some columns, as (column, probability), likeliest first.
+
+    Args: probabilities, cuts (N, C); columns: an array, in whose order equal ones are listed.
+    """
+    values = probabilities[:, columns]
+    present = values >= cuts[:, columns]
+    rows, places = np.nonzero(present)
+    values = values[present]
+    order = np.lexsort((-values, rows))  # by rows first; where both are equal, the order stays
+    return _cut_by_row(list(zip(columns[places[order]].tolist(), values[order].tolist())), present)
+
+
+def _cut_by_row(values, chosen):
+    """Cut a list of values, one for each True of a boolean (N, C), into a list per row."""
+    ends = np.cumsum(np.count_nonzero(chosen, axis=1)).tolist()
+    return [values[start:end] for start, end in zip([0, *ends], ends)]
 
 
 def _csv_text(rows):
@@ -2581,7 +2618,7 @@ def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=()):
     if not len(points):
         points = np.array([(0, 0), (1, 1)])
     count = size[1] // 70  # a tick every 70 pixels
-    x_ticks, y_ticks = (_ticks(min(values), max(values), count) for values in points.T)
+    x_ticks, y_ticks = (_ticks(values.min(), values.max(), count) for values in points.T)
 
     # Pillow's lines are jagged, so the chart is drawn twice as large, and shrunk at the end. The
     # margins leave room for the title, the legend and the numbers and names of the axes.
@@ -2615,7 +2652,10 @@ def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=()):
     # legend is written from right to left, at its beginning.
     legend = right
     for (name, _, _, colour), points in reversed(list(zip(series, lines))):
-        line = list(zip(to_x(points[:, 0]), to_y(points[:, 1])))
+        line = np.column_stack([to_x(points[:, 0]), to_y(points[:, 1])])
+        if len(line) > 4 * width:
+            line = _thin_out(line)
+        line = list(map(tuple, line.tolist()))
         pen.line(line, fill=colour, width=4, joint="curve")
         for x, y in line if len(line) <= 40 else []:  # more dots would merge into a thick line
             pen.ellipse((x - 6, y - 6, x + 6, y + 6), fill=colour)
@@ -2638,6 +2678,17 @@ def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=()):
     write((left + right) / 2, height - 28, x_label, "mm", 30)
     write(16, top - 28, y_label, "lm")
     return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _thin_out(line):
+    """Return the points of a line (N, 2), but in each column of pixels only the ends of what it covers.
+
+    A million points then become two for each column, and the picture stays the same.
+    """
+    xs, ys = line.T
+    starts = np.flatnonzero(np.diff(xs.astype(int), prepend=-1))  # where the line enters a column
+    low, high = np.minimum.reduceat(ys, starts), np.maximum.reduceat(ys, starts)
+    return np.column_stack([xs[starts], low, xs[starts], high]).reshape(-1, 2)
 
 
 def _ticks(low, high, count):

@@ -17,7 +17,6 @@ reports on test. It writes all its files to --out. inference.py uses the model.
 import argparse
 import atexit
 import contextlib
-import functools
 import hashlib
 import itertools
 import math
@@ -32,6 +31,7 @@ import unicodedata
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -494,7 +494,7 @@ def read_data(options):
         print_once(options, f"drawing the demo data into {options.data}")
         dataset.write_demo(options.data)
     wait_for_leader()
-    identify = functools.partial(identify_images, options)
+    identify = partial(identify_images, options)
     table = dataset.read_labels(options.data, identify=identify, **dataset.data_options(options))
     print_once(options, dataset.summary(table, options.data))
 
@@ -613,7 +613,7 @@ def trains_on_one_image(options):
 
 @dataclass
 class State:
-    """Progress of a run: plain values, saved in last.pth as they are."""
+    """Progress of a run: plain values, saved in last.pth as they are, but the losses as a tensor."""
 
     epoch: int = 0  # finished epochs
     images: int = 0  # images used of the epoch in progress
@@ -655,6 +655,11 @@ class Run:
         """The network that is trained, with its calibration."""
         return self.classifier.members[0]
 
+    @cached_property
+    def digests(self):
+        """The fingerprints of the data in last.pth, computed once, as the tables never change."""
+        return {"splits": splits_digest(self.tables), "images": images_digest(self.tables)}
+
 
 def build(options, tables, weights=None, cache=None):
     """Return a Run at its start, or with --resume at the point where last.pth was saved.
@@ -674,7 +679,7 @@ def build(options, tables, weights=None, cache=None):
         select_parameters(network, layers)  # an error now, not in epoch N
 
     if last:  # load_state() fills in the network
-        fresh, trained_on = tuple(last["fresh"]), last["trained_on"]
+        fresh, trained_on = tuple(last["fresh"]), inference.unpack_keys(last["trained_on"])
     else:
         weights = weights or read_weights(options)
         fresh = load_weights(network, weights, options, table.classes)
@@ -756,7 +761,7 @@ def count_trained_on(weights, table):
     """Return how many images of a table the weights, if any, were trained on."""
     if weights is None or not weights.trained_on:
         return 0
-    return int(np.isin(dataset.image_keys(table), np.array(weights.trained_on, np.uint64)).sum())
+    return np.count_nonzero(inference.was_trained_on(weights.trained_on, table))
 
 
 def warn_about_leaks(weights, tables):
@@ -1010,6 +1015,7 @@ def draw_batches(run):
     """
     options, state = run.options, run.state
     targets = run.tables["train"].targets
+    useless = np.isnan(targets).all(axis=1)  # there is nothing to learn from such an image
     count = len(targets)
 
     # The order depends on the seed and the epoch alone, so that a resumed run continues it: after
@@ -1032,7 +1038,7 @@ def draw_batches(run):
     steps = steps_per_epoch(options, count - state.images)
     drawn = []
     for places in np.array_split(np.arange(state.images, count), steps):
-        if not np.isnan(targets[rows[places]]).all():  # else there is nothing to learn from it
+        if not useless[rows[places]].all():
             own = places[divide_batch(homes[places], ranks) == rank]
             drawn.append((rows[own], own, int(places[-1]) + 1))
     return drawn
@@ -1477,10 +1483,11 @@ def save_state(run):
     classifier = run.classifier
     content = {
         "format": inference.FORMAT, "options": classifier.options, "classes": classifier.classes,
-        "splits": splits_digest(run.tables), "images": images_digest(run.tables),
-        "precision": precision_name(classifier.precision),
-        "state": dict(vars(run.state)), "fresh": list(run.fresh),
-        "trained_on": classifier.trained_on, "network": run.member.network.state_dict(),
+        **run.digests, "precision": precision_name(classifier.precision),
+        # A tensor of losses, since a list of a million numbers takes seconds to load.
+        "state": vars(run.state) | {"losses": torch.tensor(run.state.losses, dtype=torch.float64)},
+        "fresh": list(run.fresh), "trained_on": inference.pack_keys(classifier.trained_on),
+        "network": run.member.network.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(), "random": torch.get_rng_state(),
     }
@@ -1580,7 +1587,8 @@ def load_state(run, content):
 
     Raises InputError when the network of the best epoch is lost.
     """
-    run.state = State(**content["state"])
+    losses = torch.as_tensor(content["state"]["losses"], dtype=torch.float64)  # older files: a list
+    run.state = State(**content["state"] | {"losses": losses.tolist()})
     path = run.out / "model.pth"
     if path.exists():  # the best epoch so far
         saved = inference.read_checkpoint(path)
@@ -1695,8 +1703,8 @@ def cross_validate(options, tables, cache=None):
 
         if is_leader():
             write_report(options, classifier, report, table, probabilities, thresholds)
-            rows = [[name, *row] for name, row in zip(table.ids, thresholds.tolist())]
-            dataset.write_csv(out / "fold_thresholds.csv", [["ID", *table.classes], *rows])
+            rows = ([name, *row.tolist()] for name, row in zip(table.ids, thresholds))
+            dataset.write_csv(out / "fold_thresholds.csv", itertools.chain([["ID", *table.classes]], rows))
             write_pr_curves(out, table, probabilities, classifier)
         print_once(options, format_folds(report))
         if is_leader():
@@ -2001,10 +2009,8 @@ def write_inputs(options, tables):
     for split, part in tables.items():
         if len(part) == 0:
             continue
-        rows = [["ID", *part.classes]]
-        for name, labels in zip(part.ids, part.targets.tolist()):
-            rows.append([name, *("NA" if math.isnan(label) else int(label) for label in labels)])
-        dataset.write_csv(out / f"{split}_metadata.csv", rows)
+        rows = ([name, *labels] for name, labels in zip(part.ids, dataset.to_cells(part.targets)))
+        dataset.write_csv(out / f"{split}_metadata.csv", itertools.chain([["ID", *part.classes]], rows))
 
 
 def open_board(options):
@@ -2048,12 +2054,15 @@ def loss_curves(losses, history, marks=(), title=""):
 
     Args: losses: a number per step; history: a dict per epoch; marks: pairs (epoch, text).
     """
-    steps = range(1, len(losses) + 1)
+    losses = np.array(losses, float)
+    steps = np.arange(1, len(losses) + 1)
     series = [("each iteration", steps, losses, inference.COLOURS[0])]
     # A long curve is mostly noise. A running mean over a 40th of it shows the trend.
     window = len(losses) // 40
     if window > 1:
-        means = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+        # The sum of the losses 11 to 20 is that of the first 20 less that of the first 10.
+        sums = np.cumsum(np.append(0, losses))
+        means = (sums[window:] - sums[:-window]) / window
         series = [(f"mean of {window}", steps[window - 1 :], means, inference.COLOURS[0]),
                   ("each iteration", steps, losses, inference.COLOURS[2])]
     upper = inference.draw_chart(series, title or "Loss per iteration", "iteration_number", "training_loss")

@@ -17,6 +17,8 @@ import PIL.Image
 import PIL.ImageFile
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import dataset
@@ -502,6 +504,61 @@ def test_stratification_brings_rare_classes_to_every_split():
         assert (positives > 0).all()
 
 
+def assign_one_by_one(positives, sizes, ratios):
+    """Return what _stratified_parts() returns, in the plainest way: unit by unit, with nothing carried over."""
+    part = [None] * len(sizes)
+
+    def lacking(k, c):
+        lack = ratios[k] * positives[c].sum()
+        for unit in assigned:
+            lack -= positives[c, unit] if part[unit] == k else 0
+        return lack
+
+    def room(k):
+        left = ratios[k] * sizes.sum()
+        for unit in assigned:
+            left -= sizes[unit] if part[unit] == k else 0
+        return left
+
+    assigned = []
+    possible = [k for k in range(len(ratios)) if ratios[k] > 0]
+    while len(assigned) < len(sizes):
+        units = [unit for unit in range(len(sizes)) if part[unit] is None]
+        counts = [np.count_nonzero(row[units]) for row in positives]
+        if any(counts):
+            rarest = min((c for c in range(len(counts)) if counts[c]), key=counts.__getitem__)
+            for unit in [unit for unit in units if positives[rarest, unit]]:
+                part[unit] = max(possible, key=lambda k: (lacking(k, rarest), room(k)))
+                assigned.append(unit)
+        else:
+            part[units[0]] = max(possible, key=room)
+            assigned.append(units[0])
+    return part
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_stratification_is_that_of_assigning_one_unit_after_the_other(seed):
+    rng = np.random.default_rng(seed)
+    ratios = np.array([[0.7, 0.15, 0.15], [0.2] * 5, [0.5, 0, 0.5], [0.9, 0.1, 0]][seed % 4])
+    positives = rng.poisson(rng.uniform(0, 0.6, (4, 1)), (4, 40)).astype(np.float32)  # units of several rows
+    sizes = np.maximum(1, positives.max(axis=0).astype(int))
+    assert dataset._stratified_parts(positives, sizes, ratios).tolist() == assign_one_by_one(positives, sizes, ratios)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["", "a", "b", "c", "d"]), st.sampled_from("vwxyz")), min_size=1))
+def test_rows_that_share_an_object_or_a_picture_directly_or_through_others_are_one_unit(rows):
+    objects, copies = zip(*rows)
+    expected = list(range(len(rows)))
+    for _ in rows:  # as often as the longest chain of rows may need
+        for i, (name, picture) in enumerate(rows):
+            linked = [k for k, other in enumerate(rows) if (name and other[0] == name) or other[1] == picture]
+            expected[i] = min(expected[k] for k in linked)
+    numbers = sorted(set(expected))  # numbered in the order of their first rows
+    table = fake_table([[0]] * len(rows), objects, copies=copies)
+    assert dataset._units(table).tolist() == [numbers.index(first) for first in expected]
+
+
 @pytest.mark.parametrize("method", ["stratified", "random"])
 def test_images_of_one_object_stay_together(method):
     rng = np.random.default_rng(0)
@@ -510,6 +567,12 @@ def test_images_of_one_object_stay_together(method):
     seen = [{objects[row] for row in part} for part in parts]
     assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
     assert [len(part) for part in parts] == pytest.approx([210, 45, 45], abs=12)
+
+
+def test_the_cells_of_many_rows_are_those_of_each_label():
+    targets = np.random.default_rng(0).choice([0, 1, np.nan], (4100, 2)).astype(np.float32)
+    assert list(dataset.to_cells(targets)) == [[dataset.to_cell(label) for label in row] for row in targets]
+    assert list(dataset.to_cells(targets[:0])) == []
 
 
 def test_every_split_gets_something_or_it_is_an_error():

@@ -304,15 +304,37 @@ def test_prediction_rows_with_groups_and_without():
     classes = ["bolt", "nut", "rust"]
     groups = {"components": ["bolt", "nut"], "defects": ["rust"]}
     probabilities = np.array([[0.6, 0.9, 0.8], [0.1, 0.2, 0.3]])
-    rows = inference.prediction_rows(["x", "y"], probabilities, [0.5] * 3, classes, groups)
+    rows = list(inference.prediction_rows(["x", "y"], probabilities, [0.5] * 3, classes, groups))
     assert rows[0] == ["ID", "components", "defects", "components_confidence", "defects_confidence",
                        "avg_component_confidence", "avg_defect_confidence", "overall_avg_confidence"]
     assert rows[1] == ["x", "nut;bolt", "rust", "nut:0.9000;bolt:0.6000", "rust:0.8000", "0.7500", "0.8000",
                        "0.7667"]
     assert rows[2] == ["y", "", "", "", "", "", "", ""]
-    rows = inference.prediction_rows(["x"], probabilities, [0.7] * 3, classes, {})
+    rows = list(inference.prediction_rows(["x"], probabilities, [0.7] * 3, classes, {}))
     assert rows[0] == ["ID", "labels", "labels_confidence", "avg_confidence"]
     assert rows[1:] == [["x", "nut;rust", "nut:0.9000;rust:0.8000", "0.8500"]]
+
+
+def test_the_labels_of_many_rows_are_those_of_each_row_alone():
+    rng = np.random.default_rng(0)
+    classes = list("abcdefgh")
+    groups = {"two": ["d", "b"], "five": ["a", "h", "e", "c", "g"], "none": [], "one": ["f"]}
+    probabilities = rng.integers(0, 20, (4200, 8)).astype(np.float32) / 20  # with many equal ones
+    cuts = np.array([0.1, 0.95, 0.5, 0.7, 0.3, 0.6, 1.1, 0.4])
+    rows = inference.prediction_rows([str(i) for i in range(4200)], probabilities, cuts, classes, groups)
+    assert next(rows)[-1] == "overall_avg_confidence"
+    for number, (row, p) in enumerate(zip(rows, probabilities.tolist(), strict=True)):
+        found = [[c for c in map(classes.index, names) if p[c] >= cuts[c]] for names in groups.values()]
+        found = [sorted(columns, key=lambda c: -p[c]) for columns in found]
+        labels = [";".join(classes[c] for c in columns) for columns in found]
+        confidences = [";".join(f"{classes[c]}:{p[c]:.4f}" for c in columns) for columns in found]
+        found.append([c for columns in found for c in columns])
+        means = [f"{np.mean([p[c] for c in columns]):.4f}" if columns else "" for columns in found]
+        assert row == [str(number), *labels, *confidences, *means]
+
+    text = inference.format_predictions("json", list(map(str, range(4200))), probabilities, cuts,
+                                        make_classifier(classes=classes))
+    assert list(json.loads(text).values()) == [np.flatnonzero(row).tolist() for row in probabilities >= cuts]
 
 
 def test_one_image_gives_the_table(model, images, capsys):
@@ -921,6 +943,31 @@ def test_loss_curves_draw_from_one_point_to_many(losses, epochs):
     image = train.loss_curves(losses, history, marks, "A title")
     assert image.size == (900, 840)
     assert not losses or len(image.getcolors(10**6)) > 20
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_line_of_many_points_is_drawn_as_if_all_were_joined(monkeypatch, descending):
+    rng = np.random.default_rng(0)
+    ys = np.sin(np.linspace(0, 9, 30_000)) + rng.normal(0, 0.05, 30_000) + 2 * (rng.random(30_000) > 0.9997)
+    xs = np.arange(30_000)[:: -1 if descending else 1]
+    thinned = np.asarray(inference.draw_chart([("", xs, ys, "#ff0000")], "", "", "", (300, 280)), int)
+    monkeypatch.setattr(inference, "_thin_out", lambda line: line)
+    whole = np.asarray(inference.draw_chart([("", xs, ys, "#ff0000")], "", "", "", (300, 280)), int)
+    differ = np.abs(thinned - whole).max(axis=2)
+    assert 0 < np.count_nonzero(differ > 60) < 0.006 * differ.size  # edges of the line, by less than a pixel
+
+
+def test_the_thick_line_is_the_mean_of_a_fortieth_of_the_losses_before_each_step(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(inference, "draw_chart", lambda series, *_, **__: drawn.append(series))
+    monkeypatch.setattr(inference, "stack_charts", lambda *_: None)
+    losses = np.random.default_rng(0).random(410).tolist()
+    train.loss_curves(losses, [])
+    (name, steps, means, _), (_, all_steps, all_losses, _) = drawn[0]
+    assert name == "mean of 10"
+    assert list(all_steps) == list(range(1, 411)) and list(all_losses) == losses
+    assert list(steps) == list(range(10, 411))
+    np.testing.assert_allclose(means, [np.mean(losses[end - 10 : end]) for end in range(10, 411)], rtol=1e-12)
 
 
 def test_marks_are_of_the_best_epoch_the_unfreezing_and_new_rates(demo, tmp_path, monkeypatch):

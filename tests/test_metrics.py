@@ -776,6 +776,22 @@ def test_a_calibration_is_at_the_minimum_that_scipy_finds(problem):
     assert objective(np.append(math.log(scale), offsets)) <= lowest + 1e-6
 
 
+def test_merging_the_labels_of_many_rows_hardly_moves_a_calibration_and_no_soft_threshold(monkeypatch):
+    rng = np.random.default_rng(0)
+    targets, scores = bench.problem(metrics.MANY + 1000, 3, 0.2)
+    targets[:, 0] = np.where(np.isnan(targets[:, 0]), np.nan, rng.random(len(targets)) < 0.7)  # many positives, too
+    scores = np.where(targets == 1, scores**0.3, scores**3)  # from 0 to 1 in logits of all sizes
+    scores[:50], scores[50:100] = 0, 1
+
+    merged = metrics.fit_calibration(targets, scores), metrics.find_thresholds(targets, scores, "soft")
+    monkeypatch.setattr(metrics, "MANY", np.inf)
+    (scale, offsets), thresholds = metrics.fit_calibration(targets, scores), metrics.find_thresholds(targets, scores)
+    np.testing.assert_array_equal(merged[1], thresholds)
+    assert merged[0][0] != scale  # labels were merged indeed
+    np.testing.assert_allclose(metrics.calibrate(scores, *merged[0]), metrics.calibrate(scores, scale, offsets),
+                               rtol=0, atol=3e-6)
+
+
 def test_a_calibration_ignores_unknown_labels_and_survives_certain_ones():
     targets, probabilities = example()
     unknown = np.isnan(targets)

@@ -431,6 +431,40 @@ def test_a_state_that_does_not_say_what_was_new_is_an_error_of_one_line(options,
     assert "last.pth was written by an older version" in error and "start again without --resume" in error
 
 
+def with_lists(content):
+    """Change a checkpoint to what older versions wrote: lists of numbers where there are tensors now."""
+    content["trained_on"] = inference.unpack_keys(content["trained_on"])
+    if "state" in content:
+        content["state"]["losses"] = content["state"]["losses"].tolist()
+
+
+def test_files_of_versions_that_saved_lists_of_numbers_are_read_like_new_ones(options, trained, tmp_path):
+    out = tmp_path / "out"
+    train.main([*options, "--epochs", "1"])
+    old = {name: inference.read_checkpoint(out / name)["trained_on"] for name in ("model.pth", "last.pth")}
+    keys = inference.load_model(out / "model.pth").trained_on
+    assert len(keys) > 2 and all(0 <= key < 2**64 for key in keys) and max(keys) >= 2**63
+    for name in old:
+        change_state(out / name, with_lists)
+        assert inference.read_weights(out / name, "resnet18").trained_on == keys
+    assert inference.load_model(out / "model.pth").trained_on == keys
+
+    losses = saved_state(out)["losses"]
+    train.main([*options, "--epochs", "2", "--resume"])
+    assert isinstance(losses, list) and saved_state(out)["losses"].tolist()[: len(losses)] == losses
+    for name, tensor in old.items():
+        assert inference.read_checkpoint(out / name)["trained_on"].equal(tensor)
+
+
+def test_images_are_known_by_all_64_bits_of_their_keys(monkeypatch):
+    keys = [2**63 + 1, 2**62 + 1, 5, 2**64 - 1]
+    monkeypatch.setattr(inference, "image_keys", lambda table: keys)
+    assert inference.was_trained_on([2**64 - 1, 2**62, 2**63 + 1], None).tolist() == [True, False, False, True]
+    assert not inference.was_trained_on([], None).any()
+    keys = keys[1:3]  # numbers below 2^63, beside one above
+    assert inference.was_trained_on([2**62, 2**63 + 1, 5], None).tolist() == [False, True]
+
+
 @pytest.mark.parametrize("monitor", ["last", "loss"])
 @pytest.mark.parametrize("epochs", ["1", "2"])
 def test_the_last_epoch_of_a_run_that_is_cut_short_is_validated(options, tmp_path, monitor, epochs):
