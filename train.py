@@ -957,13 +957,12 @@ def load_batches(run):
     loaded = dataset.batches(images, [rows for rows, *_ in drawn], options.workers, pin=device.type == "cuda")
 
     for (_, places, seen), (batch, targets, _) in zip(drawn, loaded):
-        batch = batch.to(device, non_blocking=True)
-        batch = dataset.augment(batch, operations, noise[places].to(device, non_blocking=True))
+        batch = dataset.augment(dataset.send(batch, device), operations, dataset.send(noise[places], device))
         share = 1.0
         if options.mix != "none":
             rng = np.random.default_rng([options.seed, epoch, seen])  # the same after a resume
             batch, share = dataset.mix(batch, options.mix, rng)
-        yield Batch(run.member.normalize(batch), targets.to(device, non_blocking=True), share, seen)
+        yield Batch(run.member.normalize(batch), dataset.send(targets, device), share, seen)
 
 
 def draw_batches(run):
@@ -1066,7 +1065,8 @@ def gather_losses(run, losses):
            for iteration, loss in enumerate(values, len(state.losses) + 1)
            if not math.isfinite(loss)]
     # The last step may have spoiled the weights, which only the next loss would show.
-    if not all(bool(weight.isfinite().all()) for weight in run.member.network.parameters()):
+    finite = torch.stack([weight.isfinite().all() for weight in run.member.network.parameters()])
+    if not finite.all():  # read once, as each reading waits for the device
         bad.append("weights are no longer finite")
     if bad:
         saved = "nothing is saved yet"
