@@ -213,7 +213,7 @@ def option_parser():
     add = parser.add_argument_group("system").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("-j", "--workers", type=whole, default=inference.default_workers(),
-        help="threads that decode images")
+        help="threads that decode images, in each process")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="auto: on a GPU what it is built for; on a CPU bf16 if it is at least 1.3 times as fast")
     add("--cache", type=cache_size, default="auto", metavar="GB",
@@ -373,7 +373,9 @@ def train_epoch(run, progress):
     for batch in load_batches(run):
         # The rate is that of the middle of the step, which is 0 in neither the first nor the last.
         set_rates(run, state.epoch + (state.images + batch.seen) / 2 / count)
-        if ranks > 1:  # last.pth holds random numbers of the leader only, so dropout starts anew
+        # last.pth keeps the state of the leader's random numbers alone. Dropout in several processes
+        # draws anew in each step, so that a resumed run has the same numbers in each of them.
+        if ranks > 1:
             rng = np.random.default_rng([options.seed, state.epoch, batch.seen, rank])
             torch.manual_seed(int(rng.integers(2**63)))
         losses.append(train_step(run, batch.images, batch.targets, batch.share))
@@ -468,8 +470,8 @@ def start_processes(options):
     if use_cuda:  # a GPU per process of this machine
         options.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(options.device)
-    # All wait for the leader while it reads, copies or writes much, however long that takes. They
-    # need no shorter limit: when a process ends, its connections do too, and torchrun ends the others.
+    # The others wait for the leader while it reads, copies or writes much, which may take hours. No
+    # shorter limit is needed to notice that a process has ended: torchrun then ends the others.
     timeout = datetime.timedelta(days=7)
     distributed.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)  # gloo: no GPUs
     atexit.register(distributed.destroy_process_group)  # NCCL warns without it
@@ -502,15 +504,19 @@ def sum_over_ranks(tensor):
 
 @contextlib.contextmanager
 def ends_with_the_others():
-    """End this process with a message when another process ends within the block."""
+    """End this process with a message when a collective fails because another process has ended."""
     try:
         yield
     except RuntimeError as error:
         # gloo has no exception of its own; its messages start with [, and a file of its source.
-        if not isinstance(error, distributed.DistError) and not re.match(r"\[[^]]*\bgloo\b", str(error)):
+        if re.match(r"\[[^]]*\bgloo\b", str(error)):
+            reason = "its own message, or that of torchrun, says why"
+        elif isinstance(error, distributed.DistError):
+            reason = str(error).splitlines()[0]  # perhaps NCCL has another problem
+        else:
             raise
-        print_text("error: another process of this run has ended (its own message or torchrun's says "
-                   "why): the same command with --resume continues after the last save", sys.stderr)
+        print_text(f"error: another process of this run has ended ({reason}): the same command with "
+                   "--resume continues after the last save", sys.stderr)
         # Not sys.exit(): destructors of torch may wait for processes that wait for this one.
         os._exit(1)
 
@@ -1208,8 +1214,8 @@ def predict_split(run, split):
         if run.signal:
             raise Abandoned
 
-    # After a signal nothing is saved of this: a resumed run predicts the split again. But the others
-    # wait for this process until all of them agree.
+    # A signal ends this process's share early, but it stops only where all processes agree on that:
+    # none of them may wait for one that has left. A resumed run predicts the split again.
     with contextlib.suppress(Abandoned):
         part = inference.compute_logits(run.classifier, images, run.classifier.precision, batch_size,
                                         run.options.workers, share, advance)[0]
@@ -1226,7 +1232,7 @@ def predict_split(run, split):
 
 
 class Abandoned(Exception):
-    """A signal ended the prediction of a split."""
+    """The prediction of a split, which a signal has ended."""
 
 
 def report_bad_images(run, split):
@@ -1361,14 +1367,13 @@ def signals_noted(run):
 
     The second one acts at once.
     """
-
     leader = is_leader()
 
     def note(signal_number, _):
         run.signal = signal_number
         signal.signal(signal_number, before[signal_number])
         with contextlib.suppress(OSError):  # print() is not safe here: it may have been interrupted
-            if leader:
+            if leader:  # torchrun sends the signal to all
                 os.write(2, b"\nfinishing the current step, then saving and stopping\n")
 
     before = {}
@@ -1423,8 +1428,8 @@ def finish_reading(run, reading):
     copy, event = reading
     deadline = math.inf
     while event and not event.query():
-        # NCCL waits forever for a process that has ended. Torchrun then sends SIGTERM to the others, and
-        # kills them after 30 s.
+        # NCCL waits forever for a process that has ended. torchrun sends SIGTERM to the others then,
+        # and kills them 30 s later.
         if run.signal:
             deadline = min(deadline, time.monotonic() + 20)
         if time.monotonic() > deadline:
