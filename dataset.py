@@ -4065,7 +4065,7 @@ def _sample(images, matrix):
     grid = points @ matrix[:, :2].transpose(1, 2)
     grid /= points @ matrix[:, 2:].transpose(1, 2)
     grid = grid.view(batch, height, width, 2)
-    if images.device.type == "mps":  # where grid_sample() is wrong for channels_last, without an error
+    if images.device.type == "mps":  # where grid_sample() silently gets channels_last wrong
         images = images.contiguous()
     return torch.nn.functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 

@@ -880,7 +880,8 @@ def measure_bf16():
 
 def default_workers():
     """Return how many threads decode images: one per processor that this process may use."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affinity = hasattr(os, "sched_getaffinity")  # which macOS and Windows lack
+    count = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
     count //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes share them
     # Each thread holds a decoded batch: more than 16 of them would mostly cost memory.
     return min(16, max(1, count))

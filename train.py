@@ -350,9 +350,9 @@ def fit(run):
 
 @contextlib.contextmanager
 def fastest_convolutions():
-    """Let cuDNN time its algorithms for each shape of batch within the block, and use the fastest."""
-    # Worth it only in training, where nearly all batches have the same shape. A program that imports
-    # this one, or only predicts, keeps its own setting.
+    """Let cuDNN time its algorithms for each shape within the block, and use the fastest."""
+    # Worth it only in training, where nearly all batches have the same shape. A program that
+    # imports inference.py keeps its own setting.
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
@@ -373,8 +373,8 @@ def train_epoch(run, progress):
     for batch in load_batches(run):
         # The rate is that of the middle of the step, which is 0 in neither the first nor the last.
         set_rates(run, state.epoch + (state.images + batch.seen) / 2 / count)
-        # last.pth keeps the state of the leader's random numbers alone. Dropout in several processes
-        # draws anew in each step, so that a resumed run has the same numbers in each of them.
+        # last.pth keeps the state of the leader's random numbers alone. So in several processes each
+        # step has a seed of its own, with which dropout is the same after a resume.
         if ranks > 1:
             rng = np.random.default_rng([options.seed, state.epoch, batch.seen, rank])
             torch.manual_seed(int(rng.integers(2**63)))
@@ -515,8 +515,8 @@ def ends_with_the_others():
             reason = str(error).splitlines()[0]  # perhaps NCCL has another problem
         else:
             raise
-        print_text(f"error: another process of this run has ended ({reason}): the same command with "
-                   "--resume continues after the last save", sys.stderr)
+        print_text(f"error: another process of this run has ended ({reason}): the same command "
+                   "with --resume continues after the last save", sys.stderr)
         # Not sys.exit(): destructors of torch may wait for processes that wait for this one.
         os._exit(1)
 
@@ -1006,7 +1006,8 @@ def load_batches(run):
     loaded = dataset.batches(images, [rows for rows, *_ in drawn], options.workers, pin=device.type == "cuda")
 
     for (_, places, seen), (batch, targets, _) in zip(drawn, loaded):
-        batch = dataset.augment(dataset.send(batch, device), operations, dataset.send(noise[places], device))
+        batch, own_noise = (dataset.send(tensor, device) for tensor in (batch, noise[places]))
+        batch = dataset.augment(batch, operations, own_noise)
         share = 1.0
         if options.mix != "none":
             rng = np.random.default_rng([options.seed, epoch, seen])  # the same after a resume
@@ -1217,8 +1218,8 @@ def predict_split(run, split):
     # A signal ends this process's share early, but it stops only where all processes agree on that:
     # none of them may wait for one that has left. A resumed run predicts the split again.
     with contextlib.suppress(Abandoned):
-        part = inference.compute_logits(run.classifier, images, run.classifier.precision, batch_size,
-                                        run.options.workers, share, advance)[0]
+        part = inference.compute_logits(run.classifier, images, run.classifier.precision,
+                                        batch_size, run.options.workers, share, advance)[0]
     stop_if_asked(run)
     logits = part.new_zeros(len(images), part.shape[1])
     logits[share] = part
@@ -1428,7 +1429,7 @@ def finish_reading(run, reading):
     copy, event = reading
     deadline = math.inf
     while event and not event.query():
-        # NCCL waits forever for a process that has ended. torchrun sends SIGTERM to the others then,
+        # NCCL waits forever for a process that has ended. torchrun then sends SIGTERM to the others,
         # and kills them 30 s later.
         if run.signal:
             deadline = min(deadline, time.monotonic() + 20)
