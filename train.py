@@ -373,8 +373,8 @@ def train_epoch(run, progress):
     for batch in load_batches(run):
         # The rate is that of the middle of the step, which is 0 in neither the first nor the last.
         set_rates(run, state.epoch + (state.images + batch.seen) / 2 / count)
-        # last.pth keeps the state of the leader's random numbers alone. So in several processes each
-        # step has a seed of its own, with which dropout is the same after a resume.
+        # last.pth keeps the state of the leader's random numbers alone. So in several processes
+        # each step has a seed of its own, with which dropout is the same after a resume.
         if ranks > 1:
             rng = np.random.default_rng([options.seed, state.epoch, batch.seen, rank])
             torch.manual_seed(int(rng.integers(2**63)))
@@ -1429,8 +1429,8 @@ def finish_reading(run, reading):
     copy, event = reading
     deadline = math.inf
     while event and not event.query():
-        # NCCL waits forever for a process that has ended. torchrun then sends SIGTERM to the others,
-        # and kills them 30 s later.
+        # NCCL waits forever for a process that has ended. torchrun then sends SIGTERM to the
+        # others, and kills them 30 s later.
         if run.signal:
             deadline = min(deadline, time.monotonic() + 20)
         if time.monotonic() > deadline:
