@@ -4193,8 +4193,17 @@ def batches(dataset, order, workers=2, pin=False):
 
 def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Return images (B, 3, H, W) in 0..255 as float32, normalized as ImageNet networks expect."""
-    mean, std = torch.tensor([mean, std], device=images.device).view(2, 3, 1, 1) * 255
-    return torch.addcmul(-mean / std, images.float(), 1 / std)
+    mean, std = torch.tensor([mean, std]).view(2, 3, 1, 1) * 255
+    shift, scale = send(torch.stack([-mean / std, 1 / std]), images.device)
+    return torch.addcmul(shift, images.float(), scale)
+
+
+def send(tensor, device):
+    """Copy a tensor of the CPU to a device; to a GPU in the background."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    # Only from page-locked memory does a copy not wait for all that the GPU has still to do.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4336,6 +4345,8 @@ def _sample(images, matrix):
     grid = points @ matrix[:, :2].transpose(1, 2)
     grid /= points @ matrix[:, 2:].transpose(1, 2)
     grid = grid.view(batch, height, width, 2)
+    if images.device.type == "mps":  # where grid_sample() silently gets channels_last wrong
+        images = images.contiguous()
     return torch.nn.functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 

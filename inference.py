@@ -513,7 +513,7 @@ def compute_logits(classifier, images, precision, batch_size=32, workers=2, rows
 
     logits = []
     for batch, _, _ in dataset.batches(images, order, workers, pin=device.type == "cuda"):
-        batch = batch.to(device, non_blocking=True)
+        batch = dataset.send(batch, device)
         logits.append(forward_views(classifier, networks, batch, precision))
         if advance and advance(len(batch)):
             break
@@ -947,8 +947,11 @@ def measure_bf16():
 
 def default_workers():
     """Return how many threads decode images: one per processor that this process may use."""
+    affinity = hasattr(os, "sched_getaffinity")  # which macOS and Windows lack
+    count = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
+    count //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes share them
     # Each thread holds a decoded batch: more than 16 of them would mostly cost memory.
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(16, max(1, count))
 
 
 def to_device(network, device):
@@ -963,7 +966,9 @@ def forward(network, images, precision):
     """
     if images.dim() == 4:
         images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+    if precision == torch.float32:  # torch 2.4 has no autocast for MPS, not even a disabled one
+        return network(images).float()
+    with torch.autocast(images.device.type, precision):
         return network(images).float()
 
 
@@ -1998,7 +2003,8 @@ def _upsample(maps, size):
     axis = torch.linspace(-1 + 1 / size, 1 - 1 / size, size, device=maps.device)
     across, down = axis * width / (width + 2), axis * height / (height + 2)
     grid = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)[None]
-    large = nn.functional.grid_sample(padded, grid, mode="bicubic", align_corners=False)
+    mode = "bilinear" if maps.device.type == "mps" else "bicubic"  # MPS has no bicubic sampling
+    large = nn.functional.grid_sample(padded, grid, mode=mode, align_corners=False)
     return large[0].clamp(min=0)  # bicubic curves swing below zero
 
 

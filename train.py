@@ -17,10 +17,12 @@ reports on test. It writes all its files to --out. inference.py uses the model.
 import argparse
 import atexit
 import contextlib
+import datetime
 import hashlib
 import itertools
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -214,7 +216,7 @@ def option_parser():
     add = parser.add_argument_group("system").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("-j", "--workers", type=whole, default=inference.default_workers(),
-        help="threads that decode images")
+        help="threads that decode images, in each process")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="auto: on a GPU what it is built for; on a CPU bf16 if it is at least 1.3 times as fast")
     add("--cache", type=cache_size, default="auto", metavar="GB",
@@ -300,15 +302,16 @@ def main(argv=None):
     options = parse_options(argv)
     start_processes(options)
     Progress.shown = is_leader() and not options.quiet
-    tables = read_data(options)  # the train, val and test splits
-    check_out(options, tables)
-    print_configuration(options)
+    with ends_with_the_others():
+        tables = read_data(options)  # the train, val and test splits
+        check_out(options, tables)
+        print_configuration(options)
 
-    # All splits and folds share a cache. It is emptied at the end, because a notebook keeps the
-    # traceback of a failed run, and with it everything that its functions refer to.
-    with contextlib.closing(dataset.PixelCache(cache_budget(options.cache))) as cache:
-        report = (cross_validate(options, tables, cache) if options.folds
-                  else train(build(options, tables, cache=cache)))
+        # All splits and folds share a cache. It is emptied at the end, because a notebook keeps the
+        # traceback of a failed run, and with it everything that its functions refer to.
+        with contextlib.closing(dataset.PixelCache(cache_budget(options.cache))) as cache:
+            report = (cross_validate(options, tables, cache) if options.folds
+                      else train(build(options, tables, cache=cache)))
 
     images = tables["test"].paths or tables["val"].paths or tables["train"].paths
     print_next_steps(options, images[0])
@@ -328,7 +331,7 @@ def train(run):
 def fit(run):
     """Train until the last epoch, or until patience or a signal ends it sooner."""
     options, state = run.options, run.state
-    with signals_noted(run), ProgressLine(run) as progress:
+    with signals_noted(run), fastest_convolutions(), ProgressLine(run) as progress:
         # A resumed run may lack its best model, because it was killed before it wrote model.pth, or
         # because by another --monitor the last epoch is now the best.
         best, _ = find_best(run)
@@ -339,22 +342,36 @@ def fit(run):
             _, waited = find_best(run)
             if 0 < options.patience <= waited:
                 break
+            stop_if_asked(run)
             choose_layers(run)
             train_epoch(run, progress)
-            if state.images == len(run.tables["train"]):  # else a signal ended the epoch early
-                end_epoch(run)
-                progress.end_epoch()
-            if should_stop(run):
-                save_and_stop(run)
+            stop_if_asked(run)  # now, and not after a validation that may take minutes
+            end_epoch(run)
+            progress.end_epoch()
 
         # A run that is resumed with fewer --epochs may end on an epoch that --val-every left out.
         if not state.images and "val_loss" not in state.history[-1]:
             validate_last(run)
+    stop_if_asked(run)  # when the signal came last; from here on, signals act at once
+
+
+@contextlib.contextmanager
+def fastest_convolutions():
+    """Let cuDNN time its algorithms for each shape within the block, and use the fastest."""
+    # Worth it only in training, where nearly all batches have the same shape. A program that
+    # imports inference.py keeps its own setting.
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def train_epoch(run, progress):
     """Train on the rest of the epoch; after a signal, finish only the current step."""
-    state = run.state
+    options, state = run.options, run.state
+    rank, ranks = rank_and_ranks()
     count = len(run.tables["train"])
     train_mode(run.member.network)
     started = time.perf_counter() - state.seconds
@@ -363,13 +380,18 @@ def train_epoch(run, progress):
     for batch in load_batches(run):
         # The rate is that of the middle of the step, which is 0 in neither the first nor the last.
         set_rates(run, state.epoch + (state.images + batch.seen) / 2 / count)
+        # last.pth keeps the state of the leader's random numbers alone. So in several processes
+        # each step has a seed of its own, with which dropout is the same after a resume.
+        if ranks > 1:
+            rng = np.random.default_rng([options.seed, state.epoch, batch.seen, rank])
+            torch.manual_seed(int(rng.integers(2**63)))
         losses.append(train_step(run, batch.images, batch.targets, batch.share))
         state.images, state.seconds = batch.seen, time.perf_counter() - started
         progress.step(losses[-1])
 
         if len(losses) % 100 == 0:  # rarely, because reading a loss waits for the device
             gather_losses(run, losses)
-        if should_stop(run, len(losses)):
+        if should_stop(run):
             break
     else:
         state.images = count  # batches without a known label were skipped, perhaps the last ones
@@ -391,7 +413,9 @@ def train_step(run, images, targets, share):
         # leads to flat minima, which generalise better. Early on that is not worth the double time.
         with weights_moved_uphill(run.model, run.options.sam):
             compute_gradient(run, images, targets, share)
-    run.scaler.step(run.optimizer)  # skips the step when fp16 overflowed in either gradient
+    # Skips the step when fp16 overflowed in either gradient, which a fused optimizer finds out on
+    # the GPU: nothing in a step waits for the GPU.
+    run.scaler.step(run.optimizer)
     run.scaler.update()
     return loss
 
@@ -407,8 +431,10 @@ def compute_gradient(run, images, targets, share):
 
     # Divide by the known labels of all processes, such as 8 when 3 are known here and 5 elsewhere.
     # DDP averages the gradients of the processes, and the factor turns the average into their sum.
-    # The loss of a batch without a known label is 0, not 0 / 0.
-    all_total, all_known = sum_over_ranks(torch.stack([total.detach(), known]))
+    # The loss of a batch without a known label is 0, not 0 / 0. The same message tells all of them
+    # how many are asked to stop.
+    asked = torch.full_like(known, run.signal != 0)
+    all_total, all_known, run.asked = sum_over_ranks(torch.stack([total.detach(), known, asked]))
     loss = total * rank_and_ranks()[1] / all_known.clamp(min=1)
     run.optimizer.zero_grad(set_to_none=True)  # of frozen weights it stays None
     run.scaler.scale(loss).backward()
@@ -451,7 +477,10 @@ def start_processes(options):
     if use_cuda:  # a GPU per process of this machine
         options.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(options.device)
-    distributed.init_process_group("nccl" if use_cuda else "gloo")  # gloo works without GPUs
+    # The others wait for the leader while it reads, copies or writes much, which may take hours. No
+    # shorter limit is needed to notice that a process has ended: torchrun then ends the others.
+    timeout = datetime.timedelta(days=7)
+    distributed.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)  # gloo: no GPUs
     atexit.register(distributed.destroy_process_group)  # NCCL warns without it
 
 
@@ -478,6 +507,25 @@ def sum_over_ranks(tensor):
     if distributed.is_initialized():
         distributed.all_reduce(tensor)
     return tensor
+
+
+@contextlib.contextmanager
+def ends_with_the_others():
+    """End this process with a message when a collective fails because another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo has no exception of its own; its messages start with [, and a file of its source.
+        if re.match(r"\[[^]]*\bgloo\b", str(error)):
+            reason = "its own message, or that of torchrun, says why"
+        elif isinstance(error, distributed.DistError):
+            reason = str(error).splitlines()[0]  # perhaps NCCL has another problem
+        else:
+            raise
+        print_text(f"error: another process of this run has ended ({reason}): the same command "
+                   "with --resume continues after the last save", sys.stderr)
+        # Not sys.exit(): destructors of torch may wait for processes that wait for this one.
+        os._exit(1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -639,7 +687,9 @@ class Run:
     scaler: torch.amp.GradScaler
     state: State = field(default_factory=State)
     model: nn.Module = None  # the network, wrapped when several processes train it
-    signal: int = 0  # number of the signal that asks to stop
+    signal: int = 0  # number of the signal that asks this process to stop
+    asked: torch.Tensor = None  # how many processes were asked to stop, as of the last step
+    reading: tuple = None  # the same of the step before, on its way from a GPU
     reported: set = field(default_factory=set)  # warnings about bad images that were printed
     board: object = None  # TensorBoard's writer
     fold: tuple = (1, 1)  # with --folds: which fold, counted from 1, and how many there are
@@ -998,13 +1048,13 @@ def load_batches(run):
     loaded = dataset.batches(images, [rows for rows, *_ in drawn], options.workers, pin=device.type == "cuda")
 
     for (_, places, seen), (batch, targets, _) in zip(drawn, loaded):
-        batch = batch.to(device, non_blocking=True)
-        batch = dataset.augment(batch, operations, noise[places].to(device, non_blocking=True))
+        batch, own_noise = (dataset.send(tensor, device) for tensor in (batch, noise[places]))
+        batch = dataset.augment(batch, operations, own_noise)
         share = 1.0
         if options.mix != "none":
             rng = np.random.default_rng([options.seed, epoch, seen])  # the same after a resume
             batch, share = dataset.mix(batch, options.mix, rng)
-        yield Batch(run.member.normalize(batch), targets.to(device, non_blocking=True), share, seen)
+        yield Batch(run.member.normalize(batch), dataset.send(targets, device), share, seen)
 
 
 def draw_batches(run):
@@ -1198,7 +1248,8 @@ def gather_losses(run, losses):
            for iteration, loss in enumerate(values, len(state.losses) + 1)
            if not math.isfinite(loss)]
     # The last step may have spoiled the weights, which only the next loss would show.
-    if not all(bool(weight.isfinite().all()) for weight in run.member.network.parameters()):
+    finite = torch.stack([weight.isfinite().all() for weight in run.member.network.parameters()])
+    if not finite.all():  # read once, as each reading waits for the device
         bad.append("weights are no longer finite")
     if bad:
         saved = "nothing is saved yet"
@@ -1295,8 +1346,16 @@ def predict_split(run, split):
     batch_size = 2 * run.options.batch_size  # without gradients there is room for more
     title = "  ".join([*place_of(run), f"predicting {split}"])
     with Progress(title, len(share)) as progress:
-        part = inference.compute_logits(run.classifier, images, run.classifier.precision,
-                                        batch_size, run.options.workers, share, progress.advance)[0]
+
+        def advance(count):
+            progress.advance(count)
+            return run.signal != 0
+
+        # A signal ends this process's share early, but it stops only where all processes agree on
+        # that: none of them may wait for one that has left. A resumed run predicts the split again.
+        part = inference.compute_logits(run.classifier, images, run.classifier.precision, batch_size,
+                                        run.options.workers, share, advance)[0]
+    stop_if_asked(run)
     logits = part.new_zeros(len(images), part.shape[1])
     logits[share] = part
     logits = sum_over_ranks(logits).cpu()
@@ -1440,12 +1499,14 @@ def signals_noted(run):
 
     The second one acts at once.
     """
+    leader = is_leader()
 
     def note(signal_number, _):
         run.signal = signal_number
         signal.signal(signal_number, before[signal_number])
         with contextlib.suppress(OSError):  # print() is not safe here: it may have been interrupted
-            os.write(2, b"\nfinishing the current step, then saving and stopping\n")
+            if leader:  # torchrun sends the signal to all
+                os.write(2, b"\nfinishing the current step, then saving and stopping\n")
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # others cannot set handlers
@@ -1457,16 +1518,56 @@ def signals_noted(run):
             signal.signal(name, handler)
 
 
-def should_stop(run, step=0):
-    """Return True when a signal asks to stop."""
+def should_stop(run):
+    """Return True when a signal asks to stop, after the same step in all processes."""
     if not distributed.is_initialized():
         return run.signal != 0
-    if step % 10:  # the processes agree only at every tenth step, because each time costs a message
-        return False
-    agreed = torch.tensor(run.signal, device=run.classifier.device)
-    distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
-    run.signal = int(agreed)
-    return run.signal != 0
+
+    # On a GPU the answer is that of the step before, because reading this step's would wait for it.
+    reading = start_reading(run.asked)
+    if run.asked.device.type == "cuda":
+        reading, run.reading = run.reading, reading
+    return reading is not None and finish_reading(run, reading) != 0
+
+
+def stop_if_asked(run):
+    """Save and stop if a signal has asked any process to."""
+    if distributed.is_initialized():
+        # Of several signals the highest number counts: SIGTERM, not SIGINT.
+        highest = torch.tensor(run.signal, device=run.classifier.device)
+        distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+        run.signal = finish_reading(run, start_reading(highest))
+    if run.signal:
+        save_and_stop(run)
+
+
+def start_reading(number):
+    """Start to copy a number (a tensor) from a GPU, and return what finish_reading() takes."""
+    if number.device.type != "cuda":
+        return number, None
+    copy = torch.empty_like(number, device="cpu", pin_memory=True)
+    copy.copy_(number, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return copy, event
+
+
+def finish_reading(run, reading):
+    """Return the number that start_reading() has begun to copy.
+
+    Raises DistError when the other processes do not answer any more.
+    """
+    copy, event = reading
+    deadline = math.inf
+    while event and not event.query():
+        # NCCL waits forever for a process that has ended. torchrun then sends SIGTERM to the
+        # others, and kills them 30 s later.
+        if run.signal:
+            deadline = min(deadline, time.monotonic() + 20)
+        if time.monotonic() > deadline:
+            raise distributed.DistError("the other processes do not answer")
+        time.sleep(0.001)
+    return int(copy)
 
 
 def save_and_stop(run):

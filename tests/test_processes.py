@@ -1,7 +1,7 @@
-"""Several processes train as one does.
+"""Several processes train as one does, stop together, and end when one of them does.
 
-Compared is what is equal by mathematics, so that no processor's way of rounding decides: the first step in single
-precision, and whole runs in double precision, each with one thread as torchrun sets it.
+One process and two are compared in what is equal by mathematics, so that no processor's way of rounding decides: the
+first step in single precision, and whole runs in double precision, each with one thread as torchrun sets it.
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import inference
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, read_json, same_tensors, tensors
 
 # Runs the cases one after the other. "double": in float64; "frozen": with BatchNorm in eval mode, since its statistics
 # are those of a share of the batch. Each rank keeps the gradients of its first step, and what it validated with.
@@ -140,3 +140,132 @@ def test_all_processes_validate_with_the_same_statistics(runs):
     saved = inference.read_checkpoint(runs[2, "single"] / "last.pth")["network"]
     last = {name: tensor.double().sum().item() for name, tensor in saved.items() if "running" in name}
     assert last in first
+
+
+# Starts the processes as forks of one that has imported everything, with the variables that torchrun sets. Their steps
+# are slow. Prints what became of them, as JSON.
+FORKS = """
+import json, os, random, signal, socket, sys, time
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import conftest, dataset, train
+import torchvision.models
+from PIL import Image
+
+conftest.use_small_networks()
+for module, name in conftest.CHARTS:
+    setattr(module, name, lambda *_: Image.new("RGB", (1, 1)))
+train_step, prepare_folder = train.train_step, train.prepare_folder
+
+def refuse(run):
+    raise dataset.InputError("only the leader knows")
+
+def start(out, seconds, *more):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    reader, writer = os.pipe()
+    pids = []
+    for rank in range(2):
+        pids.append(os.fork())
+        if pids[-1]:
+            continue
+        os.environ |= {{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}}
+        os.dup2(os.open(f"{{out}}_{{rank}}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
+
+        def slow_step(*batch):
+            os.write(writer, str(rank).encode())
+            time.sleep(seconds)
+            return train_step(*batch)
+
+        train.train_step = slow_step
+        if out == "refused":
+            train.prepare_folder = refuse
+        code = 0
+        try:
+            dataset.run_command(lambda: train.main([*{arguments!r}, "--out", out, *more]))
+        except SystemExit as ended:
+            code = ended.code
+        os._exit(code)
+    os.close(writer)
+    return pids, reader
+
+def ended(pids):
+    began = time.time()
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    return codes, time.time() - began
+
+def read_steps(reader):
+    return os.read(reader, 10_000).decode()
+
+result = {{"whole": ended(start("whole", 0)[0])}}
+rng = random.Random(0)
+result["stops"] = []
+for number, asked in enumerate(([1], [0, 1])):  # the leader alone does not know, or torchrun tells both
+    pids, reader = start("parts", 0.2, *["--resume"] * (number > 0))
+    read_steps(reader)
+    time.sleep(rng.uniform(0, 0.5))
+    read_steps(reader)
+    for rank in asked:
+        os.kill(pids[rank], signal.SIGTERM)
+    codes, seconds = ended(pids)
+    steps = read_steps(reader)
+    result["stops"].append([codes, max(steps.count("0"), steps.count("1"))])
+result["parts"] = ended(start("parts", 0, "--resume")[0])
+
+pids, reader = start("killed", 0.2)
+read_steps(reader)
+os.kill(pids[1], signal.SIGKILL)
+result["killed"] = ended(pids)
+result["refused"] = ended(start("refused", 0)[0])
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def forks(demo, tmp_path_factory):
+    """Return the folder in which FORKS ran, and what it printed."""
+    folder = tmp_path_factory.mktemp("forks")
+    # Each batch is divided into 10 and 9 images, for which dropout draws unequally many numbers.
+    arguments = ["--data", str(demo), "--epochs", "2", "-b", "20", "--head", "mlp", "--sam", "0.1", "--train-layers",
+                 "layer4,head", "--unfreeze", "all", "--unfreeze-epoch", "2", *SMALL]
+    script = FORKS.format(root=str(ROOT), arguments=arguments)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, env=one_thread)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+def test_two_processes_that_are_stopped_and_resumed_end_as_those_that_never_were(forks):
+    folder, result = forks
+    assert result["whole"][0] == result["parts"][0] == [0, 0]
+    for codes, steps in result["stops"]:
+        assert codes == [143, 143]
+        assert steps <= 2
+    stopped = (folder / "parts_0.txt").read_text()
+    assert "error" not in stopped
+
+    whole, parts = folder / "whole", folder / "parts"
+    assert losses(parts) == losses(whole)
+    for name in ("model.pth", "last.pth"):
+        assert same_tensors(tensors(parts / name), tensors(whole / name))
+    assert read_json(parts / "metrics.json") == read_json(whole / "metrics.json")
+
+
+def test_a_process_ends_with_a_message_when_another_one_is_killed(forks):
+    folder, result = forks
+    codes, seconds = result["killed"]
+    assert codes == [1, -9]
+    assert seconds < 10
+    [message] = (folder / "killed_0.txt").read_text().splitlines()
+    assert message.startswith("error: another process of this run has ended")
+    assert "--resume" in message
+
+
+def test_an_error_of_one_process_ends_the_others(forks):
+    folder, result = forks
+    assert result["refused"][0] == [2, 1]
+    assert result["refused"][1] < 20
+    assert (folder / "refused_0.txt").read_text() == "error: only the leader knows\n"
+    [message] = (folder / "refused_1.txt").read_text().splitlines()
+    assert message.startswith("error: another process of this run has ended")

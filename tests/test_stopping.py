@@ -190,7 +190,7 @@ def test_a_run_killed_many_times_ends_as_one_that_never_was(demo, tmp_path):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("at", [2, 4])  # within the first epoch, and at its end
+@pytest.mark.parametrize("at", [2, 4])  # within the first epoch, and in its last step, before the validation
 def test_a_signal_saves_the_step_in_hand(demo, trained, tmp_path, capfd, number, code, at):
     options = ["--data", str(demo), "--out", str(tmp_path), "--epochs", "2", *SMALL]
     before = signal.getsignal(number)
@@ -202,13 +202,75 @@ def test_a_signal_saves_the_step_in_hand(demo, trained, tmp_path, capfd, number,
     assert signal.getsignal(number) is before
     errors = capfd.readouterr().err
     count = saved_state(tmp_path)["images"]
-    place = f"{count} images of epoch 1" if at == 2 else "epoch 1"
-    assert (0 < count < 60) == (at == 2)
+    assert (0 < count < len(read_rows(tmp_path / "train_metadata.csv"))) == (at == 2)
     assert "finishing the current step, then saving and stopping" in errors
-    assert f"stopped after {place}: the same command with --resume continues from here" in errors
+    assert f"stopped after {count} images of epoch 1: the same command with --resume continues from here" in errors
     assert train.main([*options, "--resume"]) == trained[1]
     assert same_tensors(tensors(tmp_path / "model.pth"), tensors(trained[0] / "model.pth"))
     assert history(tmp_path) == history(trained[0])
+
+
+def interrupt_calls(monkeypatch, module, name, at, number=signal.SIGINT):
+    """Raise a signal within the call number `at` of a function, counted from 1; return the list of its calls."""
+    function, calls = getattr(module, name), []
+
+    def watched(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == at:
+            signal.raise_signal(number)
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(module, name, watched)
+    return calls
+
+
+@pytest.mark.parametrize("at, every", [(1, "0"), (9, "1")])  # a batch of val in epoch 1, and of train in epoch 2
+def test_a_signal_abandons_a_validation_which_a_resumed_run_does_again(options, tmp_path, monkeypatch, at, every):
+    arguments = [*options, "--epochs", "2", "-b", "2", "--split", "0.5", "0.3", "0.2", "--monitor", "loss",
+                 "--train-metrics-every", every]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    report = train.main([*arguments, "--out", str(whole)])
+
+    with monkeypatch.context() as patch:
+        batches = interrupt_calls(patch, inference, "forward_views", at)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*arguments, "--out", str(parts)])
+    assert len(batches) == at  # and none after it
+    state, images = saved_state(parts), len(read_rows(whole / "train_metadata.csv"))
+    assert (state["epoch"], state["images"], len(state["history"])) == (at // 9, images, at // 9)
+
+    with calls_at({}) as steps:
+        assert train.main([*arguments, "--out", str(parts), "--resume"]) == report
+    assert len(steps) == images // 2 * (1 - at // 9)
+    for name in ("model.pth", "last.pth"):
+        assert same_tensors(tensors(whole / name), tensors(parts / name))
+    assert history(whole) == history(parts)
+    assert saved_state(whole)["losses"] == saved_state(parts)["losses"]
+
+
+@pytest.mark.parametrize("name, at, finished", [("write_history", 2, 2), ("choose_layers", 2, 1)])
+def test_a_signal_outside_of_steps_is_not_lost(demo, trained, tmp_path, monkeypatch, name, at, finished):
+    arguments = ["--data", str(demo), "--out", str(tmp_path), "--epochs", "2", *SMALL]
+    with monkeypatch.context() as patch:
+        interrupt_calls(patch, train, name, at, signal.SIGTERM)
+        with calls_at({}) as steps, pytest.raises(SystemExit) as ended:
+            train.main(arguments)
+    assert ended.value.code == 143
+    assert saved_state(tmp_path)["epoch"] == finished
+    assert len(steps) == len(saved_state(tmp_path)["losses"])
+    assert not (tmp_path / "metrics.json").exists()
+    assert train.main([*arguments, "--resume"]) == trained[1]
+
+
+def test_ctrl_c_in_the_final_report_acts_at_once_and_a_resumed_run_reports(demo, trained, tmp_path, monkeypatch):
+    arguments = ["--data", str(demo), "--out", str(tmp_path), "--epochs", "2", *SMALL]
+    with monkeypatch.context() as patch:
+        calls = interrupt_calls(patch, inference, "forward_views", 3)  # two of them are in training
+        with pytest.raises(KeyboardInterrupt):
+            train.main(arguments)
+    assert len(calls) == 3
+    assert (saved_state(tmp_path)["epoch"], saved_state(tmp_path)["images"]) == (2, 0)
+    assert train.main([*arguments, "--resume"]) == trained[1]
 
 
 def test_the_second_signal_acts_at_once(demo, trained, tmp_path):
@@ -469,7 +531,7 @@ def test_images_are_known_by_all_64_bits_of_their_keys(monkeypatch):
 @pytest.mark.parametrize("epochs", ["1", "2"])
 def test_the_last_epoch_of_a_run_that_is_cut_short_is_validated(options, tmp_path, monitor, epochs):
     arguments = [*options, "--val-every", "5", "--monitor", monitor, "-b", "8"]
-    with calls_at({6: interrupt}), pytest.raises(KeyboardInterrupt):
+    with calls_at({7: kill}), pytest.raises(Killed):
         train.main([*arguments, "--epochs", "7"])
     assert (saved_state(tmp_path / "out")["epoch"], saved_state(tmp_path / "out")["images"]) == (2, 0)
     assert not (tmp_path / "out" / "model.pth").exists()
@@ -484,7 +546,7 @@ def test_the_last_epoch_of_a_run_that_is_cut_short_is_validated(options, tmp_pat
 
 def test_a_run_that_was_stopped_after_its_last_validation_keeps_its_last_epoch(options, tmp_path):
     arguments = [*options, "--val-every", "2", "-b", "8"]
-    with calls_at({9: interrupt}), pytest.raises(KeyboardInterrupt):
+    with calls_at({10: kill}), pytest.raises(Killed):
         train.main([*arguments, "--epochs", "9"])
     assert (saved_state(tmp_path / "out")["epoch"], saved_state(tmp_path / "out")["images"]) == (3, 0)
     assert inference.load_model(tmp_path / "out" / "model.pth", "cpu").epoch == 2

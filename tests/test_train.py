@@ -125,7 +125,7 @@ def step_run(network, pos_weight, loss="bce", sam=0.0, trained=0):
     """Return what train_step() needs of a run: 4 epochs, of which some are trained, and a learning rate of 1."""
     return SimpleNamespace(
         options=SimpleNamespace(loss=loss, sam=sam, epochs=4), state=SimpleNamespace(epoch=trained), model=network,
-        classifier=SimpleNamespace(precision=torch.float32), pos_weight=torch.tensor(pos_weight),
+        signal=0, classifier=SimpleNamespace(precision=torch.float32), pos_weight=torch.tensor(pos_weight),
         optimizer=torch.optim.SGD(network.parameters(), lr=1.0), scaler=torch.amp.GradScaler("cpu", enabled=False))
 
 
