@@ -678,8 +678,9 @@ def image_keys(table):
 
 def was_trained_on(trained_on, table):
     """Return booleans (N,): True for the images of a table whose image_keys() are in trained_on."""
-    # As 64 unsigned bits: NumPy would make floats of mixed integers, which differ too little.
-    return np.isin(np.array(image_keys(table), np.uint64), np.array(trained_on, np.uint64))
+    # A set, because NumPy may compare numbers of 64 bits as floats, some of which would be equal.
+    known = set(trained_on)
+    return np.array([key in known for key in image_keys(table)], bool)
 
 
 def import_metrics(option):
