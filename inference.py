@@ -739,8 +739,9 @@ def _held_out_rows(classifier, table):
 
 def was_trained_on(trained_on, table):
     """Return booleans (N,): True for the images of a table whose dataset.image_keys() are in trained_on."""
-    # As 64 unsigned bits: NumPy would make floats of mixed integers, which differ too little.
-    return np.isin(dataset.image_keys(table), np.array(trained_on, np.uint64))
+    # A set, because NumPy may compare numbers of 64 bits as floats, some of which would be equal.
+    known = set(trained_on)
+    return np.array([key in known for key in dataset.image_keys(table).tolist()], bool)
 
 
 def import_metrics(option):
