@@ -661,7 +661,7 @@ def trains_on_one_image(options):
 
 @dataclass
 class State:
-    """Progress of a run: plain values, saved in last.pth as they are, but the losses as a tensor."""
+    """Progress of a run: plain values, saved in last.pth as they are."""
 
     epoch: int = 0  # finished epochs
     images: int = 0  # images used of the epoch in progress
@@ -1585,8 +1585,7 @@ def save_state(run):
     content = {
         "format": inference.FORMAT, "options": classifier.options, "classes": classifier.classes,
         **run.digests, "precision": precision_name(classifier.precision),
-        # A tensor of losses, since a list of a million numbers takes seconds to load.
-        "state": vars(run.state) | {"losses": torch.tensor(run.state.losses, dtype=torch.float64)},
+        "state": dict(vars(run.state)),
         "fresh": list(run.fresh), "trained_on": inference.pack_keys(classifier.trained_on),
         "network": run.member.network.state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -1688,8 +1687,7 @@ def load_state(run, content):
 
     Raises InputError when the network of the best epoch is lost.
     """
-    losses = torch.as_tensor(content["state"]["losses"], dtype=torch.float64)  # older files: a list
-    run.state = State(**content["state"] | {"losses": losses.tolist()})
+    run.state = State(**content["state"])
     path = run.out / "model.pth"
     if path.exists():  # the best epoch so far
         saved = inference.read_checkpoint(path)

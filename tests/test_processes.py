@@ -109,7 +109,7 @@ def runs(demo, tmp_path_factory):
 
 
 def losses(folder):
-    return inference.read_checkpoint(folder / "last.pth")["state"]["losses"].tolist()
+    return inference.read_checkpoint(folder / "last.pth")["state"]["losses"]
 
 
 def kept(folder, rank=0):
