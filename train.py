@@ -2375,6 +2375,8 @@ class ProgressLine(Progress):
     def step(self, loss):
         """Show the progress after a step."""
         self.loss = loss
+        if self.stream and self.run.state.images == len(self.run.tables["train"]):
+            self.due = 0.0  # the last step of an epoch is always shown
         self.advance()
         self.trained = time.perf_counter()
 

@@ -535,7 +535,7 @@ def test_what_the_asymmetric_loss_learns_is_nearly_taken_back():
 
 FILES = {"model.pth", "last.pth", "classes.json", "label_groups.json", "thresholds.json", "predictions.csv",
          "train_metadata.csv", "val_metadata.csv", "test_metadata.csv", "loss_curve.png", "history.csv",
-         "metrics.json", "config.json", "pr_curves.png", "predictions.png", "probabilities.csv",
+         "metrics.json", "config.json", "images.npz", "pr_curves.png", "predictions.png", "probabilities.csv",
          "reliability.png"}
 
 
