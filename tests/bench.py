@@ -270,7 +270,7 @@ def bench_baseline(data="data/demo"):
 # Training
 
 
-def plain_loop(table, size=224, batch_size=16):
+def plain_loop(table, size=224, batch_size=16, backbone="resnet18", device="cpu"):
     """Return a function that trains one epoch as people write it, and its transforms for single images.
 
     That is Pillow, torchvision's transforms, a DataLoader and fp32.
@@ -293,12 +293,13 @@ def plain_loop(table, size=224, batch_size=16):
             return change(Image.open(table.paths[i]).convert("RGB")), torch.tensor(table.targets[i])
 
     loader = torch.utils.data.DataLoader(Images(), batch_size, shuffle=True, num_workers=os.cpu_count(), drop_last=True)
-    network = torchvision.models.resnet18(num_classes=len(table.classes))
+    network = torchvision.models.get_model(backbone, num_classes=len(table.classes)).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
 
     def epoch():
         network.train()
         for images, targets in loader:
+            images, targets = images.to(device), targets.to(device)
             known = ~torch.isnan(targets)
             loss = torch.nn.functional.binary_cross_entropy_with_logits(network(images)[known], targets[known])
             optimizer.zero_grad()
@@ -319,6 +320,8 @@ def describe_machine():
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "none")
     print(f"{names[0]}, {' '.join(flags) or 'no flags'}; {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"ONEDNN_MAX_CPU_ISA {limit}")
+    if torch.cuda.is_available():
+        print(torch.cuda.get_device_name())
 
 
 def ceiling(run, precision, layout):
@@ -331,13 +334,13 @@ def ceiling(run, precision, layout):
 
     network = copy.deepcopy(run.classifier.network).train().to(memory_format=layout)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
-    options = run.options
-    images = torch.randn(options.batch_size, 3, options.size, options.size).contiguous(memory_format=layout)
-    targets = torch.randint(0, 2, (options.batch_size, len(run.classifier.classes))).float()
+    options, device = run.options, run.classifier.device
+    images = torch.randn(options.batch_size, 3, options.size, options.size).to(device, memory_format=layout)
+    targets = torch.randint(0, 2, (options.batch_size, len(run.classifier.classes)), device=device).float()
 
     def steps(count):
         for _ in range(count):
-            with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 logits = network(images).float()
             total, known = train.masked_bce(logits, targets, run.pos_weight)
             optimizer.zero_grad(set_to_none=True)
@@ -388,25 +391,32 @@ def start_run(*options):
 
 
 def seconds(function):
-    """Return how long a call takes."""
+    """Return how long a call takes, and what it has asked a GPU to do."""
+    import torch
+
     start = time.perf_counter()
     function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def bench_train(data, *options):
     """Print the images per second of an epoch of ours, of a plain loop and of the ceiling, which reads no images.
 
-    Further options are those of train.py.
+    Further options are those of train.py, for example --backbone resnet50 -b 64 --precision bf16 on a GPU.
     """
+    import torch
+
     import train
 
     describe_machine()
+    torch.backends.cudnn.benchmark = True  # for the references too
     options = ["--data", data, "--weights", "none", *options]
     run, ours = start_run(*options)
     count = len(run.tables["train"])
     batch = run.options.batch_size
-    plain, _ = plain_loop(run.tables["train"], run.options.size, batch)
+    plain, _ = plain_loop(run.tables["train"], run.options.size, batch, run.options.backbone, run.classifier.device)
     tops = ceilings(run)
     fastest = sorted(tops, key=lambda name: tops[name][1])
     chosen = f"{str(run.classifier.precision)[6:]} channels_last"
