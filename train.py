@@ -408,7 +408,7 @@ def train_step(run, images, targets, share):
     """
     loss = compute_gradient(run, images, targets, share)
 
-    if run.options.sam and run.state.epoch >= run.options.epochs / 2:
+    if takes_sam_steps(run.options, run.state.epoch + 1):
         # Replace the gradient by that of the worst point nearby (sharpness-aware minimisation). It
         # leads to flat minima, which generalise better. Early on that is not worth the double time.
         with weights_moved_uphill(run.model, run.options.sam):
@@ -439,6 +439,11 @@ def compute_gradient(run, images, targets, share):
     run.optimizer.zero_grad(set_to_none=True)  # of frozen weights it stays None
     run.scaler.scale(loss).backward()
     return all_total / all_known.clamp(min=1)
+
+
+def takes_sam_steps(options, epoch):
+    """Return True if the steps of an epoch, counted from 1, are sharpness-aware."""
+    return bool(options.sam) and epoch - 1 >= options.epochs / 2
 
 
 @contextlib.contextmanager
@@ -910,8 +915,8 @@ def choose_layers(run):
     """Freeze and unfreeze the layers for the coming epoch, and set run.model."""
     options = run.options
     network = run.member.network
-    unfrozen = options.unfreeze and run.state.epoch + 1 >= options.unfreeze_epoch
-    trained = select_parameters(network, layers_to_train(options, unfrozen), run.fresh)
+    layers = layers_to_train(options, run.state.epoch + 1)
+    trained = select_parameters(network, layers, run.fresh)
     before = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     if run.model is None or trained != before:
         for name, parameter in network.named_parameters():
@@ -921,8 +926,9 @@ def choose_layers(run):
             run.model = nn.parallel.DistributedDataParallel(network)
 
 
-def layers_to_train(options, unfrozen):
-    """Return the layers to train before or after --unfreeze-epoch, for select_parameters()."""
+def layers_to_train(options, epoch):
+    """Return the layers to train in an epoch, counted from 1, for select_parameters()."""
+    unfrozen = options.unfreeze and epoch >= options.unfreeze_epoch
     return f"{options.train_layers},{options.unfreeze}" if unfrozen else options.train_layers
 
 
@@ -1269,10 +1275,10 @@ def end_epoch(run):
     mean = float(np.mean(losses)) if losses else math.nan  # none, when no label was known
     row = {"epoch": epoch, "steps": len(losses), "train_loss": mean}
 
-    if epoch % options.val_every == 0 or epoch == options.epochs:
+    splits = splits_to_score(options, epoch)
+    if "val" in splits:
         row |= validate(run)
-    every = options.train_metrics_every
-    if every and (epoch % every == 0 or epoch == options.epochs):
+    if "train" in splits:
         report = evaluate_split(run, "train")[2]
         row |= {f"train_{name}": report[name] for name in ("f1_macro", "f1_weighted", "map")}
 
@@ -1289,6 +1295,12 @@ def end_epoch(run):
         for step, loss in enumerate(losses, len(state.losses) - len(losses) + 1):
             run.board.add_scalar("iteration/train_loss", loss, step)
         run.board.flush()
+
+
+def splits_to_score(options, epoch):
+    """Return which of train and val are predicted after an epoch, counted from 1."""
+    every = {"train": options.train_metrics_every, "val": options.val_every}
+    return [split for split, n in every.items() if n and (epoch % n == 0 or epoch == options.epochs)]
 
 
 def validate(run):
@@ -2366,10 +2378,9 @@ class ProgressLine(Progress):
         self.run = run
         self.loss = None  # of the last step, still on the device
         self.trained = 0.0  # time of the last step
-        self.units = {}
+        self.units = work_units(run)
         for row in run.state.history:  # of a resumed run
-            kind = kind_of_step(run.options, row["epoch"])
-            note_speed(run.speeds, kind, row["images_per_second"])
+            self.note_speed(row)
         super().__init__("training", len(run.tables["train"]) * run.options.epochs)
 
     def step(self, loss):
@@ -2385,7 +2396,6 @@ class ProgressLine(Progress):
         state = self.run.state
         count = len(self.run.tables["train"])
         rate = state.images / state.seconds
-        self.units = self.units or work_units(self.run)
         left = f"{dataset.format_seconds(estimate_left(self.run, self.units))} left"
         if self.run.fold[1] > 1:
             left += " in all"
@@ -2397,10 +2407,10 @@ class ProgressLine(Progress):
         """Print the last row of the history."""
         options, state = self.run.options, self.run.state
         row = state.history[-1]
-        if predicted := images_predicted(options, self.run.tables, row["epoch"]):
+        self.note_speed(row)
+        if predicted := images_to_score(options, self.run.tables, row["epoch"]):
             seconds = time.perf_counter() - self.trained  # to predict and to save
-            note_speed(self.run.speeds, PREDICT, predicted / seconds)
-        note_speed(self.run.speeds, kind_of_step(options, row["epoch"]), row["images_per_second"])
+            self.run.speeds[PREDICT] = seconds / predicted
 
         line = "epoch {epoch:{width}}/{epochs}  loss {train_loss:.4f}"
         if "val_loss" in row:
@@ -2410,45 +2420,67 @@ class ProgressLine(Progress):
             line += "  best"
         print_once(options, line.format(width=len(str(options.epochs)), epochs=options.epochs, **row))
 
+    def note_speed(self, row):
+        """Note how fast the steps of an epoch were, which is a row of the history."""
+        if row["images_per_second"]:
+            kind = kind_of_step(self.run.options, row["epoch"])
+            self.run.speeds[kind] = 1 / row["images_per_second"]
 
-# Time left: the images that are still to be trained on and to be predicted, of each kind, times the
-# seconds that an image of this kind takes: as measured, or, as long as none was trained on, in
-# proportion to what was measured. For example, no step with --sam is taken in the first half of the
-# epochs, but it has two forward and two backward passes.
+
+# The time left is that of all images that are still to be trained on and to be predicted. How long an
+# image takes depends on the kind of work: a step that trains all layers takes longer than one that
+# trains the head, and --sam doubles it. A kind that this run has not done yet is expected to take as
+# long as the present one, in proportion to what it computes.
 
 PREDICT = "predict"  # a kind of work; the others are those of kind_of_step()
 
 
-def kind_of_step(options, epoch):
-    """Return what decides how long the steps of an epoch, counted from 1, take: two booleans.
+def estimate_left(run, units):
+    """Return the seconds that a run will still take, with --folds those of all folds.
 
-    Returns: whether the layers of --unfreeze are trained, and whether --sam doubles the steps.
+    Args: units: as work_units() returns them.
     """
-    unfrozen = bool(options.unfreeze) and epoch >= options.unfreeze_epoch
-    return unfrozen, bool(options.sam) and epoch - 1 >= options.epochs / 2
+    options, state = run.options, run.state
+    fold, folds = run.fold
+    left = images_left(options, run.tables, state.epoch, state.images)
+    for _ in range(folds - fold):
+        left.update(images_left(options, run.tables))  # which adds: folds are of similar size
 
+    kind = kind_of_step(options, state.epoch + 1)
+    paces = {done: run.speeds[done] / units[done] for done in units if done in run.speeds}
+    now = state.seconds / state.images / units[kind]
 
-def images_predicted(options, tables, epoch):
-    """Return how many images are predicted at the end of an epoch, counted from 1."""
-    last = epoch == options.epochs
-    every = options.train_metrics_every
-    validates = last or epoch % options.val_every == 0
-    scores_train = every and (last or epoch % every == 0)
-    return validates * len(tables["val"]) + bool(scores_train) * len(tables["train"])
+    # An epoch may be faster than the one before, for example because its images are in memory now.
+    # Its first steps say little about it, but a fifth of it says enough.
+    before = paces.get(kind, paces.get(kind_of_step(options, state.epoch), now))
+    weight = min(1, 5 * state.images / len(run.tables["train"]))
+    paces[kind] = weight * now + (1 - weight) * before
+    return sum(images * units[other] * paces.get(other, paces[kind])
+               for other, images in left.items())
 
 
 def images_left(options, tables, epoch=0, images=0):
-    """Count the images that are left of a run: {kind: number of images to train on, or to predict}.
+    """Count the images that are left of a run: {kind of work: number of images}.
 
     Args: epoch: finished epochs; images: those used of the epoch in progress.
     """
     left = Counter()
     for one in range(epoch + 1, options.epochs + 1):
         left[kind_of_step(options, one)] += len(tables["train"])
-        left[PREDICT] += images_predicted(options, tables, one)
+        left[PREDICT] += images_to_score(options, tables, one)
     left[kind_of_step(options, epoch + 1)] -= images
     left[PREDICT] += len(tables["val"]) + len(tables["test"])  # for the report
     return left
+
+
+def kind_of_step(options, epoch):
+    """Return what decides how long a step takes in an epoch, counted from 1: its layers, and --sam."""
+    return layers_to_train(options, epoch), takes_sam_steps(options, epoch)
+
+
+def images_to_score(options, tables, epoch):
+    """Return how many images are predicted after an epoch, counted from 1."""
+    return sum(len(tables[split]) for split in splits_to_score(options, epoch))
 
 
 def work_units(run):
@@ -2459,45 +2491,11 @@ def work_units(run):
     options, network = run.options, run.member.network
     names = [name for name, _ in network.named_parameters()]
     units = {PREDICT: 1.0}
-    for unfrozen, sam in {kind_of_step(options, epoch + 1) for epoch in range(options.epochs)}:
-        trained = select_parameters(network, layers_to_train(options, unfrozen), run.fresh)
+    for layers, sam in {kind_of_step(options, epoch + 1) for epoch in range(options.epochs)}:
+        trained = select_parameters(network, layers, run.fresh)
         first = next(place for place, name in enumerate(names) if name in trained)
-        units[unfrozen, sam] = (1 + 2 * (1 - first / len(names))) * (1 + sam)
+        units[layers, sam] = (1 + 2 * (1 - first / len(names))) * (1 + sam)
     return units
-
-
-def note_speed(speeds, kind, rate):
-    """Note how many images a second were measured of a kind of work, which becomes the last one."""
-    speeds.pop(kind, None)
-    if rate:
-        speeds[kind] = 1 / rate
-
-
-def estimate_left(run, units):
-    """Return the seconds that a run, or all folds, will still take. units: of work_units()."""
-    options, state = run.options, run.state
-    fold, folds = run.fold
-    left = images_left(options, run.tables, state.epoch, state.images)
-    for _ in range(folds - fold):
-        left.update(images_left(options, run.tables))  # which adds: folds are of similar size
-
-    # An epoch may be faster than the one before, for example because its images are in memory now.
-    # Its first steps tell little about it, but a fifth of it enough.
-    speeds, kind = dict(run.speeds), kind_of_step(options, state.epoch + 1)
-    now, weight = state.seconds / state.images, min(1, 5 * state.images / len(run.tables["train"]))
-    before = seconds_per_image(kind, speeds, units) if speeds else now
-    speeds.pop(kind, None)
-    speeds[kind] = weight * now + (1 - weight) * before  # as the last one
-    return sum(images * seconds_per_image(kind, speeds, units) for kind, images in left.items())
-
-
-def seconds_per_image(kind, speeds, units):
-    """Return how long an image takes: as measured, or in proportion to the last kind of work.
-
-    Args: speeds: {kind: seconds per image}, the last measured kind last; units: of work_units().
-    """
-    last = next(reversed(speeds))
-    return speeds.get(kind, speeds[last] * units[kind] / units[last])
 
 
 if __name__ == "__main__":
