@@ -79,7 +79,8 @@ def main(argv=None):
     classifier = _load_chosen_models(options)
     _note(f"{', '.join(options.model)}: {classifier}; {len(paths)} images")
 
-    with _signals_noted() as signals:
+    signals = []  # those that asked to stop
+    with signals_noted(signals.append, "stopping after the images in progress"):
         with dataset.Progress("predicting", len(paths)) as progress:
             probabilities, errors = predict_all(classifier, paths, options.batch_size,
                                                 options.workers, _until(signals, progress))
@@ -274,29 +275,27 @@ def _load_chosen_models(options):
 
 
 @contextlib.contextmanager
-def _signals_noted():
-    """Yield a list, to which the first Ctrl-C or SIGTERM within the block only adds its number.
+def signals_noted(note, message=""):
+    """Let the first Ctrl-C or SIGTERM within the block only call note(number) and print a message.
 
     The second one acts at once.
     """
-    signals, before = [], {}
 
-    def note(signal_number, _):
-        signals.append(signal_number)
-        restore()
-        with contextlib.suppress(OSError):  # print() is not safe here: it may have been interrupted
-            os.write(2, b"\nstopping after the images in progress\n")
+    def handle(number, _):
+        note(number)
+        signal.signal(number, before[number])
+        if message:
+            with contextlib.suppress(OSError):  # print() is not safe here: the signal may interrupt one
+                os.write(2, f"\n{message}\n".encode())
 
-    def restore():
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
+    before = {}
     if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-        before = {name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield signals
+        yield
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _until(signals, progress):
