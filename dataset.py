@@ -85,7 +85,7 @@ class LabelTable:
     origins: list = field(default_factory=list)  # "FILE:LINE" of the row
     added: list = field(default_factory=list)  # True for rows that answers added to the label file
 
-    keys: np.ndarray = None  # image_key() of each image, whole numbers (N,), 0 where it is not computed
+    keys: np.ndarray = None  # image_key() of each image, integers (N,); 0 where it is not computed
 
     # Arrays (N, C), or None if no answers were merged.
     before: np.ndarray = None  # the targets before the merge
@@ -101,7 +101,7 @@ class LabelTable:
     part_of: dict = field(default_factory=dict)  # {image below `root`: its part}, if files list them
     merged: int = 0  # number of rows that were merged with an earlier row of the same image
     absent: float = math.nan  # label of classes that a row does not name; 0 in lists
-    identities: "Identities" = None  # what tells the images apart, of all rows as they were read
+    identities: "Identities" = None  # which image files are the same, of all rows that were read
 
     def __len__(self):
         return len(self.ids)
@@ -1001,8 +1001,8 @@ def _regularize_rows(file):
     if file.delimiter == " " or not all(names_image(cells[start]) for _, cells in file.rows[:50]):
         return
 
-    # Rows of 1, 0 and NA are a table. Others hold names for certain if they start with a part, if
-    # they are ragged, or if a name is in two columns.
+    # Rows of 1, 0 and NA are a table. They are only counted, as a copy of a million rows would take
+    # much memory.
     count = labels = 0
     for _, cells in file.rows:
         names = [cell for cell in cells[start + 1 :] if cell]
@@ -1011,6 +1011,8 @@ def _regularize_rows(file):
     if 2 * labels > count:
         return
 
+    # Others hold names for certain if they start with a part, if they are ragged, or if a name is
+    # in two columns.
     lists = [[cell for cell in cells[start + 1 :] if cell] for _, cells in file.rows]
     ragged = len(set(map(len, lists))) > 1
     repeated = len(set(chain(*lists))) < sum(map(len, map(set, zip(*lists))))
@@ -1079,7 +1081,10 @@ def _columns(file, titles):
 
 
 def _fit_cells(file, number, cells, titles):
-    """Return the cells of a row, one for each title. Raises InputError if there are others."""
+    """Return the cells of a row, one for each title.
+
+    Raises InputError if there are more or fewer.
+    """
     # Between blanks, the cells that are too many may belong to a file name: my photo.jpg
     extra = len(cells) - len(titles)
     if file.delimiter == " " and extra > 0 and file.values[cells[extra]] is None:
@@ -1311,7 +1316,7 @@ def _say_the_same(listed, flags):
 
 
 class Cells(Sequence):
-    """Hold the cells of a column as small numbers, since of a million labels few are distinct."""
+    """Hold the cells of a column as small numbers, since few of a million labels are distinct."""
 
     def __init__(self, cells=()):
         self._code_of = defaultdict()  # {distinct cell: its number}
@@ -1320,7 +1325,7 @@ class Cells(Sequence):
         self.extend(cells)
 
     def extend(self, cells):
-        """Append a list of cells. Only possible before the first use."""
+        """Append a list of cells, which is only possible before `codes` is used."""
         codes = np.fromiter(map(self._code_of.__getitem__, cells), np.uint32, len(cells))
         self._parts.append(codes.astype(np.min_scalar_type(len(self._code_of))))
 
@@ -1331,17 +1336,17 @@ class Cells(Sequence):
 
     @cached_property
     def codes(self):
-        """Return the place of each cell in `distinct`, whole numbers (N,)."""
+        """Return the index of each cell in `distinct`, integers (N,)."""
         self._parts = [np.concatenate(self._parts)]
         return self._parts[0]
 
     @cached_property
     def counts(self):
-        """Return {cell: how often it is there}."""
-        return dict(zip(self.distinct, np.bincount(self.codes, minlength=len(self.distinct)).tolist()))
+        """Return {cell: how often the column has it}."""
+        return dict(zip(self.distinct, np.bincount(self.codes).tolist()))
 
     def lookup(self, values):
-        """Return the values of the cells, float32 (N,), for {cell: a number}."""
+        """Return the number that `values` has for each cell, float32 (N,)."""
         return np.array([values[cell] for cell in self.distinct], np.float32)[self.codes]
 
     def __len__(self):
@@ -3003,8 +3008,8 @@ class ImageFolder:
     def ends(self, path):
         """Return the files whose path ends in this one, or is the end of it, sorted."""
         stem, suffix = _image_suffix(path)
-        if stem.rpartition("/")[2] not in self._last_stems:  # such as a label: no index is needed
-            return []
+        if stem.rpartition("/")[2] not in self._last_stems:  # such as a label
+            return []  # the index of tails, which takes long for many files, is not needed
         found = set()
         for stems in (False,) if suffix else (False, True):
             tail = stem if stems else stem + suffix
@@ -3127,7 +3132,7 @@ def _long_form(names):
 
 def _find_copies(table, identify):
     """Set `copies` if two rows have the same image, by its path or by its bytes."""
-    # Rows of the same path share a file, which is looked at only once.
+    # Rows with the same path share a file, which is looked at only once.
     paths = list(dict.fromkeys(table.paths))
     place = {path: i for i, path in enumerate(paths)}
     places = np.array([place[path] for path in table.paths], int)
@@ -3140,11 +3145,11 @@ def _find_copies(table, identify):
 
 
 class Identities(NamedTuple):
-    """Tell which of N files are the same."""
+    """Hold which of N files have the same bytes."""
 
-    stamp: str  # a fingerprint of their paths, sizes and times of change
-    firsts: np.ndarray  # whole numbers (N,): the place of the first file with the same bytes
-    keys: np.ndarray  # whole numbers (N,): image_key(), or 0 where it was not needed
+    stamp: str  # a hash of their paths, sizes and modification times
+    firsts: np.ndarray  # integers (N,): the index of the first file with the same bytes
+    keys: np.ndarray  # integers (N,): image_key(), or 0 where it was not needed
 
 
 def identify_images(paths, known=None):
@@ -3158,8 +3163,8 @@ def identify_images(paths, known=None):
     if known and known.stamp == stamp:
         return known
 
-    # Only files of the same size can have the same bytes. Most of these differ early. What is left
-    # is compared as a whole.
+    # Only files of the same size can have the same bytes, and most of those differ in their first
+    # 64 KB, which image_key() reads. The few that are left are read as a whole.
     sizes = np.array([size for size, _ in stats])
     keys = np.zeros(len(paths), np.uint64)
     similar = _repeated(sizes, np.flatnonzero(sizes > 0))
@@ -3175,17 +3180,17 @@ def identify_images(paths, known=None):
 
 
 def _repeated(values, places):
-    """Return those of some places in an array whose values are there more than once."""
+    """Return those of `places` in an array whose value stands at more than one of them."""
     _, inverse, counts = np.unique(values[places], return_inverse=True, return_counts=True)
     return places[counts[inverse] > 1]
 
 
 def _map_in_threads(function, paths, title):
-    """Return a list of what a function that waits for a disk returns for each path.
+    """Call a function for each path, in threads, and return the list of its results.
 
-    Args: title: what it does, to be shown beside its progress.
+    Args: function: one that mostly waits for a disk; title: what to call it on the progress line.
     """
-    # A task for each file would cost more than the reading of a small one.
+    # To start a task for each file would take longer than to read a small one.
     parts = [paths[start : start + 500] for start in range(0, len(paths), 500)]
     found = []
     with ThreadPoolExecutor(8) as pool, Progress(title, len(paths)) as progress:
@@ -3196,7 +3201,7 @@ def _map_in_threads(function, paths, title):
 
 
 def _size_and_time(path):
-    """Return the size of a file and the time of its last change, or -1, -1 if it is not there."""
+    """Return the size and the modification time of a file, or -1, -1 if it does not exist."""
     try:
         status = os.stat(path)
     except OSError:  # training reports it
@@ -3216,10 +3221,11 @@ def image_key(path):
 
 
 def image_keys(table):
-    """Return the image_key() of each image of a table, whole numbers (N,)."""
+    """Return the image_key() of each image of a table, integers (N,)."""
     keys = np.zeros(len(table), np.uint64) if table.keys is None else table.keys.copy()
     missing = np.flatnonzero(keys == 0)
-    keys[missing] = _map_in_threads(image_key, [table.paths[row] for row in missing], "looking at images")
+    paths = [table.paths[row] for row in missing]
+    keys[missing] = _map_in_threads(image_key, paths, "looking at images")
     return keys
 
 
@@ -3896,9 +3902,7 @@ def _units(table):
             np.minimum.at(lowest, first, units)
             units = lowest[first]
         if (units == before).all():
-            break
-    is_lowest = units == np.arange(len(table))
-    return (np.cumsum(is_lowest) - 1)[units]
+            return np.unique(units, return_inverse=True)[1]
 
 
 def _stratified_parts(positives, sizes, ratios):
@@ -3929,8 +3933,8 @@ def _stratified_parts(positives, sizes, ratios):
             lacking[k] -= count
             room[k] -= size
 
-        # Their other labels are no longer lacking either. They are subtracted one after the other,
-        # not as a sum, which might round to another number and break a tie in another way.
+        # Their other labels are no longer lacking, either. They are subtracted unit by unit, since
+        # subtracting their sum might round differently, and so break a tie differently.
         part[units] = chosen
         for k in parts:
             taken = positives[:, units[part[units] == k]]
@@ -4832,7 +4836,7 @@ def _print(text, file, end):
 
 
 class Progress:
-    """Show how far long work is, in a line that updates in place and is removed at the end.
+    """Show the progress of long work in a line that updates in place and is removed at the end.
 
     Nothing is shown in the first two seconds, without a terminal or notebook, and while
     Progress.shown is False. Call advance() from one thread only. Where one Progress is used within
@@ -4873,7 +4877,10 @@ class Progress:
             self._draw(self.parts(now - self.started))
 
     def parts(self, seconds):
-        """Return the parts of the line after so many seconds; some are left out if it is narrow."""
+        """Return the parts of the line, of which _draw() leaves out some if the terminal is narrow.
+
+        Args: seconds: the time since the start.
+        """
         rate = self.done / seconds
         left = max(0, self.total - self.done) * seconds / max(1, self.done)
         rate = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s"
@@ -4901,7 +4908,10 @@ class Progress:
 
 
 def watched(title, items, total=None):
-    """Yield the items, and show meanwhile how many are done. total: by default their len()."""
+    """Yield the items and show the progress of the loop over them.
+
+    Args: title: as for Progress; total: number of items (default: their len()).
+    """
     with Progress(title, len(items) if total is None else total) as progress:
         for item in items:
             yield item
@@ -4910,7 +4920,7 @@ def watched(title, items, total=None):
 
 def live_stream():
     """Return the stream on which a line can be overwritten, or None if there is none."""
-    # Predictions go to stdout, so stderr comes first; but notebooks show that in red.
+    # stderr comes first, since predictions are printed to stdout. Notebooks show stderr in red.
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
         return sys.stdout
     for stream in (sys.stderr, sys.stdout):
@@ -4921,11 +4931,11 @@ def live_stream():
 
 
 def _count_columns(stream):
-    """Return the width of a terminal in letters."""
+    """Return the width of a terminal in characters."""
     columns = 0
     with contextlib.suppress(AttributeError, OSError, ValueError):
         columns = os.get_terminal_size(stream.fileno()).columns
-    # This one asks only stdout, which may be a file.
+    # shutil asks only about stdout, which may be a file.
     return columns or shutil.get_terminal_size().columns
 
 

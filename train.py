@@ -11,7 +11,8 @@
 
 A run reads and splits the labels, trains with a masked loss, keeps the last epoch (with --patience
 the best one on val), calibrates the probabilities and chooses a threshold per class on val, and
-reports on test. It writes all its files to --out. inference.py uses the model.
+reports on test. It writes all its files to --out. inference.py uses the model. Ctrl-C and SIGTERM
+save a run and end all its processes, and --resume continues it.
 """
 
 import argparse
@@ -219,8 +220,10 @@ def option_parser():
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="auto: on a GPU what it is built for; on a CPU bf16 if it is at least 1.3 times as fast")
     add("--cache", type=cache_size, default="auto", metavar="GB",
-        help="memory for decoded images: auto (half of what is free), off, or gigabytes")
-    add("--resume", action="store_true", help="resume the run in OUT")
+        help="memory for decoded images, which all folds share: auto (half of what is free, "
+             "divided among the processes), off, or gigabytes in each process")
+    add("--resume", action="store_true",
+        help="resume the run in OUT, for example after Ctrl-C or a crash")
     parser.set_defaults(**RECIPE)
     return parser
 
@@ -382,8 +385,8 @@ def train_epoch(run, progress):
     for batch in load_batches(run):
         # The rate is that of the middle of the step, which is 0 in neither the first nor the last.
         set_rates(run, state.epoch + (state.images + batch.seen) / 2 / count)
-        # last.pth keeps the state of the leader's random numbers alone. So in several processes
-        # each step has a seed of its own, with which dropout is the same after a resume.
+        # last.pth holds the random state of the leader alone. With several processes, each step
+        # therefore gets a seed of its own, so that dropout is the same after a resume.
         if ranks > 1:
             rng = np.random.default_rng([options.seed, state.epoch, batch.seen, rank])
             torch.manual_seed(int(rng.integers(2**63)))
@@ -415,8 +418,9 @@ def train_step(run, images, targets, share):
         # leads to flat minima, which generalise better. Early on that is not worth the double time.
         with weights_moved_uphill(run.model, run.options.sam):
             compute_gradient(run, images, targets, share)
-    # Skips the step when fp16 overflowed in either gradient, which a fused optimizer finds out on
-    # the GPU: nothing in a step waits for the GPU.
+
+    # The scaler skips the step when fp16 overflowed in either gradient. A fused optimizer checks
+    # that on the GPU, so that nothing in a step waits for the GPU.
     run.scaler.step(run.optimizer)
     run.scaler.update()
     return loss
@@ -433,8 +437,8 @@ def compute_gradient(run, images, targets, share):
 
     # Divide by the known labels of all processes, such as 8 when 3 are known here and 5 elsewhere.
     # DDP averages the gradients of the processes, and the factor turns the average into their sum.
-    # The loss of a batch without a known label is 0, not 0 / 0. The same message tells all of them
-    # how many are asked to stop.
+    # The loss of a batch without a known label is 0, not 0 / 0. The same all-reduce counts the
+    # processes that a signal asked to stop, which saves a second one.
     asked = torch.full_like(known, run.signal != 0)
     all_total, all_known, run.asked = sum_over_ranks(torch.stack([total.detach(), known, asked]))
     loss = total * rank_and_ranks()[1] / all_known.clamp(min=1)
@@ -484,8 +488,9 @@ def start_processes(options):
     if use_cuda:  # a GPU per process of this machine
         options.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(options.device)
-    # The others wait for the leader while it reads, copies or writes much, which may take hours. No
-    # shorter limit is needed to notice that a process has ended: torchrun then ends the others.
+
+    # The others wait while the leader reads, copies or writes many files, which may take hours. The
+    # limit can be this long because torchrun ends all processes when one of them has ended.
     timeout = datetime.timedelta(days=7)
     distributed.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)  # gloo: no GPUs
     atexit.register(distributed.destroy_process_group)  # NCCL warns without it
@@ -518,11 +523,12 @@ def sum_over_ranks(tensor):
 
 @contextlib.contextmanager
 def ends_with_the_others():
-    """End this process with a message when a collective fails because another process has ended."""
+    """End this process with a message if communication fails because another one has ended."""
     try:
         yield
     except RuntimeError as error:
-        # gloo has no exception of its own; its messages start with [, and a file of its source.
+        # gloo has no exception of its own. Its messages start with the name of one of its source
+        # files in brackets.
         if re.match(r"\[[^]]*\bgloo\b", str(error)):
             reason = "its own message, or that of torchrun, says why"
         elif isinstance(error, distributed.DistError):
@@ -696,7 +702,7 @@ class Run:
     model: nn.Module = None  # the network, wrapped when several processes train it
     signal: int = 0  # number of the signal that asks this process to stop
     asked: torch.Tensor = None  # how many processes were asked to stop, as of the last step
-    reading: tuple = None  # the same of the step before, on its way from a GPU
+    reading: tuple = None  # on a GPU: `asked` of an earlier step, as start_reading() returned it
     reported: set = field(default_factory=set)  # warnings about bad images that were printed
     board: object = None  # TensorBoard's writer
     fold: tuple = (1, 1)  # with --folds: which fold, counted from 1, and how many there are
@@ -1056,8 +1062,8 @@ def load_batches(run):
     loaded = dataset.batches(images, [rows for rows, *_ in drawn], options.workers, pin=device.type == "cuda")
 
     for (_, places, seen), (batch, targets, _) in zip(drawn, loaded):
-        batch, own_noise = (dataset.send(tensor, device) for tensor in (batch, noise[places]))
-        batch = dataset.augment(batch, operations, own_noise)
+        batch = dataset.send(batch, device)
+        batch = dataset.augment(batch, operations, dataset.send(noise[places], device))
         share = 1.0
         if options.mix != "none":
             rng = np.random.default_rng([options.seed, epoch, seen])  # the same after a resume
@@ -1073,7 +1079,7 @@ def draw_batches(run):
     """
     options, state = run.options, run.state
     targets = run.tables["train"].targets
-    useless = np.isnan(targets).all(axis=1)  # there is nothing to learn from such an image
+    useless = np.isnan(targets).all(axis=1)  # nothing can be learned from an image without labels
     count = len(targets)
 
     # The order depends on the seed and the epoch alone, so that a resumed run continues it: after
@@ -1365,8 +1371,9 @@ def predict_split(run, split):
             progress.advance(count)
             return run.signal != 0
 
-        # A signal ends this process's share early, but it stops only where all processes agree on
-        # that: none of them may wait for one that has left. A resumed run predicts the split again.
+        # A signal ends this process's share early, but the process itself ends in stop_if_asked(),
+        # where all agree to: otherwise the others would wait for it. A resumed run predicts the
+        # whole split again.
         part = inference.compute_logits(run.classifier, images, run.classifier.precision, batch_size,
                                         run.options.workers, share, advance)[0]
     stop_if_asked(run)
@@ -1508,7 +1515,7 @@ def best_epoch(history, monitor, min_delta=0.0):
 
 
 def should_stop(run):
-    """Return True when a signal asks to stop, after the same step in all processes."""
+    """Return True once a signal asks to stop, in all processes after the same step."""
     if not distributed.is_initialized():
         return run.signal != 0
 
@@ -1520,9 +1527,9 @@ def should_stop(run):
 
 
 def stop_if_asked(run):
-    """Save and stop if a signal has asked any process to."""
+    """Save and stop if a signal asks any of the processes to."""
     if distributed.is_initialized():
-        # Of several signals the highest number counts: SIGTERM, not SIGINT.
+        # If they got different signals, the highest number counts: SIGTERM, not SIGINT.
         highest = torch.tensor(run.signal, device=run.classifier.device)
         distributed.all_reduce(highest, distributed.ReduceOp.MAX)
         run.signal = finish_reading(run, start_reading(highest))
@@ -1531,7 +1538,7 @@ def stop_if_asked(run):
 
 
 def start_reading(number):
-    """Start to copy a number (a tensor) from a GPU, and return what finish_reading() takes."""
+    """Start to copy a tensor with one number from a GPU; finish_reading() takes what this returns."""
     if number.device.type != "cuda":
         return number, None
     copy = torch.empty_like(number, device="cpu", pin_memory=True)
@@ -1542,15 +1549,15 @@ def start_reading(number):
 
 
 def finish_reading(run, reading):
-    """Return the number that start_reading() has begun to copy.
+    """Return the number that start_reading() started to copy.
 
-    Raises DistError when the other processes do not answer any more.
+    Raises DistError if the other processes no longer answer.
     """
     copy, event = reading
     deadline = math.inf
     while event and not event.query():
-        # NCCL waits forever for a process that has ended. torchrun then sends SIGTERM to the
-        # others, and kills them 30 s later.
+        # NCCL waits forever for a process that has ended. torchrun then sends SIGTERM to the others
+        # and kills them 30 s later. Giving up after 20 s leaves time for an error message.
         if run.signal:
             deadline = min(deadline, time.monotonic() + 20)
         if time.monotonic() > deadline:
@@ -1791,8 +1798,9 @@ def cross_validate(options, tables, cache=None):
 
         if is_leader():
             write_report(options, classifier, report, table, probabilities, thresholds)
+            header = ["ID", *table.classes]
             rows = ([name, *row.tolist()] for name, row in zip(table.ids, thresholds))
-            dataset.write_csv(out / "fold_thresholds.csv", itertools.chain([["ID", *table.classes]], rows))
+            dataset.write_csv(out / "fold_thresholds.csv", itertools.chain([header], rows))
             write_pr_curves(out, table, probabilities, classifier)
         print_once(options, format_folds(report))
         if is_leader():
@@ -2097,8 +2105,9 @@ def write_inputs(options, tables):
     for split, part in tables.items():
         if len(part) == 0:
             continue
+        header = ["ID", *part.classes]
         rows = ([name, *labels] for name, labels in zip(part.ids, dataset.to_cells(part.targets)))
-        dataset.write_csv(out / f"{split}_metadata.csv", itertools.chain([["ID", *part.classes]], rows))
+        dataset.write_csv(out / f"{split}_metadata.csv", itertools.chain([header], rows))
 
 
 def open_board(options):
@@ -2338,7 +2347,7 @@ def print_next_steps(options, image):
 
 
 def place_of(run):
-    """Return where a run is, as the first parts of a line: ["fold 2/5", "epoch 3/20"]."""
+    """Return the first parts of a progress line, such as ["fold 2/5", "epoch 3/20"]."""
     fold, folds = run.fold
     parts = [f"fold {fold}/{folds}"] if folds > 1 else []
     if run.state.images:  # else no epoch is in progress
@@ -2349,7 +2358,7 @@ def place_of(run):
 class ProgressLine(Progress):
     """Print a line per epoch, and within it, on a terminal, one that updates in place."""
 
-    delay = 0  # seconds: a training is long
+    delay = 0  # seconds: training always takes long enough for a line
 
     def __init__(self, run):
         self.run = run
@@ -2364,7 +2373,7 @@ class ProgressLine(Progress):
         """Show the progress after a step."""
         self.loss = loss
         if self.stream and self.run.state.images == len(self.run.tables["train"]):
-            self.due = 0.0  # the last step of an epoch is always shown
+            self.due = 0.0  # at once, so that the last step of an epoch is always shown
         self.advance()
         self.trained = time.perf_counter()
 
@@ -2376,7 +2385,7 @@ class ProgressLine(Progress):
         left = f"{dataset.format_seconds(estimate_left(self.run, self.units))} left"
         if self.run.fold[1] > 1:
             left += " in all"
-        # Showing the loss waits for the device, but only five times a second.
+        # Reading the loss waits for the device, but only five times a second.
         return [*place_of(self.run), f"image {state.images:,}/{count:,}",
                 f"loss {self.loss.item():.4f}", f"{rate:,.0f} images/s", left]
 
