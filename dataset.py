@@ -1073,7 +1073,7 @@ def _split_header(file):
 def _columns(file, titles):
     """Return {title: the Cells of the column}; every row must have a cell for each title."""
     columns = [Cells() for _ in titles]
-    rows = iter(watched(f"understanding {file.path.name}", file.rows))
+    rows = iter(watched(f"parsing {file.path.name}", file.rows))
     while some := [_fit_cells(file, number, cells, titles) for number, cells in islice(rows, 1000)]:
         for column, cells in zip(columns, zip(*some)):
             column.extend(cells)
@@ -2309,6 +2309,7 @@ def _read_coco_file(path):
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON: "
                          f"{getattr(error, 'msg', error)}: export it again") from None
+
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise InputError(f"{path} has no list {key}: COCO JSON needs images, annotations and "
@@ -3157,7 +3158,7 @@ def identify_images(paths, known=None):
 
     Args: known: the Identities of an earlier run, which are returned if no file has changed.
     """
-    stats = _map_in_threads(_size_and_time, paths, "looking at images")
+    stats = _map_in_threads(_size_and_time, paths, "checking file sizes")
     names = "\0".join(paths).encode("utf-8", "surrogateescape")
     stamp = hashlib.sha256(np.array(stats, np.int64).tobytes() + names).hexdigest()
     if known and known.stamp == stamp:
@@ -3225,7 +3226,7 @@ def image_keys(table):
     keys = np.zeros(len(table), np.uint64) if table.keys is None else table.keys.copy()
     missing = np.flatnonzero(keys == 0)
     paths = [table.paths[row] for row in missing]
-    keys[missing] = _map_in_threads(image_key, paths, "looking at images")
+    keys[missing] = _map_in_threads(image_key, paths, "identifying images")
     return keys
 
 
@@ -4891,7 +4892,7 @@ class Progress:
         # A line that fills the last column of a terminal may make it scroll.
         room = _count_columns(self.stream) - 1
         while len(parts) > 1 and len("  ".join(parts)) > room:
-            del parts[-2 if len(parts) > 2 else -1]  # what is done and the time left go last
+            del parts[-2 if len(parts) > 2 else -1]  # from the right, but the time left goes last
         line = "  ".join(parts)[:room]
 
         covered = min(Progress.line[1], room) if Progress.line else 0
@@ -5006,7 +5007,7 @@ def is_stream(path):
 def atomic_write(path, mode="w"):
     """Open a temporary file that replaces `path` if the block succeeds, and is removed if it fails.
 
-    Symlinks are followed. A stream, by is_stream(), is written directly. Raises OSError.
+    Symlinks are followed. A stream (see is_stream()) is written directly. Raises OSError.
     """
     settings = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
     direct = is_stream(path)

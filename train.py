@@ -1109,12 +1109,13 @@ def draw_batches(run):
 
 
 def home_ranks(ids, ranks):
-    """Return the rank whose memory should hold each image, an array of N of them.
+    """Return the rank whose cache should hold each image, an int array (N,).
 
-    The others seldom need the image, so that --cache is not filled with copies.
+    The other ranks seldom need the image, so that their caches have room for others.
     """
     if ranks == 1:
         return np.zeros(len(ids), int)
+
     # By chance, because rows are often sorted by label, and BatchNorm must not see a single class.
     # By name, because a name is the same in every process, epoch and fold.
     digests = (hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in ids)
@@ -1122,9 +1123,9 @@ def home_ranks(ids, ranks):
 
 
 def divide_batch(homes, ranks):
-    """Return the rank that gets each image of a batch, an array of B of them.
+    """Return the rank that gets each image of a batch, an int array (B,).
 
-    All get equally many, or one more or less: an image whose home has enough goes to another rank.
+    All ranks get the same number, give or take one. An image whose home has enough goes elsewhere.
     Args: homes (B,), as home_ranks() returns them.
     """
     room = [len(share) for share in np.array_split(homes, ranks)]
@@ -1188,22 +1189,22 @@ def cache_budget(cache, root=Path("/")):
 def memory_groups(root):
     """Yield the folders of the control groups that may limit the memory of this process.
 
-    Containers, SLURM and systemd run processes in such groups. Those above a group limit it, too.
+    Containers, SLURM and systemd run processes in such groups. The groups above one limit it, too.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except (OSError, ValueError):  # no Linux
         return
 
-    # A line is "0::/user/job" (cgroup version 2), or such as "7:memory:/user/job" (version 1).
-    # A machine with both versions has the second in a folder of its own.
+    # A line looks like "0::/user/job" (cgroup version 2) or "7:memory:/user/job" (version 1). Where
+    # both are in use, version 2 has a folder of its own.
     mounts = root / "sys/fs/cgroup"
     for line in lines:
         controllers, _, path = line.partition(":")[2].partition(":")
         if controllers and "memory" not in controllers.split(","):
             continue
         for mount in [mounts / "memory"] if controllers else [mounts, mounts / "unified"]:
-            # A container often sees its own group as the mount, but the path that it has outside.
+            # In a container, the mount often is its own group, while the path is the one outside.
             names = [name for name in path.split("/") if name]
             if ".." in names or not os.path.isdir(mount.joinpath(*names)):
                 names = []
@@ -1212,7 +1213,7 @@ def memory_groups(root):
 
 
 # Files of a control group in versions 1 and 2: its limits, the memory in use, and the line of
-# memory.stat about files that the kernel keeps in memory, but can drop at any time.
+# memory.stat that counts file contents which the kernel keeps in memory but can drop at any time.
 GROUP_FILES = (
     (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
     (("memory.max", "memory.high"), "memory.current", "inactive_file"),
@@ -1233,7 +1234,7 @@ def free_in_group(folder):
 
 
 def read_number(path, title=None):
-    """Return the number in a file, or in its line with this title; None if there is none."""
+    """Return the number in a file, or on its line that starts with `title`, or None."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         text = path.read_text()
         if title is None:
@@ -1538,7 +1539,7 @@ def stop_if_asked(run):
 
 
 def start_reading(number):
-    """Start to copy a tensor with one number from a GPU; finish_reading() takes what this returns."""
+    """Start to copy a number from a GPU, and return what finish_reading() takes."""
     if number.device.type != "cuda":
         return number, None
     copy = torch.empty_like(number, device="cpu", pin_memory=True)
@@ -2407,16 +2408,16 @@ class ProgressLine(Progress):
         print_once(options, line.format(width=len(str(options.epochs)), epochs=options.epochs, **row))
 
     def note_speed(self, row):
-        """Note how fast the steps of an epoch were, which is a row of the history."""
+        """Note how fast the steps of an epoch were, from its row of the history."""
         if row["images_per_second"]:
             kind = kind_of_step(self.run.options, row["epoch"])
             self.run.speeds[kind] = 1 / row["images_per_second"]
 
 
-# The time left is that of all images that are still to be trained on and to be predicted. How long an
-# image takes depends on the kind of work: a step that trains all layers takes longer than one that
-# trains the head, and --sam doubles it. A kind that this run has not done yet is expected to take as
-# long as the present one, in proportion to what it computes.
+# The time left is estimated from the images that are still to be trained on or predicted. How long
+# an image takes depends on the kind of work: a step that trains all layers takes longer than one
+# that trains only the head, and --sam doubles a step. A kind that was not measured yet is taken to
+# be as fast as the epoch in progress, in proportion to what it computes.
 
 PREDICT = "predict"  # a kind of work; the others are those of kind_of_step()
 
@@ -2432,17 +2433,18 @@ def estimate_left(run, units):
     for _ in range(folds - fold):
         left.update(images_left(options, run.tables))  # which adds: folds are of similar size
 
-    kind = kind_of_step(options, state.epoch + 1)
-    paces = {done: run.speeds[done] / units[done] for done in units if done in run.speeds}
-    now = state.seconds / state.images / units[kind]
+    # Seconds per unit of work, as measured before this epoch and in it.
+    paces = {kind: run.speeds[kind] / units[kind] for kind in units if kind in run.speeds}
+    current = kind_of_step(options, state.epoch + 1)
+    now = state.seconds / state.images / units[current]
 
     # An epoch may be faster than the one before, for example because its images are in memory now.
     # Its first steps say little about it, but a fifth of it says enough.
-    before = paces.get(kind, paces.get(kind_of_step(options, state.epoch), now))
+    before = paces.get(current, paces.get(kind_of_step(options, state.epoch), now))
     weight = min(1, 5 * state.images / len(run.tables["train"]))
-    paces[kind] = weight * now + (1 - weight) * before
-    return sum(images * units[other] * paces.get(other, paces[kind])
-               for other, images in left.items())
+    paces[current] = weight * now + (1 - weight) * before
+    return sum(images * units[kind] * paces.get(kind, paces[current])
+               for kind, images in left.items())
 
 
 def images_left(options, tables, epoch=0, images=0):

@@ -1,4 +1,4 @@
-"""Tests of the lines that show how far long work is: when they appear, what they say, and that nothing is left."""
+"""Tests of the lines that show progress: when they appear, what they say, and that nothing is left of them."""
 
 import io
 import math
