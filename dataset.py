@@ -85,7 +85,7 @@ class LabelTable:
     origins: list = field(default_factory=list)  # "FILE:LINE" of the row
     added: list = field(default_factory=list)  # True for rows that answers added to the label file
 
-    keys: np.ndarray = None  # image_key() of each image, whole numbers (N,), 0 where it is not computed
+    keys: np.ndarray = None  # image_key() of each image, integers (N,); 0 where it is not computed
 
     # Arrays (N, C), or None if no answers were merged.
     before: np.ndarray = None  # the targets before the merge
@@ -101,7 +101,7 @@ class LabelTable:
     part_of: dict = field(default_factory=dict)  # {image below `root`: its part}, if files list them
     merged: int = 0  # number of rows that were merged with an earlier row of the same image
     absent: float = math.nan  # label of classes that a row does not name; 0 in lists
-    identities: "Identities" = None  # what tells the images apart, of all rows as they were read
+    identities: "Identities" = None  # which image files are the same, of all rows that were read
 
     def __len__(self):
         return len(self.ids)
@@ -1001,8 +1001,8 @@ def _regularize_rows(file):
     if file.delimiter == " " or not all(names_image(cells[start]) for _, cells in file.rows[:50]):
         return
 
-    # Rows of 1, 0 and NA are a table. Others hold names for certain if they start with a part, if
-    # they are ragged, or if a name is in two columns.
+    # Rows of 1, 0 and NA are a table. They are only counted, as a copy of a million rows would take
+    # much memory.
     count = labels = 0
     for _, cells in file.rows:
         names = [cell for cell in cells[start + 1 :] if cell]
@@ -1011,6 +1011,8 @@ def _regularize_rows(file):
     if 2 * labels > count:
         return
 
+    # Others hold names for certain if they start with a part, if they are ragged, or if a name is
+    # in two columns.
     lists = [[cell for cell in cells[start + 1 :] if cell] for _, cells in file.rows]
     ragged = len(set(map(len, lists))) > 1
     repeated = len(set(chain(*lists))) < sum(map(len, map(set, zip(*lists))))
@@ -1071,7 +1073,7 @@ def _split_header(file):
 def _columns(file, titles):
     """Return {title: the Cells of the column}; every row must have a cell for each title."""
     columns = [Cells() for _ in titles]
-    rows = iter(watched(f"understanding {file.path.name}", file.rows))
+    rows = iter(watched(f"parsing {file.path.name}", file.rows))
     while some := [_fit_cells(file, number, cells, titles) for number, cells in islice(rows, 1000)]:
         for column, cells in zip(columns, zip(*some)):
             column.extend(cells)
@@ -1079,7 +1081,10 @@ def _columns(file, titles):
 
 
 def _fit_cells(file, number, cells, titles):
-    """Return the cells of a row, one for each title. Raises InputError if there are others."""
+    """Return the cells of a row, one for each title.
+
+    Raises InputError if there are more or fewer.
+    """
     # Between blanks, the cells that are too many may belong to a file name: my photo.jpg
     extra = len(cells) - len(titles)
     if file.delimiter == " " and extra > 0 and file.values[cells[extra]] is None:
@@ -1311,7 +1316,7 @@ def _say_the_same(listed, flags):
 
 
 class Cells(Sequence):
-    """Hold the cells of a column as small numbers, since of a million labels few are distinct."""
+    """Hold the cells of a column as small numbers, since few of a million labels are distinct."""
 
     def __init__(self, cells=()):
         self._code_of = defaultdict()  # {distinct cell: its number}
@@ -1320,7 +1325,7 @@ class Cells(Sequence):
         self.extend(cells)
 
     def extend(self, cells):
-        """Append a list of cells. Only possible before the first use."""
+        """Append a list of cells, which is only possible before `codes` is used."""
         codes = np.fromiter(map(self._code_of.__getitem__, cells), np.uint32, len(cells))
         self._parts.append(codes.astype(np.min_scalar_type(len(self._code_of))))
 
@@ -1331,17 +1336,17 @@ class Cells(Sequence):
 
     @cached_property
     def codes(self):
-        """Return the place of each cell in `distinct`, whole numbers (N,)."""
+        """Return the index of each cell in `distinct`, integers (N,)."""
         self._parts = [np.concatenate(self._parts)]
         return self._parts[0]
 
     @cached_property
     def counts(self):
-        """Return {cell: how often it is there}."""
-        return dict(zip(self.distinct, np.bincount(self.codes, minlength=len(self.distinct)).tolist()))
+        """Return {cell: how often the column has it}."""
+        return dict(zip(self.distinct, np.bincount(self.codes).tolist()))
 
     def lookup(self, values):
-        """Return the values of the cells, float32 (N,), for {cell: a number}."""
+        """Return the number that `values` has for each cell, float32 (N,)."""
         return np.array([values[cell] for cell in self.distinct], np.float32)[self.codes]
 
     def __len__(self):
@@ -2304,6 +2309,7 @@ def _read_coco_file(path):
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON: "
                          f"{getattr(error, 'msg', error)}: export it again") from None
+
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise InputError(f"{path} has no list {key}: COCO JSON needs images, annotations and "
@@ -3003,8 +3009,8 @@ class ImageFolder:
     def ends(self, path):
         """Return the files whose path ends in this one, or is the end of it, sorted."""
         stem, suffix = _image_suffix(path)
-        if stem.rpartition("/")[2] not in self._last_stems:  # such as a label: no index is needed
-            return []
+        if stem.rpartition("/")[2] not in self._last_stems:  # such as a label
+            return []  # the index of tails, which takes long for many files, is not needed
         found = set()
         for stems in (False,) if suffix else (False, True):
             tail = stem if stems else stem + suffix
@@ -3127,7 +3133,7 @@ def _long_form(names):
 
 def _find_copies(table, identify):
     """Set `copies` if two rows have the same image, by its path or by its bytes."""
-    # Rows of the same path share a file, which is looked at only once.
+    # Rows with the same path share a file, which is looked at only once.
     paths = list(dict.fromkeys(table.paths))
     place = {path: i for i, path in enumerate(paths)}
     places = np.array([place[path] for path in table.paths], int)
@@ -3140,11 +3146,11 @@ def _find_copies(table, identify):
 
 
 class Identities(NamedTuple):
-    """Tell which of N files are the same."""
+    """Hold which of N files have the same bytes."""
 
-    stamp: str  # a fingerprint of their paths, sizes and times of change
-    firsts: np.ndarray  # whole numbers (N,): the place of the first file with the same bytes
-    keys: np.ndarray  # whole numbers (N,): image_key(), or 0 where it was not needed
+    stamp: str  # a hash of their paths, sizes and modification times
+    firsts: np.ndarray  # integers (N,): the index of the first file with the same bytes
+    keys: np.ndarray  # integers (N,): image_key(), or 0 where it was not needed
 
 
 def identify_images(paths, known=None):
@@ -3152,14 +3158,14 @@ def identify_images(paths, known=None):
 
     Args: known: the Identities of an earlier run, which are returned if no file has changed.
     """
-    stats = _map_in_threads(_size_and_time, paths, "looking at images")
+    stats = _map_in_threads(_size_and_time, paths, "checking file sizes")
     names = "\0".join(paths).encode("utf-8", "surrogateescape")
     stamp = hashlib.sha256(np.array(stats, np.int64).tobytes() + names).hexdigest()
     if known and known.stamp == stamp:
         return known
 
-    # Only files of the same size can have the same bytes. Most of these differ early. What is left
-    # is compared as a whole.
+    # Only files of the same size can have the same bytes, and most of those differ in their first
+    # 64 KB, which image_key() reads. The few that are left are read as a whole.
     sizes = np.array([size for size, _ in stats])
     keys = np.zeros(len(paths), np.uint64)
     similar = _repeated(sizes, np.flatnonzero(sizes > 0))
@@ -3175,17 +3181,17 @@ def identify_images(paths, known=None):
 
 
 def _repeated(values, places):
-    """Return those of some places in an array whose values are there more than once."""
+    """Return those of `places` in an array whose value stands at more than one of them."""
     _, inverse, counts = np.unique(values[places], return_inverse=True, return_counts=True)
     return places[counts[inverse] > 1]
 
 
 def _map_in_threads(function, paths, title):
-    """Return a list of what a function that waits for a disk returns for each path.
+    """Call a function for each path, in threads, and return the list of its results.
 
-    Args: title: what it does, to be shown beside its progress.
+    Args: function: one that mostly waits for a disk; title: what to call it on the progress line.
     """
-    # A task for each file would cost more than the reading of a small one.
+    # To start a task for each file would take longer than to read a small one.
     parts = [paths[start : start + 500] for start in range(0, len(paths), 500)]
     found = []
     with ThreadPoolExecutor(8) as pool, Progress(title, len(paths)) as progress:
@@ -3196,7 +3202,7 @@ def _map_in_threads(function, paths, title):
 
 
 def _size_and_time(path):
-    """Return the size of a file and the time of its last change, or -1, -1 if it is not there."""
+    """Return the size and the modification time of a file, or -1, -1 if it does not exist."""
     try:
         status = os.stat(path)
     except OSError:  # training reports it
@@ -3216,10 +3222,11 @@ def image_key(path):
 
 
 def image_keys(table):
-    """Return the image_key() of each image of a table, whole numbers (N,)."""
+    """Return the image_key() of each image of a table, integers (N,)."""
     keys = np.zeros(len(table), np.uint64) if table.keys is None else table.keys.copy()
     missing = np.flatnonzero(keys == 0)
-    keys[missing] = _map_in_threads(image_key, [table.paths[row] for row in missing], "looking at images")
+    paths = [table.paths[row] for row in missing]
+    keys[missing] = _map_in_threads(image_key, paths, "identifying images")
     return keys
 
 
@@ -3896,9 +3903,7 @@ def _units(table):
             np.minimum.at(lowest, first, units)
             units = lowest[first]
         if (units == before).all():
-            break
-    is_lowest = units == np.arange(len(table))
-    return (np.cumsum(is_lowest) - 1)[units]
+            return np.unique(units, return_inverse=True)[1]
 
 
 def _stratified_parts(positives, sizes, ratios):
@@ -3929,8 +3934,8 @@ def _stratified_parts(positives, sizes, ratios):
             lacking[k] -= count
             room[k] -= size
 
-        # Their other labels are no longer lacking either. They are subtracted one after the other,
-        # not as a sum, which might round to another number and break a tie in another way.
+        # Their other labels are no longer lacking, either. They are subtracted unit by unit, since
+        # subtracting their sum might round differently, and so break a tie differently.
         part[units] = chosen
         for k in parts:
             taken = positives[:, units[part[units] == k]]
@@ -4832,7 +4837,7 @@ def _print(text, file, end):
 
 
 class Progress:
-    """Show how far long work is, in a line that updates in place and is removed at the end.
+    """Show the progress of long work in a line that updates in place and is removed at the end.
 
     Nothing is shown in the first two seconds, without a terminal or notebook, and while
     Progress.shown is False. Call advance() from one thread only. Where one Progress is used within
@@ -4873,7 +4878,10 @@ class Progress:
             self._draw(self.parts(now - self.started))
 
     def parts(self, seconds):
-        """Return the parts of the line after so many seconds; some are left out if it is narrow."""
+        """Return the parts of the line, of which _draw() leaves out some if the terminal is narrow.
+
+        Args: seconds: the time since the start.
+        """
         rate = self.done / seconds
         left = max(0, self.total - self.done) * seconds / max(1, self.done)
         rate = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s"
@@ -4884,7 +4892,7 @@ class Progress:
         # A line that fills the last column of a terminal may make it scroll.
         room = _count_columns(self.stream) - 1
         while len(parts) > 1 and len("  ".join(parts)) > room:
-            del parts[-2 if len(parts) > 2 else -1]  # what is done and the time left go last
+            del parts[-2 if len(parts) > 2 else -1]  # from the right, but the time left goes last
         line = "  ".join(parts)[:room]
 
         covered = min(Progress.line[1], room) if Progress.line else 0
@@ -4901,7 +4909,10 @@ class Progress:
 
 
 def watched(title, items, total=None):
-    """Yield the items, and show meanwhile how many are done. total: by default their len()."""
+    """Yield the items and show the progress of the loop over them.
+
+    Args: title: as for Progress; total: number of items (default: their len()).
+    """
     with Progress(title, len(items) if total is None else total) as progress:
         for item in items:
             yield item
@@ -4910,7 +4921,7 @@ def watched(title, items, total=None):
 
 def live_stream():
     """Return the stream on which a line can be overwritten, or None if there is none."""
-    # Predictions go to stdout, so stderr comes first; but notebooks show that in red.
+    # stderr comes first, since predictions are printed to stdout. Notebooks show stderr in red.
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
         return sys.stdout
     for stream in (sys.stderr, sys.stdout):
@@ -4921,11 +4932,11 @@ def live_stream():
 
 
 def _count_columns(stream):
-    """Return the width of a terminal in letters."""
+    """Return the width of a terminal in characters."""
     columns = 0
     with contextlib.suppress(AttributeError, OSError, ValueError):
         columns = os.get_terminal_size(stream.fileno()).columns
-    # This one asks only stdout, which may be a file.
+    # shutil asks only about stdout, which may be a file.
     return columns or shutil.get_terminal_size().columns
 
 
@@ -4996,7 +5007,7 @@ def is_stream(path):
 def atomic_write(path, mode="w"):
     """Open a temporary file that replaces `path` if the block succeeds, and is removed if it fails.
 
-    Symlinks are followed. A stream, by is_stream(), is written directly. Raises OSError.
+    Symlinks are followed. A stream (see is_stream()) is written directly. Raises OSError.
     """
     settings = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
     direct = is_stream(path)

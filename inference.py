@@ -12,6 +12,8 @@
     classifier = inference.load_model("outputs/model.pth")
     probabilities = inference.predict(classifier, ["img.jpg"])  # (N, C)
 
+After Ctrl-C, what was predicted so far is written to FILE.partial, or without --out printed.
+
 To deploy a model, copy dataset.py, inference.py and model.pth. --evaluate, --calibrate and --ask also
 need metrics.py.
 """
@@ -72,49 +74,7 @@ def main(argv=None):
         return ask(options)
     if options.export:
         return export(options)
-
-    # A wrong path should fail at once, not after the seconds that it takes to load a model.
-    ids, paths = find_images(options.paths)
-    _check_outputs(options, paths)
-    classifier = _load_chosen_models(options)
-    _note(f"{', '.join(options.model)}: {classifier}; {len(paths)} images")
-
-    with _signals_noted() as signals:
-        with dataset.Progress("predicting", len(paths)) as progress:
-            probabilities, errors = predict_all(classifier, paths, options.batch_size,
-                                                options.workers, _until(signals, progress))
-
-        # After Ctrl-C, what was predicted so far is written, but not as if it were everything.
-        count = len(probabilities)
-        out = options.out if count == len(paths) else _partial_path(options.out)
-        good = [row for row in range(count) if row not in errors]
-        if good:
-            names = [ids[row] for row in good]
-            text = format_predictions(options.format, names, probabilities[good],
-                                      classifier.thresholds, classifier)
-            _print_or_write(text, out)
-
-        # The pictures come last, since they take much longer.
-        drawn = []
-        if good and options.save and not signals:
-            with dataset.Progress("drawing pictures", len(good)) as progress:
-                drawn = save_pictures(classifier, [paths[row] for row in good], probabilities[good],
-                                      options.save, options.heatmap, _until(signals, progress))
-        if drawn:
-            more = f" and {len(drawn) - 1} more" if len(drawn) > 1 else ""
-            print_text(f"drawn: {drawn[0]}{more}", file=sys.stderr if options.out else None)
-
-    # Bad images do not keep the good ones from being predicted, but scripts see the exit code.
-    for message in errors.values():
-        _note(f"skipped: {message}")
-    if signals:
-        place = f": {out}" if out and good else ""
-        pictures = f"; {len(drawn):,} pictures are drawn" if options.save else ""
-        _note(f"stopped after {count:,} of {len(paths):,} images{place}{pictures}")
-        raise KeyboardInterrupt if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
-    if errors:
-        raise ImageError(f"{len(errors)} of {len(paths)} images could not be read")
-    return probabilities
+    return predict_files(options)
 
 
 def parse_options(argv=None):
@@ -238,13 +198,63 @@ def _check_export(options):
             raise InputError(f"--export writes a model, in fp32 and for any device: leave out {name}")
 
 
+def predict_files(options):
+    """Predict the images of the command line, print or write the labels, and draw pictures.
+
+    Returns the probabilities (N, C). Raises ImageError if an image could not be read. After Ctrl-C
+    or SIGTERM, raises KeyboardInterrupt or SystemExit once everything so far is written.
+    """
+    # A wrong path should fail at once, not after the seconds that it takes to load a model.
+    ids, paths = find_images(options.paths)
+    _check_outputs(options, paths)
+    classifier = _load_chosen_models(options)
+    _note(f"{', '.join(options.model)}: {classifier}; {len(paths)} images")
+
+    signals = []  # numbers of the signals that asked to stop
+    with signals_noted(signals.append, "stopping after the images in progress"):
+        with dataset.Progress("predicting", len(paths)) as progress:
+            probabilities, errors = predict_all(classifier, paths, options.batch_size,
+                                                options.workers, _until(signals, progress))
+
+        # An interrupted run must not look complete, so it writes to FILE.partial.
+        count = len(probabilities)
+        out = options.out if count == len(paths) else _partial_path(options.out)
+        good = [row for row in range(count) if row not in errors]
+        if good:
+            names = [ids[row] for row in good]
+            text = format_predictions(options.format, names, probabilities[good],
+                                      classifier.thresholds, classifier)
+            _print_or_write(text, out)
+
+        # The pictures come last, since they take much longer.
+        drawn = []
+        if good and options.save and not signals:
+            with dataset.Progress("drawing pictures", len(good)) as progress:
+                drawn = save_pictures(classifier, [paths[row] for row in good], probabilities[good],
+                                      options.save, options.heatmap, _until(signals, progress))
+        if drawn:
+            more = f" and {len(drawn) - 1} more" if len(drawn) > 1 else ""
+            print_text(f"drawn: {drawn[0]}{more}", file=sys.stderr if options.out else None)
+
+    # Bad images do not keep the good ones from being predicted, but scripts see the exit code.
+    for message in errors.values():
+        _note(f"skipped: {message}")
+    if signals:
+        place = f": {out}" if out and good else ""
+        pictures = f"; {len(drawn):,} pictures are drawn" if options.save else ""
+        _note(f"stopped after {count:,} of {len(paths):,} images{place}{pictures}")
+        raise KeyboardInterrupt if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
+    if errors:
+        raise ImageError(f"{len(errors)} of {len(paths)} images could not be read")
+    return probabilities
+
+
 def _check_outputs(options, paths):
     """Raise an InputError if the output would replace, or lie among, files that are read."""
     if options.out:
-        dataset.refuse_to_replace("--out", options.out, [*options.model, *paths])
-        if not dataset.is_stream(options.out):
-            partial = _partial_path(options.out)
-            dataset.refuse_to_replace("an interrupted --out", partial, [*options.model, *paths])
+        read = [*options.model, *paths]
+        dataset.refuse_to_replace("--out", options.out, read)
+        dataset.refuse_to_replace("an interrupted --out", _partial_path(options.out), read)
     if not options.save:
         return
     if os.path.exists(options.save) and not os.path.isdir(options.save):
@@ -274,29 +284,27 @@ def _load_chosen_models(options):
 
 
 @contextlib.contextmanager
-def _signals_noted():
-    """Yield a list, to which the first Ctrl-C or SIGTERM within the block only adds its number.
+def signals_noted(note, message=""):
+    """Let the first Ctrl-C or SIGTERM within the block only call note(number) and print a message.
 
     The second one acts at once.
     """
-    signals, before = [], {}
 
-    def note(signal_number, _):
-        signals.append(signal_number)
-        restore()
-        with contextlib.suppress(OSError):  # print() is not safe here: it may have been interrupted
-            os.write(2, b"\nstopping after the images in progress\n")
+    def handle(number, _):
+        note(number)
+        signal.signal(number, before[number])
+        if message:
+            with contextlib.suppress(OSError):  # print() is not safe here: the signal may interrupt one
+                os.write(2, f"\n{message}\n".encode())
 
-    def restore():
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
+    before = {}
     if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-        before = {name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield signals
+        yield
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _until(signals, progress):
@@ -488,7 +496,7 @@ def _logits_and_errors(classifier, images, batch_size, workers, advance):
     workers = default_workers() if workers is None else workers
     precision = classifier.precision or choose_precision("auto", classifier.device, len(images))[0]
     logits = compute_logits(classifier, data, precision, batch_size, workers, advance=advance)
-    # If the work was stopped, threads had decoded further images already.
+    # If `advance` stopped the work, threads may have decoded images beyond that point.
     return logits, {row: message for row, message in data.errors.items() if row < logits.shape[1]}
 
 
@@ -738,10 +746,12 @@ def _held_out_rows(classifier, table):
 
 
 def was_trained_on(trained_on, table):
-    """Return booleans (N,): True for the images of a table whose dataset.image_keys() are in trained_on."""
-    # A set, because NumPy may compare numbers of 64 bits as floats, some of which would be equal.
-    known = set(trained_on)
-    return np.array([key in known for key in dataset.image_keys(table).tolist()], bool)
+    """Return which images of a table a model was trained on, booleans (N,).
+
+    Args: trained_on: the dataset.image_keys() of its training images.
+    """
+    # Both as uint64: NumPy would compare other integers with them as floats, which lose digits.
+    return np.isin(dataset.image_keys(table), np.array(trained_on, np.uint64))
 
 
 def import_metrics(option):
@@ -1394,14 +1404,16 @@ def save_model(classifier, path):
 
 
 def pack_keys(keys):
-    """Return image_keys() as a tensor, since a list of a million numbers takes seconds to load."""
+    """Return a list of image keys as a tensor, since a list of a million takes seconds to load."""
     # torch has few functions for unsigned integers, so the same 64 bits are saved as signed ones.
     return torch.from_numpy(np.array(keys, np.uint64).view(np.int64))
 
 
 def unpack_keys(saved):
-    """Return the image_keys() that pack_keys() packed as a list; older files hold such a list."""
-    return saved.numpy().view(np.uint64).tolist() if isinstance(saved, torch.Tensor) else list(saved)
+    """Return the list of image keys that pack_keys() packed."""
+    if isinstance(saved, torch.Tensor):
+        return saved.numpy().view(np.uint64).tolist()
+    return list(saved)  # older files hold the list itself
 
 
 def write_checkpoint(path, content):
@@ -1442,7 +1454,7 @@ def load_model(path="outputs/model.pth", device="auto", precision="auto"):
 
     precision = None if precision == "auto" else choose_precision(precision, device)[0]
     fields = {name: content[name] for name in SAVED_FIELDS}
-    trained_on = unpack_keys(content.get("trained_on", []))  # the first files of this format lack it
+    trained_on = unpack_keys(content.get("trained_on", []))  # which the first files lack
     return Classifier(members, **fields, trained_on=trained_on, device=device, precision=precision)
 
 
@@ -1814,9 +1826,10 @@ def prediction_rows(ids, probabilities, thresholds, classes, groups):
 
 
 def _present_labels(probabilities, cuts, columns):
-    """Return a list per row of its labels in some columns, as (column, probability), likeliest first.
+    """Return the labels of each row in some columns: a list of (column, probability) per row.
 
-    Args: probabilities, cuts (N, C); columns: an array, in whose order equal ones are listed.
+    The likeliest come first, and equally likely ones in the order of `columns`.
+    Args: probabilities, cuts (N, C); columns: an array of column numbers.
     """
     values = probabilities[:, columns]
     present = values >= cuts[:, columns]
@@ -2688,9 +2701,9 @@ def draw_chart(series, title, x_label, y_label, size=(900, 420), marks=()):
 
 
 def _thin_out(line):
-    """Return the points of a line (N, 2), but in each column of pixels only the ends of what it covers.
+    """Return a line (N, 2) with two points for each column of pixels: its lowest and highest there.
 
-    A million points then become two for each column, and the picture stays the same.
+    The picture of a million points stays the same, but is drawn much faster.
     """
     xs, ys = line.T
     starts = np.flatnonzero(np.diff(xs.astype(int), prepend=-1))  # where the line enters a column

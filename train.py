@@ -11,7 +11,8 @@
 
 A run reads and splits the labels, trains with a masked loss, keeps the last epoch (with --patience
 the best one on val), calibrates the probabilities and chooses a threshold per class on val, and
-reports on test. It writes all its files to --out. inference.py uses the model.
+reports on test. It writes all its files to --out. inference.py uses the model. Ctrl-C and SIGTERM
+save a run and end all its processes, and --resume continues it.
 """
 
 import argparse
@@ -27,7 +28,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 import unicodedata
 import zipfile
@@ -220,8 +220,10 @@ def option_parser():
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="auto: on a GPU what it is built for; on a CPU bf16 if it is at least 1.3 times as fast")
     add("--cache", type=cache_size, default="auto", metavar="GB",
-        help="memory for decoded images: auto (half of what is free), off, or gigabytes")
-    add("--resume", action="store_true", help="resume the run in OUT")
+        help="memory for decoded images, which all folds share: auto (half of what is free, "
+             "divided among the processes), off, or gigabytes in each process")
+    add("--resume", action="store_true",
+        help="resume the run in OUT, for example after Ctrl-C or a crash")
     parser.set_defaults(**RECIPE)
     return parser
 
@@ -331,7 +333,10 @@ def train(run):
 def fit(run):
     """Train until the last epoch, or until patience or a signal ends it sooner."""
     options, state = run.options, run.state
-    with signals_noted(run), fastest_convolutions(), ProgressLine(run) as progress:
+    # Only the leader says so, since torchrun sends a signal to all processes.
+    message = "finishing the current step, then saving and stopping" if is_leader() else ""
+    noted = inference.signals_noted(partial(setattr, run, "signal"), message)
+    with noted, fastest_convolutions(), ProgressLine(run) as progress:
         # A resumed run may lack its best model, because it was killed before it wrote model.pth, or
         # because by another --monitor the last epoch is now the best.
         best, _ = find_best(run)
@@ -380,8 +385,8 @@ def train_epoch(run, progress):
     for batch in load_batches(run):
         # The rate is that of the middle of the step, which is 0 in neither the first nor the last.
         set_rates(run, state.epoch + (state.images + batch.seen) / 2 / count)
-        # last.pth keeps the state of the leader's random numbers alone. So in several processes
-        # each step has a seed of its own, with which dropout is the same after a resume.
+        # last.pth holds the random state of the leader alone. With several processes, each step
+        # therefore gets a seed of its own, so that dropout is the same after a resume.
         if ranks > 1:
             rng = np.random.default_rng([options.seed, state.epoch, batch.seen, rank])
             torch.manual_seed(int(rng.integers(2**63)))
@@ -408,13 +413,14 @@ def train_step(run, images, targets, share):
     """
     loss = compute_gradient(run, images, targets, share)
 
-    if run.options.sam and run.state.epoch >= run.options.epochs / 2:
+    if takes_sam_steps(run.options, run.state.epoch + 1):
         # Replace the gradient by that of the worst point nearby (sharpness-aware minimisation). It
         # leads to flat minima, which generalise better. Early on that is not worth the double time.
         with weights_moved_uphill(run.model, run.options.sam):
             compute_gradient(run, images, targets, share)
-    # Skips the step when fp16 overflowed in either gradient, which a fused optimizer finds out on
-    # the GPU: nothing in a step waits for the GPU.
+
+    # The scaler skips the step when fp16 overflowed in either gradient. A fused optimizer checks
+    # that on the GPU, so that nothing in a step waits for the GPU.
     run.scaler.step(run.optimizer)
     run.scaler.update()
     return loss
@@ -431,14 +437,19 @@ def compute_gradient(run, images, targets, share):
 
     # Divide by the known labels of all processes, such as 8 when 3 are known here and 5 elsewhere.
     # DDP averages the gradients of the processes, and the factor turns the average into their sum.
-    # The loss of a batch without a known label is 0, not 0 / 0. The same message tells all of them
-    # how many are asked to stop.
+    # The loss of a batch without a known label is 0, not 0 / 0. The same all-reduce counts the
+    # processes that a signal asked to stop, which saves a second one.
     asked = torch.full_like(known, run.signal != 0)
     all_total, all_known, run.asked = sum_over_ranks(torch.stack([total.detach(), known, asked]))
     loss = total * rank_and_ranks()[1] / all_known.clamp(min=1)
     run.optimizer.zero_grad(set_to_none=True)  # of frozen weights it stays None
     run.scaler.scale(loss).backward()
     return all_total / all_known.clamp(min=1)
+
+
+def takes_sam_steps(options, epoch):
+    """Return True if the steps of an epoch, counted from 1, are sharpness-aware."""
+    return bool(options.sam) and epoch - 1 >= options.epochs / 2
 
 
 @contextlib.contextmanager
@@ -477,8 +488,9 @@ def start_processes(options):
     if use_cuda:  # a GPU per process of this machine
         options.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(options.device)
-    # The others wait for the leader while it reads, copies or writes much, which may take hours. No
-    # shorter limit is needed to notice that a process has ended: torchrun then ends the others.
+
+    # The others wait while the leader reads, copies or writes many files, which may take hours. The
+    # limit can be this long because torchrun ends all processes when one of them has ended.
     timeout = datetime.timedelta(days=7)
     distributed.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)  # gloo: no GPUs
     atexit.register(distributed.destroy_process_group)  # NCCL warns without it
@@ -511,11 +523,12 @@ def sum_over_ranks(tensor):
 
 @contextlib.contextmanager
 def ends_with_the_others():
-    """End this process with a message when a collective fails because another process has ended."""
+    """End this process with a message if communication fails because another one has ended."""
     try:
         yield
     except RuntimeError as error:
-        # gloo has no exception of its own; its messages start with [, and a file of its source.
+        # gloo has no exception of its own. Its messages start with the name of one of its source
+        # files in brackets.
         if re.match(r"\[[^]]*\bgloo\b", str(error)):
             reason = "its own message, or that of torchrun, says why"
         elif isinstance(error, distributed.DistError):
@@ -689,7 +702,7 @@ class Run:
     model: nn.Module = None  # the network, wrapped when several processes train it
     signal: int = 0  # number of the signal that asks this process to stop
     asked: torch.Tensor = None  # how many processes were asked to stop, as of the last step
-    reading: tuple = None  # the same of the step before, on its way from a GPU
+    reading: tuple = None  # on a GPU: `asked` of an earlier step, as start_reading() returned it
     reported: set = field(default_factory=set)  # warnings about bad images that were printed
     board: object = None  # TensorBoard's writer
     fold: tuple = (1, 1)  # with --folds: which fold, counted from 1, and how many there are
@@ -910,8 +923,8 @@ def choose_layers(run):
     """Freeze and unfreeze the layers for the coming epoch, and set run.model."""
     options = run.options
     network = run.member.network
-    unfrozen = options.unfreeze and run.state.epoch + 1 >= options.unfreeze_epoch
-    trained = select_parameters(network, layers_to_train(options, unfrozen), run.fresh)
+    layers = layers_to_train(options, run.state.epoch + 1)
+    trained = select_parameters(network, layers, run.fresh)
     before = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     if run.model is None or trained != before:
         for name, parameter in network.named_parameters():
@@ -921,8 +934,9 @@ def choose_layers(run):
             run.model = nn.parallel.DistributedDataParallel(network)
 
 
-def layers_to_train(options, unfrozen):
-    """Return the layers to train before or after --unfreeze-epoch, for select_parameters()."""
+def layers_to_train(options, epoch):
+    """Return the layers to train in an epoch, counted from 1, for select_parameters()."""
+    unfrozen = options.unfreeze and epoch >= options.unfreeze_epoch
     return f"{options.train_layers},{options.unfreeze}" if unfrozen else options.train_layers
 
 
@@ -1048,8 +1062,8 @@ def load_batches(run):
     loaded = dataset.batches(images, [rows for rows, *_ in drawn], options.workers, pin=device.type == "cuda")
 
     for (_, places, seen), (batch, targets, _) in zip(drawn, loaded):
-        batch, own_noise = (dataset.send(tensor, device) for tensor in (batch, noise[places]))
-        batch = dataset.augment(batch, operations, own_noise)
+        batch = dataset.send(batch, device)
+        batch = dataset.augment(batch, operations, dataset.send(noise[places], device))
         share = 1.0
         if options.mix != "none":
             rng = np.random.default_rng([options.seed, epoch, seen])  # the same after a resume
@@ -1065,7 +1079,7 @@ def draw_batches(run):
     """
     options, state = run.options, run.state
     targets = run.tables["train"].targets
-    useless = np.isnan(targets).all(axis=1)  # there is nothing to learn from such an image
+    useless = np.isnan(targets).all(axis=1)  # nothing can be learned from an image without labels
     count = len(targets)
 
     # The order depends on the seed and the epoch alone, so that a resumed run continues it: after
@@ -1095,12 +1109,13 @@ def draw_batches(run):
 
 
 def home_ranks(ids, ranks):
-    """Return the rank whose memory should hold each image, an array of N of them.
+    """Return the rank whose cache should hold each image, an int array (N,).
 
-    The others seldom need the image, so that --cache is not filled with copies.
+    The other ranks seldom need the image, so that their caches have room for others.
     """
     if ranks == 1:
         return np.zeros(len(ids), int)
+
     # By chance, because rows are often sorted by label, and BatchNorm must not see a single class.
     # By name, because a name is the same in every process, epoch and fold.
     digests = (hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in ids)
@@ -1108,9 +1123,9 @@ def home_ranks(ids, ranks):
 
 
 def divide_batch(homes, ranks):
-    """Return the rank that gets each image of a batch, an array of B of them.
+    """Return the rank that gets each image of a batch, an int array (B,).
 
-    All get equally many, or one more or less: an image whose home has enough goes to another rank.
+    All ranks get the same number, give or take one. An image whose home has enough goes elsewhere.
     Args: homes (B,), as home_ranks() returns them.
     """
     room = [len(share) for share in np.array_split(homes, ranks)]
@@ -1174,22 +1189,22 @@ def cache_budget(cache, root=Path("/")):
 def memory_groups(root):
     """Yield the folders of the control groups that may limit the memory of this process.
 
-    Containers, SLURM and systemd run processes in such groups. Those above a group limit it, too.
+    Containers, SLURM and systemd run processes in such groups. The groups above one limit it, too.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except (OSError, ValueError):  # no Linux
         return
 
-    # A line is "0::/user/job" (cgroup version 2), or such as "7:memory:/user/job" (version 1).
-    # A machine with both versions has the second in a folder of its own.
+    # A line looks like "0::/user/job" (cgroup version 2) or "7:memory:/user/job" (version 1). Where
+    # both are in use, version 2 has a folder of its own.
     mounts = root / "sys/fs/cgroup"
     for line in lines:
         controllers, _, path = line.partition(":")[2].partition(":")
         if controllers and "memory" not in controllers.split(","):
             continue
         for mount in [mounts / "memory"] if controllers else [mounts, mounts / "unified"]:
-            # A container often sees its own group as the mount, but the path that it has outside.
+            # In a container, the mount often is its own group, while the path is the one outside.
             names = [name for name in path.split("/") if name]
             if ".." in names or not os.path.isdir(mount.joinpath(*names)):
                 names = []
@@ -1198,7 +1213,7 @@ def memory_groups(root):
 
 
 # Files of a control group in versions 1 and 2: its limits, the memory in use, and the line of
-# memory.stat about files that the kernel keeps in memory, but can drop at any time.
+# memory.stat that counts file contents which the kernel keeps in memory but can drop at any time.
 GROUP_FILES = (
     (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
     (("memory.max", "memory.high"), "memory.current", "inactive_file"),
@@ -1219,7 +1234,7 @@ def free_in_group(folder):
 
 
 def read_number(path, title=None):
-    """Return the number in a file, or in its line with this title; None if there is none."""
+    """Return the number in a file, or on its line that starts with `title`, or None."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         text = path.read_text()
         if title is None:
@@ -1269,10 +1284,10 @@ def end_epoch(run):
     mean = float(np.mean(losses)) if losses else math.nan  # none, when no label was known
     row = {"epoch": epoch, "steps": len(losses), "train_loss": mean}
 
-    if epoch % options.val_every == 0 or epoch == options.epochs:
+    splits = splits_to_score(options, epoch)
+    if "val" in splits:
         row |= validate(run)
-    every = options.train_metrics_every
-    if every and (epoch % every == 0 or epoch == options.epochs):
+    if "train" in splits:
         report = evaluate_split(run, "train")[2]
         row |= {f"train_{name}": report[name] for name in ("f1_macro", "f1_weighted", "map")}
 
@@ -1289,6 +1304,12 @@ def end_epoch(run):
         for step, loss in enumerate(losses, len(state.losses) - len(losses) + 1):
             run.board.add_scalar("iteration/train_loss", loss, step)
         run.board.flush()
+
+
+def splits_to_score(options, epoch):
+    """Return which of train and val are predicted after an epoch, counted from 1."""
+    every = {"train": options.train_metrics_every, "val": options.val_every}
+    return [split for split, n in every.items() if n and (epoch % n == 0 or epoch == options.epochs)]
 
 
 def validate(run):
@@ -1351,8 +1372,9 @@ def predict_split(run, split):
             progress.advance(count)
             return run.signal != 0
 
-        # A signal ends this process's share early, but it stops only where all processes agree on
-        # that: none of them may wait for one that has left. A resumed run predicts the split again.
+        # A signal ends this process's share early, but the process itself ends in stop_if_asked(),
+        # where all agree to: otherwise the others would wait for it. A resumed run predicts the
+        # whole split again.
         part = inference.compute_logits(run.classifier, images, run.classifier.precision, batch_size,
                                         run.options.workers, share, advance)[0]
     stop_if_asked(run)
@@ -1493,33 +1515,8 @@ def best_epoch(history, monitor, min_delta=0.0):
 # Interrupt and resume
 
 
-@contextlib.contextmanager
-def signals_noted(run):
-    """Let the first Ctrl-C or SIGTERM within the block only set run.signal.
-
-    The second one acts at once.
-    """
-    leader = is_leader()
-
-    def note(signal_number, _):
-        run.signal = signal_number
-        signal.signal(signal_number, before[signal_number])
-        with contextlib.suppress(OSError):  # print() is not safe here: it may have been interrupted
-            if leader:  # torchrun sends the signal to all
-                os.write(2, b"\nfinishing the current step, then saving and stopping\n")
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-        before = {name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-
 def should_stop(run):
-    """Return True when a signal asks to stop, after the same step in all processes."""
+    """Return True once a signal asks to stop, in all processes after the same step."""
     if not distributed.is_initialized():
         return run.signal != 0
 
@@ -1531,9 +1528,9 @@ def should_stop(run):
 
 
 def stop_if_asked(run):
-    """Save and stop if a signal has asked any process to."""
+    """Save and stop if a signal asks any of the processes to."""
     if distributed.is_initialized():
-        # Of several signals the highest number counts: SIGTERM, not SIGINT.
+        # If they got different signals, the highest number counts: SIGTERM, not SIGINT.
         highest = torch.tensor(run.signal, device=run.classifier.device)
         distributed.all_reduce(highest, distributed.ReduceOp.MAX)
         run.signal = finish_reading(run, start_reading(highest))
@@ -1542,7 +1539,7 @@ def stop_if_asked(run):
 
 
 def start_reading(number):
-    """Start to copy a number (a tensor) from a GPU, and return what finish_reading() takes."""
+    """Start to copy a number from a GPU, and return what finish_reading() takes."""
     if number.device.type != "cuda":
         return number, None
     copy = torch.empty_like(number, device="cpu", pin_memory=True)
@@ -1553,15 +1550,15 @@ def start_reading(number):
 
 
 def finish_reading(run, reading):
-    """Return the number that start_reading() has begun to copy.
+    """Return the number that start_reading() started to copy.
 
-    Raises DistError when the other processes do not answer any more.
+    Raises DistError if the other processes no longer answer.
     """
     copy, event = reading
     deadline = math.inf
     while event and not event.query():
-        # NCCL waits forever for a process that has ended. torchrun then sends SIGTERM to the
-        # others, and kills them 30 s later.
+        # NCCL waits forever for a process that has ended. torchrun then sends SIGTERM to the others
+        # and kills them 30 s later. Giving up after 20 s leaves time for an error message.
         if run.signal:
             deadline = min(deadline, time.monotonic() + 20)
         if time.monotonic() > deadline:
@@ -1802,8 +1799,9 @@ def cross_validate(options, tables, cache=None):
 
         if is_leader():
             write_report(options, classifier, report, table, probabilities, thresholds)
+            header = ["ID", *table.classes]
             rows = ([name, *row.tolist()] for name, row in zip(table.ids, thresholds))
-            dataset.write_csv(out / "fold_thresholds.csv", itertools.chain([["ID", *table.classes]], rows))
+            dataset.write_csv(out / "fold_thresholds.csv", itertools.chain([header], rows))
             write_pr_curves(out, table, probabilities, classifier)
         print_once(options, format_folds(report))
         if is_leader():
@@ -2108,8 +2106,9 @@ def write_inputs(options, tables):
     for split, part in tables.items():
         if len(part) == 0:
             continue
+        header = ["ID", *part.classes]
         rows = ([name, *labels] for name, labels in zip(part.ids, dataset.to_cells(part.targets)))
-        dataset.write_csv(out / f"{split}_metadata.csv", itertools.chain([["ID", *part.classes]], rows))
+        dataset.write_csv(out / f"{split}_metadata.csv", itertools.chain([header], rows))
 
 
 def open_board(options):
@@ -2349,7 +2348,7 @@ def print_next_steps(options, image):
 
 
 def place_of(run):
-    """Return where a run is, as the first parts of a line: ["fold 2/5", "epoch 3/20"]."""
+    """Return the first parts of a progress line, such as ["fold 2/5", "epoch 3/20"]."""
     fold, folds = run.fold
     parts = [f"fold {fold}/{folds}"] if folds > 1 else []
     if run.state.images:  # else no epoch is in progress
@@ -2360,23 +2359,22 @@ def place_of(run):
 class ProgressLine(Progress):
     """Print a line per epoch, and within it, on a terminal, one that updates in place."""
 
-    delay = 0  # seconds: a training is long
+    delay = 0  # seconds: training always takes long enough for a line
 
     def __init__(self, run):
         self.run = run
         self.loss = None  # of the last step, still on the device
         self.trained = 0.0  # time of the last step
-        self.units = {}
+        self.units = work_units(run)
         for row in run.state.history:  # of a resumed run
-            kind = kind_of_step(run.options, row["epoch"])
-            note_speed(run.speeds, kind, row["images_per_second"])
+            self.note_speed(row)
         super().__init__("training", len(run.tables["train"]) * run.options.epochs)
 
     def step(self, loss):
         """Show the progress after a step."""
         self.loss = loss
         if self.stream and self.run.state.images == len(self.run.tables["train"]):
-            self.due = 0.0  # the last step of an epoch is always shown
+            self.due = 0.0  # at once, so that the last step of an epoch is always shown
         self.advance()
         self.trained = time.perf_counter()
 
@@ -2385,11 +2383,10 @@ class ProgressLine(Progress):
         state = self.run.state
         count = len(self.run.tables["train"])
         rate = state.images / state.seconds
-        self.units = self.units or work_units(self.run)
         left = f"{dataset.format_seconds(estimate_left(self.run, self.units))} left"
         if self.run.fold[1] > 1:
             left += " in all"
-        # Showing the loss waits for the device, but only five times a second.
+        # Reading the loss waits for the device, but only five times a second.
         return [*place_of(self.run), f"image {state.images:,}/{count:,}",
                 f"loss {self.loss.item():.4f}", f"{rate:,.0f} images/s", left]
 
@@ -2397,10 +2394,10 @@ class ProgressLine(Progress):
         """Print the last row of the history."""
         options, state = self.run.options, self.run.state
         row = state.history[-1]
-        if predicted := images_predicted(options, self.run.tables, row["epoch"]):
+        self.note_speed(row)
+        if predicted := images_to_score(options, self.run.tables, row["epoch"]):
             seconds = time.perf_counter() - self.trained  # to predict and to save
-            note_speed(self.run.speeds, PREDICT, predicted / seconds)
-        note_speed(self.run.speeds, kind_of_step(options, row["epoch"]), row["images_per_second"])
+            self.run.speeds[PREDICT] = seconds / predicted
 
         line = "epoch {epoch:{width}}/{epochs}  loss {train_loss:.4f}"
         if "val_loss" in row:
@@ -2410,45 +2407,68 @@ class ProgressLine(Progress):
             line += "  best"
         print_once(options, line.format(width=len(str(options.epochs)), epochs=options.epochs, **row))
 
+    def note_speed(self, row):
+        """Note how fast the steps of an epoch were, from its row of the history."""
+        if row["images_per_second"]:
+            kind = kind_of_step(self.run.options, row["epoch"])
+            self.run.speeds[kind] = 1 / row["images_per_second"]
 
-# Time left: the images that are still to be trained on and to be predicted, of each kind, times the
-# seconds that an image of this kind takes: as measured, or, as long as none was trained on, in
-# proportion to what was measured. For example, no step with --sam is taken in the first half of the
-# epochs, but it has two forward and two backward passes.
+
+# The time left is estimated from the images that are still to be trained on or predicted. How long
+# an image takes depends on the kind of work: a step that trains all layers takes longer than one
+# that trains only the head, and --sam doubles a step. A kind that was not measured yet is taken to
+# be as fast as the epoch in progress, in proportion to what it computes.
 
 PREDICT = "predict"  # a kind of work; the others are those of kind_of_step()
 
 
-def kind_of_step(options, epoch):
-    """Return what decides how long the steps of an epoch, counted from 1, take: two booleans.
+def estimate_left(run, units):
+    """Return the seconds that a run will still take, with --folds those of all folds.
 
-    Returns: whether the layers of --unfreeze are trained, and whether --sam doubles the steps.
+    Args: units: as work_units() returns them.
     """
-    unfrozen = bool(options.unfreeze) and epoch >= options.unfreeze_epoch
-    return unfrozen, bool(options.sam) and epoch - 1 >= options.epochs / 2
+    options, state = run.options, run.state
+    fold, folds = run.fold
+    left = images_left(options, run.tables, state.epoch, state.images)
+    for _ in range(folds - fold):
+        left.update(images_left(options, run.tables))  # which adds: folds are of similar size
 
+    # Seconds per unit of work, as measured before this epoch and in it.
+    paces = {kind: run.speeds[kind] / units[kind] for kind in units if kind in run.speeds}
+    current = kind_of_step(options, state.epoch + 1)
+    now = state.seconds / state.images / units[current]
 
-def images_predicted(options, tables, epoch):
-    """Return how many images are predicted at the end of an epoch, counted from 1."""
-    last = epoch == options.epochs
-    every = options.train_metrics_every
-    validates = last or epoch % options.val_every == 0
-    scores_train = every and (last or epoch % every == 0)
-    return validates * len(tables["val"]) + bool(scores_train) * len(tables["train"])
+    # An epoch may be faster than the one before, for example because its images are in memory now.
+    # Its first steps say little about it, but a fifth of it says enough.
+    before = paces.get(current, paces.get(kind_of_step(options, state.epoch), now))
+    weight = min(1, 5 * state.images / len(run.tables["train"]))
+    paces[current] = weight * now + (1 - weight) * before
+    return sum(images * units[kind] * paces.get(kind, paces[current])
+               for kind, images in left.items())
 
 
 def images_left(options, tables, epoch=0, images=0):
-    """Count the images that are left of a run: {kind: number of images to train on, or to predict}.
+    """Count the images that are left of a run: {kind of work: number of images}.
 
     Args: epoch: finished epochs; images: those used of the epoch in progress.
     """
     left = Counter()
     for one in range(epoch + 1, options.epochs + 1):
         left[kind_of_step(options, one)] += len(tables["train"])
-        left[PREDICT] += images_predicted(options, tables, one)
+        left[PREDICT] += images_to_score(options, tables, one)
     left[kind_of_step(options, epoch + 1)] -= images
     left[PREDICT] += len(tables["val"]) + len(tables["test"])  # for the report
     return left
+
+
+def kind_of_step(options, epoch):
+    """Return what decides how long a step takes in an epoch, counted from 1: its layers, and --sam."""
+    return layers_to_train(options, epoch), takes_sam_steps(options, epoch)
+
+
+def images_to_score(options, tables, epoch):
+    """Return how many images are predicted after an epoch, counted from 1."""
+    return sum(len(tables[split]) for split in splits_to_score(options, epoch))
 
 
 def work_units(run):
@@ -2459,45 +2479,11 @@ def work_units(run):
     options, network = run.options, run.member.network
     names = [name for name, _ in network.named_parameters()]
     units = {PREDICT: 1.0}
-    for unfrozen, sam in {kind_of_step(options, epoch + 1) for epoch in range(options.epochs)}:
-        trained = select_parameters(network, layers_to_train(options, unfrozen), run.fresh)
+    for layers, sam in {kind_of_step(options, epoch + 1) for epoch in range(options.epochs)}:
+        trained = select_parameters(network, layers, run.fresh)
         first = next(place for place, name in enumerate(names) if name in trained)
-        units[unfrozen, sam] = (1 + 2 * (1 - first / len(names))) * (1 + sam)
+        units[layers, sam] = (1 + 2 * (1 - first / len(names))) * (1 + sam)
     return units
-
-
-def note_speed(speeds, kind, rate):
-    """Note how many images a second were measured of a kind of work, which becomes the last one."""
-    speeds.pop(kind, None)
-    if rate:
-        speeds[kind] = 1 / rate
-
-
-def estimate_left(run, units):
-    """Return the seconds that a run, or all folds, will still take. units: of work_units()."""
-    options, state = run.options, run.state
-    fold, folds = run.fold
-    left = images_left(options, run.tables, state.epoch, state.images)
-    for _ in range(folds - fold):
-        left.update(images_left(options, run.tables))  # which adds: folds are of similar size
-
-    # An epoch may be faster than the one before, for example because its images are in memory now.
-    # Its first steps tell little about it, but a fifth of it enough.
-    speeds, kind = dict(run.speeds), kind_of_step(options, state.epoch + 1)
-    now, weight = state.seconds / state.images, min(1, 5 * state.images / len(run.tables["train"]))
-    before = seconds_per_image(kind, speeds, units) if speeds else now
-    speeds.pop(kind, None)
-    speeds[kind] = weight * now + (1 - weight) * before  # as the last one
-    return sum(images * seconds_per_image(kind, speeds, units) for kind, images in left.items())
-
-
-def seconds_per_image(kind, speeds, units):
-    """Return how long an image takes: as measured, or in proportion to the last kind of work.
-
-    Args: speeds: {kind: seconds per image}, the last measured kind last; units: of work_units().
-    """
-    last = next(reversed(speeds))
-    return speeds.get(kind, speeds[last] * units[kind] / units[last])
 
 
 if __name__ == "__main__":

@@ -810,9 +810,9 @@ train.main(options + ["--resume"] * (command == "--resume"))
 
 
 def bench_scale(rows=1_000_000, classes=5, folder=None):
-    """Print CPU seconds and peak memory of dataset.py, of train.py up to its first step, and of more, for many files.
+    """Print the CPU seconds and peak memory of starting, resuming and ending an epoch with many small files.
 
-    The files are made in FOLDER unless they are there already, and left there; without it, in a temporary one.
+    The files are kept in FOLDER and used again if they are there already; without FOLDER, they are temporary.
     """
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(folder or temporary)

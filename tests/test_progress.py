@@ -1,4 +1,4 @@
-"""Tests of the lines that show how far long work is: when they appear, what they say, and that nothing is left."""
+"""Tests of the lines that show progress: when they appear, what they say, and that nothing is left of them."""
 
 import io
 import math
@@ -247,7 +247,8 @@ def simulate(options, folds, factor=1.0, resumed_at=(0, 0)):
     units = train.work_units(SimpleNamespace(options=options, member=member, fresh=()))
     tables = {"train": range(600), "val": range(150), "test": [] if folds > 1 else range(150)}
     predicting = 0.008  # networks are a little faster there than in training
-    truth = {kind: 0.01 * value * (factor if kind[0] else 1) for kind, value in units.items() if kind != train.PREDICT}
+    late = train.layers_to_train(options, options.epochs) if options.unfreeze else None
+    truth = {kind: 0.01 * value * (factor if kind[0] == late else 1) for kind, value in units.items()}
     speeds, moments, clock = {}, [], 0.0  # moments: (true time, estimate)
 
     for fold in range(1, folds + 1):
@@ -263,11 +264,11 @@ def simulate(options, folds, factor=1.0, resumed_at=(0, 0)):
                     moments.append((clock, train.estimate_left(run, units)))
 
             # What ProgressLine does after an epoch. Only the speed of training survives a resume.
-            predicted = train.images_predicted(options, tables, epoch)
+            predicted = train.images_to_score(options, tables, epoch)
             clock += predicted * predicting
             if predicted and (fold, epoch) > resumed_at:
-                train.note_speed(speeds, train.PREDICT, 1 / predicting)
-            train.note_speed(speeds, kind, 600 / run.state.seconds)
+                speeds[train.PREDICT] = predicting
+            speeds[kind] = run.state.seconds / 600
             run.state.epoch, run.state.images, run.state.seconds = epoch, 0, 0.0
         clock += (len(tables["val"]) + len(tables["test"])) * predicting
 
@@ -299,14 +300,15 @@ def test_the_time_left_is_right_after_a_resume(folds, resumed_at):
 
 
 def test_an_epoch_that_is_faster_than_the_one_before_shortens_the_time_left():
-    units = {(False, False): 3.0, train.PREDICT: 1.0}
     options = train.parse_options(["--epochs", "3", "--size", "64", "--sam", "0", "--weights", "none"])
-    run = SimpleNamespace(options=options, tables={"train": range(100), "val": [], "test": []}, speeds={},
+    kind = train.kind_of_step(options, 1)
+    units = {kind: 3.0, train.PREDICT: 1.0}
+    run = SimpleNamespace(options=options, tables={"train": range(100), "val": [], "test": []}, speeds={kind: 3.0},
                           fold=(1, 1), state=train.State(epoch=1, images=10, seconds=10.0))
-    train.note_speed(run.speeds, train.kind_of_step(options, 1), 1 / 3)
-    assert train.estimate_left(run, units) == 190 * 2  # between the 3 seconds of an image before and the 1 second now
+    # An image took 3 seconds before, and takes 1 second now.
+    assert train.estimate_left(run, units) == pytest.approx(190 * 2)
     run.state.images, run.state.seconds = 50, 50.0
-    assert train.estimate_left(run, units) == 150
+    assert train.estimate_left(run, units) == pytest.approx(150)
 
 
 # ----------------------------------------------------------------------------------------------------------
