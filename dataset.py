@@ -34,6 +34,7 @@ import posixpath
 import re
 import shlex
 import shutil
+import stat
 import sys
 import textwrap
 import threading
@@ -3214,6 +3215,7 @@ def image_key(path):
     """Return a positive integer that identifies an image in later runs, even under another name."""
     # A hash of the size and the first 64 KB of the file: to read whole files would take too long.
     try:
+        _refuse_pipe(path)
         with open(path, "rb", buffering=0) as file:
             content = str(os.fstat(file.fileno()).st_size).encode() + file.read(2**16)
     except OSError:  # training reports it
@@ -4038,6 +4040,8 @@ def _open_image(image):
     if isinstance(image, (bytes, bytearray)):
         return Image.open(io.BytesIO(image), formats=readable_formats())
     if not isinstance(image, Image.Image):
+        if isinstance(image, (str, os.PathLike)):
+            _refuse_pipe(image)
         return Image.open(image, formats=readable_formats())
 
     # The caller's image must not change: if it is not decoded yet, its file is opened once more.
@@ -4048,6 +4052,13 @@ def _open_image(image):
         image.fp.seek(0)
         return Image.open(image.fp, formats=readable_formats())
     return image.copy()
+
+
+def _refuse_pipe(path):
+    """Raise OSError if a path leads to a pipe or a device, since reading it might never end."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder has an error of its own
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file")
 
 
 @cache

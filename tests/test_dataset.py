@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import signal
 import stat
 import subprocess
 import time
@@ -895,6 +896,26 @@ def test_images_are_read_right_or_named(tmp_path, name):
     assert (image.mode, image.size) == ("RGB", (32, 32))
     whole = dataset.load_image(tmp_path / name)
     assert whole.mode == "RGB" and whole.size == Image.open(tmp_path / name).size
+
+
+def test_a_pipe_or_a_device_among_the_images_is_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zeros.jpg").symlink_to("/dev/zero")
+
+    def give_up(*_):
+        raise RuntimeError("it waits for somebody to write into the pipe")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, 5)
+    try:
+        for name in ("pipe.jpg", "zeros.jpg"):
+            with pytest.raises(ImageError, match=f"{name}: a pipe or a device"):
+                dataset.load_image(tmp_path / name)
+        keys = {dataset.image_key(str(tmp_path / name)) for name in ("pipe.jpg", "zeros.jpg", "missing.jpg")}
+        assert len(keys) == 3
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n%%EOF\n"

@@ -88,6 +88,22 @@ def test_a_run_is_resumed_although_what_it_found_about_images_is_lost(stopped, s
     assert all(np.array_equal(a, b) for a, b in zip(before, after))
 
 
+def test_a_damaged_file_of_identities_is_as_good_as_none(tmp_path):
+    path = tmp_path / "images.npz"
+    saved = dataset.Identities("stamp", np.arange(3), np.arange(3, dtype=np.uint64))
+    train.write_identities(path, saved)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 33]) + content[place + 1 :])
+        found = train.read_identities(path)
+        assert not found or found.stamp != "stamp" or all(map(np.array_equal, found, saved))
+
+    for save in (np.save, np.savez_compressed):  # what somebody else wrote
+        with open(path, "wb") as file:
+            save(file, np.arange(3))
+        assert train.read_identities(path) is None
+
+
 def test_images_that_have_changed_are_compared_again(tmp_path):
     paths = [str(tmp_path / name) for name in ("a", "b")]
     for path, content in zip(paths, (b"12", b"34")):
