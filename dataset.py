@@ -34,6 +34,7 @@ import posixpath
 import re
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
 import threading
@@ -4805,6 +4806,9 @@ def run_command(main):
         fail(str(error).splitlines()[0] if str(error) else type(error).__name__, 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        # Ctrl-C while Python exits, for example a second one, would print a traceback of torch.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def fail(message, code):

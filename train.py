@@ -1532,12 +1532,15 @@ def should_stop(run):
 
 def stop_if_asked(run):
     """Save and stop if a signal has asked any process to."""
+    agreed = run.signal
     if distributed.is_initialized():
         # Of several signals the highest number counts: SIGTERM, not SIGINT.
         highest = torch.tensor(run.signal, device=run.classifier.device)
         distributed.all_reduce(highest, distributed.ReduceOp.MAX)
-        run.signal = finish_reading(run, start_reading(highest))
-    if run.signal:
+        agreed = finish_reading(run, start_reading(highest))
+    # A signal that came meanwhile, which the others may not know of, stays noted for the next time.
+    if agreed:
+        run.signal = agreed
         save_and_stop(run)
 
 
