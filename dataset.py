@@ -4811,6 +4811,35 @@ def run_command(main):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+REPEATS = 0.5  # seconds
+
+
+@contextlib.contextmanager
+def signals_noted(note):
+    """Call note(number) at the first Ctrl-C or SIGTERM within the block; the second acts at once."""
+    noted = []
+
+    def handle(number, _):
+        now = time.monotonic()
+        if not noted:
+            noted.append(now)
+            note(number)
+        # A repetition is no second request: timeout signals a process and its group, and SLURM all
+        # processes of a job, to which torchrun then passes on what it got.
+        elif now - noted[0] >= REPEATS:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def fail(message, code):
     """Print an error and exit."""
     print_text(f"error: {message}", file=sys.stderr)

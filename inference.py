@@ -32,12 +32,12 @@ import pickle
 import re
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,7 +79,8 @@ def main(argv=None):
     classifier = _load_chosen_models(options)
     _note(f"{', '.join(options.model)}: {classifier}; {len(paths)} images")
 
-    with _signals_noted() as signals:
+    signals = []  # those that ask to stop
+    with dataset.signals_noted(partial(_note_signal, signals)):
         with dataset.Progress("predicting", len(paths)) as progress:
             probabilities, errors = predict_all(classifier, paths, options.batch_size,
                                                 options.workers, _until(signals, progress))
@@ -273,30 +274,11 @@ def _load_chosen_models(options):
     return classifier
 
 
-@contextlib.contextmanager
-def _signals_noted():
-    """Yield a list, to which the first Ctrl-C or SIGTERM within the block only adds its number.
-
-    The second one acts at once.
-    """
-    signals, before = [], {}
-
-    def note(signal_number, _):
-        signals.append(signal_number)
-        restore()
-        with contextlib.suppress(OSError):  # print() is not safe here: it may have been interrupted
-            os.write(2, b"\nstopping after the images in progress\n")
-
-    def restore():
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-        before = {name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        restore()
+def _note_signal(signals, number):
+    """Add the number of a signal to a list: for dataset.signals_noted()."""
+    signals.append(number)
+    with contextlib.suppress(OSError):  # print() is not safe here: it may have been interrupted
+        os.write(2, b"\nstopping after the images in progress\n")
 
 
 def _until(signals, progress):

@@ -27,7 +27,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 import unicodedata
 import zipfile
@@ -331,7 +330,8 @@ def train(run):
 def fit(run):
     """Train until the last epoch, or until patience or a signal ends it sooner."""
     options, state = run.options, run.state
-    with signals_noted(run), fastest_convolutions(), ProgressLine(run) as progress:
+    signals = dataset.signals_noted(partial(note_signal, run))
+    with signals, fastest_convolutions(), ProgressLine(run) as progress:
         # A resumed run may lack its best model, because it was killed before it wrote model.pth, or
         # because by another --monitor the last epoch is now the best.
         best, _ = find_best(run)
@@ -1493,29 +1493,12 @@ def best_epoch(history, monitor, min_delta=0.0):
 # Interrupt and resume
 
 
-@contextlib.contextmanager
-def signals_noted(run):
-    """Let the first Ctrl-C or SIGTERM within the block only set run.signal.
-
-    The second one acts at once.
-    """
-    leader = is_leader()
-
-    def note(signal_number, _):
-        run.signal = signal_number
-        signal.signal(signal_number, before[signal_number])
-        with contextlib.suppress(OSError):  # print() is not safe here: it may have been interrupted
-            if leader:  # torchrun sends the signal to all
-                os.write(2, b"\nfinishing the current step, then saving and stopping\n")
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-        before = {name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+def note_signal(run, number):
+    """Ask a run to stop: for dataset.signals_noted()."""
+    run.signal = number
+    with contextlib.suppress(OSError):  # print() is not safe here: it may have been interrupted
+        if is_leader():  # torchrun sends the signal to all
+            os.write(2, b"\nfinishing the current step, then saving and stopping\n")
 
 
 def should_stop(run):

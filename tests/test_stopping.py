@@ -196,7 +196,12 @@ def test_a_run_killed_many_times_ends_as_one_that_never_was(demo, tmp_path):
 def test_a_signal_saves_the_step_in_hand(demo, trained, tmp_path, capfd, number, code, at):
     options = ["--data", str(demo), "--out", str(tmp_path), "--epochs", "2", *SMALL]
     before = signal.getsignal(number)
-    with calls_at({at: lambda: signal.raise_signal(number)}) as steps:
+
+    def interrupt_repeatedly():  # as timeout and SLURM do
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+
+    with calls_at({at: interrupt_repeatedly}) as steps:
         status, _, errors = as_command(capfd, train.main, *options)
 
     assert len(steps) == at
@@ -304,7 +309,8 @@ def test_ctrl_c_in_the_final_report_acts_at_once_and_a_resumed_run_reports(demo,
     assert train.main([*arguments, "--resume"]) == trained[1]
 
 
-def test_the_second_signal_acts_at_once(demo, trained, tmp_path):
+def test_the_second_signal_acts_at_once(demo, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "REPEATS", 0)
     options = ["--data", str(demo), "--out", str(tmp_path), "--epochs", "2", *SMALL]
     before = signal.getsignal(signal.SIGINT)
 
