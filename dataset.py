@@ -34,6 +34,7 @@ import posixpath
 import re
 import shlex
 import shutil
+import signal
 import stat
 import sys
 import textwrap
@@ -4821,6 +4822,44 @@ def run_command(main):
         fail(str(error).splitlines()[0] if str(error) else type(error).__name__, 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        # Ctrl-C while Python exits, for example a second one, would print a traceback of torch.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+REPEATS = 0.5  # seconds
+
+
+@contextlib.contextmanager
+def signals_noted(note, message=""):
+    """Let the first Ctrl-C or SIGTERM within the block only call note(number) and print a message.
+
+    The second one acts at once.
+    """
+    noted = []
+
+    def handle(number, _):
+        now = time.monotonic()
+        if not noted:
+            noted.append(now)
+            note(number)
+            if message:
+                with contextlib.suppress(OSError):  # print() is not safe: a signal may interrupt one
+                    os.write(2, f"\n{message}\n".encode())
+        # A repetition is no second request: timeout signals a process and its group, and SLURM all
+        # processes of a job, to which torchrun then passes on what it got.
+        elif now - noted[0] >= REPEATS:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def fail(message, code):

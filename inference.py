@@ -34,7 +34,6 @@ import pickle
 import re
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections import Counter, OrderedDict
@@ -211,7 +210,7 @@ def predict_files(options):
     _note(f"{', '.join(options.model)}: {classifier}; {len(paths)} images")
 
     signals = []  # numbers of the signals that asked to stop
-    with signals_noted(signals.append, "stopping after the images in progress"):
+    with dataset.signals_noted(signals.append, "stopping after the images in progress"):
         with dataset.Progress("predicting", len(paths)) as progress:
             probabilities, errors = predict_all(classifier, paths, options.batch_size,
                                                 options.workers, _until(signals, progress))
@@ -283,28 +282,6 @@ def _load_chosen_models(options):
     return classifier
 
 
-@contextlib.contextmanager
-def signals_noted(note, message=""):
-    """Let the first Ctrl-C or SIGTERM within the block only call note(number) and print a message.
-
-    The second one acts at once.
-    """
-
-    def handle(number, _):
-        note(number)
-        signal.signal(number, before[number])
-        if message:
-            with contextlib.suppress(OSError):  # print() is not safe here: the signal may interrupt one
-                os.write(2, f"\n{message}\n".encode())
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _until(signals, progress):

@@ -334,7 +334,7 @@ def fit(run):
     options, state = run.options, run.state
     # Only the leader says so, since torchrun sends a signal to all processes.
     message = "finishing the current step, then saving and stopping" if is_leader() else ""
-    noted = inference.signals_noted(partial(setattr, run, "signal"), message)
+    noted = dataset.signals_noted(partial(setattr, run, "signal"), message)
     with noted, fastest_convolutions(), ProgressLine(run) as progress:
         # A resumed run may lack its best model, because it was killed before it wrote model.pth, or
         # because by another --monitor the last epoch is now the best.
@@ -1528,13 +1528,14 @@ def should_stop(run):
 
 
 def stop_if_asked(run):
-    """Save and stop if a signal asks any of the processes to."""
     if distributed.is_initialized():
         # If they got different signals, the highest number counts: SIGTERM, not SIGINT.
         highest = torch.tensor(run.signal, device=run.classifier.device)
         distributed.all_reduce(highest, distributed.ReduceOp.MAX)
-        run.signal = finish_reading(run, start_reading(highest))
-    if run.signal:
+        agreed = finish_reading(run, start_reading(highest))
+    # A signal that came meanwhile, which the others may not know of, stays noted for the next time.
+    if agreed:
+        run.signal = agreed
         save_and_stop(run)
 
 

@@ -39,6 +39,7 @@ def as_command(capsys, function, *arguments):
         dataset.run_command(lambda: function([str(argument) for argument in arguments]))
     except SystemExit as ended:
         code = ended.code
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as no command has ended
     return code, *capsys.readouterr()
 
 

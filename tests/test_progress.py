@@ -450,6 +450,7 @@ def test_the_second_ctrl_c_acts_at_once(trained, demo, tmp_path, capfd, monkeypa
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
+    monkeypatch.setattr(dataset, "REPEATS", 0)
     monkeypatch.setattr(inference, "forward_views", twice)
     words = [demo / "images", "--model", trained[0] / "model.pth", "--device", "cpu", "--out", tmp_path / "out.txt"]
     status, printed, _ = as_command(capfd, inference.main, *words)

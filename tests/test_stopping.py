@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,13 +196,17 @@ def test_a_run_killed_many_times_ends_as_one_that_never_was(demo, tmp_path):
 def test_a_signal_saves_the_step_in_hand(demo, trained, tmp_path, capfd, number, code, at):
     options = ["--data", str(demo), "--out", str(tmp_path), "--epochs", "2", *SMALL]
     before = signal.getsignal(number)
-    with calls_at({at: lambda: signal.raise_signal(number)}) as steps, pytest.raises(SystemExit) as ended:
-        dataset.run_command(lambda: train.main(options))
+
+    def interrupt_repeatedly():  # as timeout and SLURM do
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+
+    with calls_at({at: interrupt_repeatedly}) as steps:
+        status, _, errors = as_command(capfd, train.main, *options)
 
     assert len(steps) == at
-    assert ended.value.code == code
+    assert status == code
     assert signal.getsignal(number) is before
-    errors = capfd.readouterr().err
     count = saved_state(tmp_path)["images"]
     assert (0 < count < len(read_rows(tmp_path / "train_metadata.csv"))) == (at == 2)
     assert "finishing the current step, then saving and stopping" in errors
@@ -263,6 +268,36 @@ def test_a_signal_outside_of_steps_is_not_lost(demo, trained, tmp_path, monkeypa
     assert train.main([*arguments, "--resume"]) == trained[1]
 
 
+def test_a_signal_that_comes_while_the_processes_agree_whether_to_stop_is_not_lost(monkeypatch):
+    run = SimpleNamespace(signal=0, classifier=SimpleNamespace(device=torch.device("cpu")))
+    stops = []
+    monkeypatch.setattr(train.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(train, "save_and_stop", lambda run: stops.append(run.signal))
+
+    # The others have not been told yet, so this process must not stop without them.
+    monkeypatch.setattr(train.distributed, "all_reduce", lambda *_: setattr(run, "signal", signal.SIGTERM))
+    train.stop_if_asked(run)
+    assert stops == []
+
+    monkeypatch.setattr(train.distributed, "all_reduce", lambda *_: None)
+    train.stop_if_asked(run)
+    assert stops == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, InputError("wrong"), SystemExit(143)])
+def test_ctrl_c_while_a_command_exits_shows_no_traceback(capsys, error):
+    def main():
+        if error:
+            raise error
+
+    try:
+        with contextlib.suppress(SystemExit):
+            dataset.run_command(main)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the kernel ends the process
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_ctrl_c_in_the_final_report_acts_at_once_and_a_resumed_run_reports(demo, trained, tmp_path, monkeypatch):
     arguments = ["--data", str(demo), "--out", str(tmp_path), "--epochs", "2", *SMALL]
     with monkeypatch.context() as patch:
@@ -274,7 +309,8 @@ def test_ctrl_c_in_the_final_report_acts_at_once_and_a_resumed_run_reports(demo,
     assert train.main([*arguments, "--resume"]) == trained[1]
 
 
-def test_the_second_signal_acts_at_once(demo, trained, tmp_path):
+def test_the_second_signal_acts_at_once(demo, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "REPEATS", 0)
     options = ["--data", str(demo), "--out", str(tmp_path), "--epochs", "2", *SMALL]
     before = signal.getsignal(signal.SIGINT)
 
@@ -735,10 +771,10 @@ def test_a_run_out_of_disk_ends_in_one_line_and_can_be_resumed(demo, trained, tm
     assert sizes[0] < sizes[1]
     with contextlib.ExitStack() as limits:
         fill = lambda: limits.enter_context(file_size_limit(sum(sizes) // 2))  # noqa: E731
-        with calls_at({5: fill}), pytest.raises(SystemExit) as ended:  # the first step of epoch 2
-            dataset.run_command(lambda: train.main(options))
-    lines = capsys.readouterr().err.splitlines()
-    assert (ended.value.code, len(lines)) == (1, 1)
+        with calls_at({5: fill}):  # the first step of epoch 2
+            code, _, errors = as_command(capsys, train.main, *options)
+    lines = errors.splitlines()
+    assert (code, len(lines)) == (1, 1)
     assert "last.pth cannot be written: File too large" in lines[0]
     assert saved_state(tmp_path)["epoch"] == 1
     assert train.main([*options, "--resume"]) == trained[1]
