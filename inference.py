@@ -471,7 +471,8 @@ def _logits_and_errors(classifier, images, batch_size, workers, advance):
     precision = classifier.precision or choose_precision("auto", classifier.device, len(images))[0]
     logits = compute_logits(classifier, data, precision, batch_size, workers, advance=advance)
     # If the work was stopped, threads had decoded further images already.
-    return logits, {row: message for row, message in data.errors.items() if row < logits.shape[1]}
+    errors = sorted(data.errors.items())  # threads found them in any order
+    return logits, {row: message for row, message in errors if row < logits.shape[1]}
 
 
 @torch.inference_mode()
