@@ -473,8 +473,9 @@ def _logits_and_errors(classifier, images, batch_size, workers, advance):
     workers = default_workers() if workers is None else workers
     precision = classifier.precision or choose_precision("auto", classifier.device, len(images))[0]
     logits = compute_logits(classifier, data, precision, batch_size, workers, advance=advance)
+    errors = sorted(data.errors.items())  # threads find bad images in any order
     # If `advance` stopped the work, threads may have decoded images beyond that point.
-    return logits, {row: message for row, message in data.errors.items() if row < logits.shape[1]}
+    return logits, {row: message for row, message in errors if row < logits.shape[1]}
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import dataset
 import inference
@@ -490,6 +491,17 @@ def test_bad_images_that_were_not_reached_are_not_named(trained, demo, tmp_path,
     assert (status, len(printed.splitlines())) == (130, 9)
     assert [line for line in errors.splitlines() if line.startswith("skipped")] == [
         f"skipped: {folder / names[3].name}: not an image in a readable format such as JPEG or PNG"]
+
+
+def test_bad_images_are_named_in_the_order_of_the_images(trained, demo, monkeypatch):
+    def found_by_threads(classifier, images, *_, **more):
+        images.errors.update(dict.fromkeys([7, 3, 5], "no image"))
+        return torch.zeros(1, len(images), len(classifier.classes))
+
+    monkeypatch.setattr(inference, "compute_logits", found_by_threads)
+    classifier = inference.load_model(trained[0] / "model.pth", "cpu", "fp32")
+    _, errors = inference.predict_all(classifier, sorted((demo / "images").iterdir())[:10])
+    assert list(errors) == [3, 5, 7]
 
 
 def test_predict_in_a_library_is_interrupted_as_usual(trained, demo, signal_at):
