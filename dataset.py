@@ -3186,8 +3186,10 @@ def _map_in_threads(function, paths, title):
 
     Args: title: what it does, to be shown beside its progress.
     """
-    # A task for each file would cost more than the reading of a small one.
-    parts = [paths[start : start + 500] for start in range(0, len(paths), 500)]
+    # A task for each file would cost more than the reading of a small one. But large tasks would leave
+    # threads without work, and a slow drive without progress; and Ctrl-C waits for those in progress.
+    size = max(1, min(100, len(paths) // 32))
+    parts = [paths[start : start + size] for start in range(0, len(paths), size)]
     found = []
     with ThreadPoolExecutor(8) as pool, Progress(title, len(paths)) as progress:
         for some in pool.map(lambda part: list(map(function, part)), parts):
