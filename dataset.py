@@ -3193,8 +3193,10 @@ def _map_in_threads(function, paths, title):
 
     Args: function: one that mostly waits for a disk; title: what to call it on the progress line.
     """
-    # To start a task for each file would take longer than to read a small one.
-    parts = [paths[start : start + 500] for start in range(0, len(paths), 500)]
+    # To start a task for each file would take longer than to read a small one. But large tasks would
+    # leave threads without work, and a slow drive without progress; and Ctrl-C waits for them.
+    size = max(1, min(100, len(paths) // 32))
+    parts = [paths[start : start + size] for start in range(0, len(paths), size)]
     found = []
     with ThreadPoolExecutor(8) as pool, Progress(title, len(paths)) as progress:
         for some in pool.map(lambda part: list(map(function, part)), parts):

@@ -1,6 +1,7 @@
 """Large data: which images are the same, what --resume need not read again, and the memory that reading takes."""
 
 import os
+import threading
 import tracemalloc
 
 import numpy as np
@@ -52,6 +53,17 @@ def test_keys_are_those_of_each_image_alone(tmp_path):
     assert dataset.image_keys(table).tolist() == alone
     table.keys = None
     assert dataset.image_keys(table).tolist() == alone
+
+
+def test_a_few_images_are_read_at_the_same_time():
+    together = threading.Barrier(8, timeout=2)
+    dataset._map_in_threads(lambda _: together.wait(), [f"{i}.jpg" for i in range(40)], "looking at images")
+
+
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 3200, 3333])
+def test_what_threads_find_is_in_the_order_of_the_images(count):
+    paths = [f"{i}.jpg" for i in range(count)]
+    assert dataset._map_in_threads(str.upper, paths, "looking at images") == list(map(str.upper, paths))
 
 
 # ----------------------------------------------------------------------------------------------------------
