@@ -1528,6 +1528,8 @@ def should_stop(run):
 
 
 def stop_if_asked(run):
+    """Save and stop if a signal has asked any process to."""
+    agreed = run.signal
     if distributed.is_initialized():
         # If they got different signals, the highest number counts: SIGTERM, not SIGINT.
         highest = torch.tensor(run.signal, device=run.classifier.device)
