@@ -3218,12 +3218,16 @@ def image_key(path):
     """Return a positive integer that identifies an image in later runs, even under another name."""
     # A hash of the size and the first 64 KB of the file: to read whole files would take too long.
     try:
-        _refuse_pipe(path)
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
             content = str(os.fstat(file.fileno()).st_size).encode() + file.read(2**16)
     except OSError:  # training reports it
         content = os.fsencode(path)
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")  # 64 bits do for millions
+
+
+def _open_at_once(path, flags):
+    """Open a file as os.open() does, without waiting for somebody to write to a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no such flag
 
 
 def image_keys(table):
