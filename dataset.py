@@ -87,7 +87,7 @@ class LabelTable:
     origins: list = field(default_factory=list)  # "FILE:LINE" of the row
     added: list = field(default_factory=list)  # True for rows that answers added to the label file
 
-    keys: np.ndarray = None  # image_key() of each image, integers (N,); 0 where it is not computed
+    keys: np.ndarray = None  # image_key() of each image, integers (N,)
 
     # Arrays (N, C), or None if no answers were merged.
     before: np.ndarray = None  # the targets before the merge
@@ -3152,7 +3152,7 @@ class Identities(NamedTuple):
 
     stamp: str  # a hash of their paths, sizes and modification times
     firsts: np.ndarray  # integers (N,): the index of the first file with the same bytes
-    keys: np.ndarray  # integers (N,): image_key(), or 0 where it was not needed
+    keys: np.ndarray  # integers (N,): the image_key() of each
 
 
 def identify_images(paths, known=None):
@@ -3166,13 +3166,10 @@ def identify_images(paths, known=None):
     if known and known.stamp == stamp:
         return known
 
-    # Only files of the same size can have the same bytes, and most of those differ in their first
-    # 64 KB, which image_key() reads. The few that are left are read as a whole.
+    # Files with the same bytes have the same key, and few others do. Those are read as a whole.
+    keys = np.array(_map_in_threads(image_key, paths, "comparing images"), np.uint64)
     sizes = np.array([size for size, _ in stats])
-    keys = np.zeros(len(paths), np.uint64)
-    similar = _repeated(sizes, np.flatnonzero(sizes > 0))
-    keys[similar] = _map_in_threads(image_key, [paths[i] for i in similar], "comparing images")
-    equal = _repeated(keys, similar)
+    equal = _repeated(keys, np.flatnonzero(sizes > 0))
     digests = _map_in_threads(_digest, [paths[i] for i in equal], "comparing similar images")
 
     firsts = np.arange(len(paths))
@@ -3232,11 +3229,9 @@ def _open_at_once(path, flags):
 
 def image_keys(table):
     """Return the image_key() of each image of a table, integers (N,)."""
-    keys = np.zeros(len(table), np.uint64) if table.keys is None else table.keys.copy()
-    missing = np.flatnonzero(keys == 0)
-    paths = [table.paths[row] for row in missing]
-    keys[missing] = _map_in_threads(image_key, paths, "identifying images")
-    return keys
+    if table.keys is None:  # a table that read_labels() did not make
+        table.keys = np.array(_map_in_threads(image_key, table.paths, "identifying images"), np.uint64)
+    return table.keys
 
 
 def _digest(path):

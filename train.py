@@ -1098,7 +1098,7 @@ def draw_batches(run):
     if options.sampler == "balanced":  # by place, else all copies of an image would go to one rank
         homes = np.arange(count) % ranks
     else:
-        homes = home_ranks(run.tables["train"].ids, ranks)[rows]
+        homes = home_ranks(run.tables["train"], ranks)[rows]
     steps = steps_per_epoch(options, count - state.images)
     drawn = []
     for places in np.array_split(np.arange(state.images, count), steps):
@@ -1108,18 +1108,17 @@ def draw_batches(run):
     return drawn
 
 
-def home_ranks(ids, ranks):
-    """Return the rank whose cache should hold each image, an int array (N,).
+def home_ranks(table, ranks):
+    """Return the rank whose cache should hold each image of a table, an int array (N,).
 
     The other ranks seldom need the image, so that their caches have room for others.
     """
     if ranks == 1:
-        return np.zeros(len(ids), int)
+        return np.zeros(len(table), int)
 
     # By chance, because rows are often sorted by label, and BatchNorm must not see a single class.
-    # By name, because a name is the same in every process, epoch and fold.
-    digests = (hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in ids)
-    return np.array([int.from_bytes(digest[:4], "big") % ranks for digest in digests])
+    # By a hash of the image, which is the same in every process, epoch and fold.
+    return (dataset.image_keys(table) % np.uint64(ranks)).astype(int)
 
 
 def divide_batch(homes, ranks):
@@ -1362,7 +1361,7 @@ def predict_split(run, split):
             distributed.broadcast(buffer, 0)
 
     # Each process fills in its rows, and the sum of all is complete, as the other rows are 0.
-    homes = home_ranks(run.tables[split].ids, ranks)
+    homes = home_ranks(run.tables[split], ranks)
     share = np.flatnonzero(divide_batch(homes, ranks) == rank)
     batch_size = 2 * run.options.batch_size  # without gradients there is room for more
     title = "  ".join([*place_of(run), f"predicting {split}"])
