@@ -1095,10 +1095,9 @@ def draw_batches(run):
     # A batch is cut from all places first, and then divided among the processes. Augmentation goes
     # by place, so that an image that --sampler balanced draws twice looks different each time.
     rank, ranks = rank_and_ranks()
-    if options.sampler == "balanced":  # by place, else all copies of an image would go to one rank
+    homes = home_ranks(run.tables["train"], ranks)[rows]
+    if options.sampler == "balanced":  # else all copies of an image would go to one rank
         homes = np.arange(count) % ranks
-    else:
-        homes = home_ranks(run.tables["train"], ranks)[rows]
     steps = steps_per_epoch(options, count - state.images)
     drawn = []
     for places in np.array_split(np.arange(state.images, count), steps):

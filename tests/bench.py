@@ -16,6 +16,7 @@
     python tests/bench.py suspects DATA WEIGHTS [SHARE [SEEDS]]  # are flipped labels found? beside cleanlab
     python tests/bench.py corrections DATA WEIGHTS   # what correcting the most suspicious labels recovers
     python tests/bench.py ask DATA WEIGHTS   # single labels chosen by --ask beside random ones and whole images
+    python tests/bench.py unknown DATA WEIGHTS [SHARES [SEEDS]]   # what to do with labels that are unknown
     python tests/bench.py backbones [NAME...]   # does every classification network of torchvision train and predict?
     python tests/bench.py pointing MODEL     # how often the heatmap of a demo defect is highest on the defect
 """
@@ -1199,6 +1200,48 @@ def rounds_of_answers(folder, way, truth, pool, seed, weights, steps, first=None
                 for row, c in chosen]
         dataset.write_csv(answers[-1], [dataset.ANSWER_COLUMNS, *rows])
     return scores
+
+
+def bench_unknown(data, weights, shares="0.2,0.5,0.8", seeds="0,1,2", *options):
+    """Print test mAP and F1-macro of trainings in which only a share of the training labels is known.
+
+    "masked" keeps random labels, and the others are unknown; "absent" takes the others for absent, as scripts do that
+    know only 1 and 0; "images" keeps as many labels, but all those of random images. All labels are known of 100 images
+    for val and 300 for testing; the others are for training. Every training takes about as many steps. Further options
+    are those of train.py.
+    """
+    import dataset
+
+    describe_machine()
+    truth = dataset.read_labels(data)
+    found = {}
+    for seed in map(int, seeds.split(",")):
+        rng = np.random.default_rng(seed)
+        parts = np.array(["test"] * 300 + ["val"] * 100 + ["train"] * (len(truth) - 400))[rng.permutation(len(truth))]
+        places = np.argwhere((parts == "train")[:, None] & ~np.isnan(truth.targets))
+        places = places[rng.permutation(len(places))]
+        images = rng.permutation(np.flatnonzero(parts == "train"))
+        for share in [1.0, *map(float, shares.split(","))]:
+            for way in ("masked", "absent", "images") if share < 1 else ("all",):
+                targets, rows, epochs = truth.targets.copy(), np.arange(len(truth)), 10
+                if way == "images":
+                    rows = np.sort(np.r_[np.flatnonzero(parts != "train"), images[: round(share * len(images))]])
+                    epochs = round(epochs / share)
+                else:
+                    targets[tuple(places[round(share * len(places)) :].T)] = 0 if way == "absent" else np.nan
+                kept = truth.subset(rows)
+                with tempfile.TemporaryDirectory() as folder:
+                    folder = write_labels(Path(folder) / "data", kept, targets[rows], parts[rows].tolist())
+                    report, _ = train_quietly(folder, "out", seed, weights, "--epochs", str(epochs), *options)
+                found.setdefault((share, way), []).append((report["map"], report["f1_macro"]))
+                print(f"seed {seed}, {share:.0%} known, {way:6}: mAP {report['map']:.3f}, F1-macro "
+                      f"{report['f1_macro']:.3f}", flush=True)
+
+    for (share, way), rows in found.items():
+        means, deviations = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1)
+        text = ", ".join(f"{name} {mean:.3f} +- {deviation:.3f}"
+                         for name, mean, deviation in zip(("mAP", "F1-macro"), means, deviations))
+        print(f"{share:.0%} known, {way:6}: {text}")
 
 
 def bench_backbones(*names):

@@ -553,7 +553,7 @@ def check_same_runs(a, b):
 def test_a_run_of_folds_that_is_killed_many_times_ends_as_one_that_never_was(make_rows, tmp_path):
     data = make_rows([f"{i % 2} {int(i % 5 == 0)}" for i in range(24)])
     arguments = ["--data", str(data), "--folds", "3", *RUN]
-    check_same_runs(*kill_often(tmp_path, arguments, 10, delay=0.004, first="fold_1/last.pth"))
+    check_same_runs(*kill_often(tmp_path, arguments, 6, delay=0.004, first="fold_1/last.pth"))
 
 
 def test_a_stopped_run_goes_on_at_the_fold_that_was_stopped(plain, demo, tmp_path):

@@ -282,7 +282,7 @@ def check_random_folder(draw, outcome):
     assert {path.removeprefix(root): name for name, path in zip(table.ids, table.paths)} == merged, (rows, files)
 
 
-@settings(max_examples=int(os.environ.get("RANDOM_FOLDERS", "200")), deadline=None, database=None, derandomize=True)
+@settings(max_examples=int(os.environ.get("RANDOM_FOLDERS", "100")), deadline=None, database=None, derandomize=True)
 @given(st.data())
 def test_random_folders_are_read_as_a_slow_reading_of_the_rule_says(data):
     check_random_folder(data.draw, event)

@@ -179,7 +179,7 @@ def kill_often(folder, arguments, kills, delay=0.01, first="last.pth"):
 def test_a_run_killed_many_times_ends_as_one_that_never_was(demo, tmp_path):
     arguments = ["--data", str(demo), "--epochs", "4", "--head", "mlp", "--augment", "rich", "--sam", "0.1", *SMALL,
                  "--workers", "2"]
-    whole, parts = kill_often(tmp_path, arguments, 20)
+    whole, parts = kill_often(tmp_path, arguments, 12)
     for name in ("model.pth", "last.pth"):
         assert same_tensors(tensors(whole / name), tensors(parts / name))
     assert history(whole) == history(parts)
