@@ -410,13 +410,8 @@ def train_step(run, images, targets, share):
     of each image in its mixture with the image before it (--mix): its own labels get that share of
     the loss, and the labels of the image before it get the rest.
     """
-    loss = compute_gradient(run, images, targets, share)
-
-    if takes_sam_steps(run.options, run.state.epoch + 1):
-        # Replace the gradient by that of the worst point nearby (sharpness-aware minimisation). It
-        # leads to flat minima, which generalise better. Early on that is not worth the double time.
-        with weights_moved_uphill(run.model, run.options.sam):
-            compute_gradient(run, images, targets, share)
+    sharp = takes_sam_steps(run.options, run.state.epoch + 1)
+    loss = (sharp_gradient if sharp else compute_gradient)(run, images, targets, share)
 
     # The scaler skips the step when fp16 overflowed in either gradient. A fused optimizer checks
     # that on the GPU, so that nothing in a step waits for the GPU.
@@ -446,6 +441,18 @@ def compute_gradient(run, images, targets, share):
     return all_total / all_known.clamp(min=1)
 
 
+def sharp_gradient(run, images, targets, share):
+    """Set the gradient of the worst point nearby, and return the loss; arguments as for train_step().
+
+    This is sharpness-aware minimisation: it leads to flat minima, which generalise better.
+    """
+    with frozen_layers_computed_once(run.model):
+        loss = compute_gradient(run, images, targets, share)
+        with weights_moved_uphill(run.model, run.options.sam):
+            compute_gradient(run, images, targets, share)
+    return loss
+
+
 def takes_sam_steps(options, epoch):
     """Return True if the steps of an epoch, counted from 1, are sharpness-aware."""
     return bool(options.sam) and epoch - 1 >= options.epochs / 2
@@ -473,6 +480,47 @@ def weights_moved_uphill(model, radius):
         with torch.no_grad():
             for tensor, value in zip(changed, before):
                 tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def frozen_layers_computed_once(model):
+    """Let the frozen first layers compute only the first batch of the block: all are to be the same."""
+    layers = list(frozen_layers(model))
+    for layer in layers:
+        layer.forward = called_once(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # that of its class appears again
+
+
+def frozen_layers(model):
+    """Yield the layers that have weights, but none that train; not those within such a layer."""
+    for layer in model.children():
+        weights = list(layer.parameters())
+        if any(weight.requires_grad for weight in weights):
+            yield from frozen_layers(layer)
+        elif weights:
+            yield layer
+
+
+def called_once(forward):
+    """Return a function that calls `forward`, and from then on repeats what that returned.
+
+    It calls it again if the output depends on weights that train, or was changed in place.
+    """
+    kept = []
+
+    def repeat(*inputs):
+        if kept and kept[0]._version == kept[1]:  # a ReLU in place, for example, makes another version
+            return kept[0]
+        output = forward(*inputs)
+        if isinstance(output, torch.Tensor) and not output.requires_grad:
+            kept[:] = output, output._version
+        return output
+
+    return repeat
 
 
 # --------------------------------------------------------------------------------------------------

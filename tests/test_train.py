@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,6 +194,38 @@ def test_sam_counts_a_batch_once_in_the_statistics():
     for name, value in alone[2].named_buffers():
         torch.testing.assert_close(network[2].get_buffer(name), value)
     assert not torch.equal(network[1].weight, alone[1].weight)
+
+
+@pytest.mark.parametrize(("backbone", "layers", "once"), [
+    ("resnet18", "layer3,layer4,head", ["conv1", "layer1", "layer2"]),
+    ("resnet18", "layer1,head", ["conv1"]),  # what comes after layer1 changes with its weights
+    ("resnet18", "layer2.0.downsample,layer3,head", ["conv1", "layer1", "layer2.0.conv2"]),  # the block adds in place
+    ("efficientnet_b0", "features.1.0.block.0.1,features.8,head", ["features.0"]),  # its SiLU works in place
+])
+def test_frozen_first_layers_compute_once_in_a_step_with_sam(monkeypatch, backbone, layers, once):
+    images, targets = torch.rand(4, 3, 32, 32), torch.tensor([[1.0, 0.0], [0.0, torch.nan], [1.0, 1.0], [0.0, 0.0]])
+    torch.manual_seed(0)
+    network = inference.build_model(backbone, "linear", 2)
+    for name, weight in network.named_parameters():
+        weight.requires_grad_(name in train.select_parameters(network, layers))
+    networks = network, copy.deepcopy(network)
+    first = [next(layer for layer in network.get_submodule(name).modules() if isinstance(layer, torch.nn.Conv2d))
+             for name in once]
+    calls, convolve = Counter(), torch.nn.Conv2d._conv_forward
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward",
+                        lambda layer, *rest: calls.update([layer]) or convolve(layer, *rest))
+
+    for step in range(2):  # the second batch is not mistaken for the first
+        for model in networks:
+            with monkeypatch.context() as patch:
+                if model is not network:
+                    patch.setattr(train, "frozen_layers", lambda _: [])
+                train.train_mode(model)
+                torch.manual_seed(step)  # EfficientNet drops blocks at random
+                train.train_step(step_run(model, [1.0, 1.0], sam=0.5, trained=2), images + step, targets, 1.0)
+        assert [calls[layer] for layer in first] == [step + 1] * len(first)
+    for weight, other in zip(*(model.state_dict().values() for model in networks)):
+        assert torch.equal(weight, other)
 
 
 @pytest.mark.parametrize(("given", "radius"), {
