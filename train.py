@@ -53,7 +53,6 @@ from inference import HEADS
 # after as many epochs on 200 photographs, without --sam, for one seed, where 0.01 is noise, unless
 # they say otherwise. `tests/bench.py recipe` compares most of these values at equal training time.
 RECIPE = {
-    "epochs": 20,
     "batch_size": 16,  # 32 with lr 1.5e-3 and 24 epochs, which takes as long: +0.007
     "lr": 1e-3,  # 5e-4: -0.009; 2e-3: -0.006; 3e-3 from scratch, in 6 epochs of the demo: -0.12
     "wd": 1e-2,  # 5e-2: -0.007
@@ -70,6 +69,9 @@ RECIPE = {
     "pos_weight_clip": [1, 20],  # does not play down frequent labels, and limits very rare ones
     "patience": 0,  # because the best epoch on a small val split is mostly luck
 }
+
+# Without --epochs, pretrained networks train until they have seen so many images.
+IMAGES_TO_SEE = 6000
 
 # Small generated images, and no pretrained weights to download.
 DEMO = {"data": "data/demo", "weights": "none", "size": 96, "epochs": 18, "augment": "flip,vflip",
@@ -105,7 +107,7 @@ PRESETS = {
     },
     "coco": PUBLISHED | {
         "head": "bn", "train_layers": "head", "unfreeze": "all", "unfreeze_epoch": 3, "lr": 1e-3,
-        "schedule": "multistep", "monitor": "f1", "patience": 10, "augment": "flip",
+        "epochs": 20, "schedule": "multistep", "monitor": "f1", "patience": 10, "augment": "flip",
         "thresholds": "global",
     },
 }
@@ -151,7 +153,8 @@ def option_parser():
 
     add = parser.add_argument_group("recipe").add_argument
     add("--preset", choices=PRESETS, default="default", help="defaults of a published recipe")
-    add("--epochs", type=count, help="number of epochs; with --patience the maximum")
+    add("--epochs", type=count, help="number of epochs; with --patience the maximum (default: as many "
+        "as show 6,000 images, from 5 to 20; 20 with --weights none)")
     add("-b", "--batch-size", type=count, help="images per step, over all processes")
     add("--lr", type=real, help="learning rate of the head")
     add("--lr-backbone", type=real, help="learning rate of the backbone (default: as --lr, but at "
@@ -274,9 +277,6 @@ def parse_options(argv=None):
         options.lr_backbone = default_backbone_rate(options)
     options.dropout = options.dropout or HEADS[options.head]
     options.monitor = options.monitor or ("map" if options.patience else "last")
-    options.unfreeze_epoch = options.unfreeze_epoch or 1 + options.epochs // 4
-    # Half and three quarters of the epochs, as He et al. 2016 did on CIFAR.
-    options.milestones = options.milestones or [max(1, options.epochs * k // 4) for k in (2, 3)]
     return options
 
 
@@ -617,8 +617,21 @@ def read_data(options):
 
     check_splits(options, tables)
     smallest = min(len(part) for part in tables.values() if len(part))
-    check_batches(options, len(tables["train"]), smallest)
+    count = len(tables["train"])
+    check_batches(options, count, smallest)
+    set_epochs(options, count - count // options.folds if options.folds else count)
     return tables
+
+
+def set_epochs(options, count):
+    """Fill in for how long to train on `count` images, and what follows from it, if no option says so."""
+    if options.epochs is None and options.weights == "none":
+        options.epochs = 20
+    elif options.epochs is None:
+        options.epochs = min(20, max(5, round(IMAGES_TO_SEE / count)))
+    options.unfreeze_epoch = options.unfreeze_epoch or 1 + options.epochs // 4
+    # Half and three quarters of the epochs, as He et al. 2016 did on CIFAR.
+    options.milestones = options.milestones or [max(1, options.epochs * k // 4) for k in (2, 3)]
 
 
 def identify_images(options, paths):
@@ -2359,8 +2372,8 @@ def print_warning(text):
 
 # Not listed among "not the defaults": options whose default depends on others, most of which the
 # other lines show; and --quiet.
-NOT_LISTED = ("size", "milestones", "dropout", "lr_backbone", "train_layers", "unfreeze",
-              "unfreeze_epoch", "monitor", "sam", "quiet")
+NOT_LISTED = ("epochs", "size", "milestones", "dropout", "lr_backbone", "train_layers",
+              "unfreeze", "unfreeze_epoch", "monitor", "sam", "quiet")
 
 
 def print_configuration(options):

@@ -552,13 +552,14 @@ def bench_recipe(photographs, small, weights, *variants, seeds=3):
 
             # Epochs for the same minutes. --sam makes those of the second half longer.
             run, epoch = start_run(*command, "--unfreeze-epoch", "1")  # what most epochs cost
+            length = run.options.epochs
             epoch()  # fills the cache
             halves = []
-            for done in (0, 0, parsed.epochs - 1, parsed.epochs - 1):
+            for done in (0, 0, length - 1, length - 1):
                 run.state.epoch = done
                 halves.append(seconds(epoch))
             own = (min(halves[:2]) + min(halves[2:])) / 2
-            budget = budget or parsed.epochs * own
+            budget = budget or length * own
             epochs = str(max(1, round(budget / own)))
 
             rows = []

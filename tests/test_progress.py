@@ -243,6 +243,7 @@ def simulate(options, folds, factor=1.0, resumed_at=(0, 0)):
     epoch from which on a new process measures times.
     """
     options = train.parse_options(options)
+    train.set_epochs(options, 300)
     rng = np.random.default_rng(0)
     member = SimpleNamespace(network=inference.build_without_values("resnet18", 64))
     units = train.work_units(SimpleNamespace(options=options, member=member, fresh=()))

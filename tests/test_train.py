@@ -336,6 +336,7 @@ def test_the_rate_is_a_function_of_options_and_progress():
     assert small[3] == pytest.approx(0.5, abs=0.06)
     assert small[-1] == pytest.approx(0.0, abs=1e-6)
     multistep = train.parse_options(["--schedule", "multistep", "--epochs", "8", "--lr-decay", "0.1"])
+    train.set_epochs(multistep, 100)
     factors = [train.rate_factor(multistep, value) for value in (0.5, 3.5, 4.5, 5.5, 6.5, 7.5)]
     assert factors == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
     constant = train.parse_options(["--schedule", "constant", "--epochs", "8"])
@@ -369,6 +370,7 @@ def test_no_step_of_the_cosine_has_rate_0_and_their_mean_is_that_of_the_curve(fe
 @pytest.mark.parametrize("epochs", ["1", "2", "3"])
 def test_the_first_steps_of_multistep_have_the_whole_rate(epochs):
     options = train.parse_options(["--schedule", "multistep", "--epochs", epochs])
+    train.set_epochs(options, 100)
     assert train.rate_factor(options, 0.01) == 1.0
     assert train.rate_factor(options, 0.4) == 1.0
 
@@ -515,6 +517,7 @@ def test_the_recipe_trains_what_is_new_and_then_the_late_layers(trained, demo, t
 def test_layers_that_are_given_are_all_that_is_trained():
     def layers(*argv):
         options = train.parse_options(argv)
+        train.set_epochs(options, 300)
         return options.train_layers, options.unfreeze, options.unfreeze_epoch
 
     assert layers() == ("new", "late", 6)
@@ -522,6 +525,23 @@ def test_layers_that_are_given_are_all_that_is_trained():
     assert layers("--weights", "none") == layers("--train-layers", "all") == ("all", None, 6)
     assert layers("--train-layers", "layer4,head") == ("layer4,head", None, 6)
     assert layers("--train-layers", "new", "--unfreeze", "layer4") == ("new", "layer4", 6)
+
+
+@pytest.mark.parametrize(("given", "count", "epochs"), [
+    ("", 1, 20), ("", 300, 20), ("", 400, 15), ("", 780, 8), ("", 1200, 5), ("", 10**6, 5), ("--epochs 7", 780, 7),
+    ("--weights none", 780, 20), ("--preset coco", 780, 20), ("--preset resnet50", 780, 40), ("--demo", 700, 18)])
+def test_more_images_take_fewer_epochs_unless_an_option_says_how_many(given, count, epochs):
+    options = train.parse_options(given.split())
+    train.set_epochs(options, count)
+    assert (options.epochs, options.milestones) == (epochs, [epochs // 2, epochs * 3 // 4])
+
+
+@pytest.mark.parametrize(("more", "images"), [([], 18), (["--folds", "3"], 16)])
+def test_the_images_that_a_network_trains_on_decide_the_epochs(few_images, monkeypatch, more, images):
+    monkeypatch.setattr(train, "IMAGES_TO_SEE", 150)
+    options = train.parse_options(["--data", str(few_images), "--split", "3", "1", "0", *more])
+    train.read_data(options)
+    assert options.epochs == round(150 / images)
 
 
 def test_patience_needs_a_score_that_waits():
@@ -1563,7 +1583,7 @@ def test_the_configuration_is_printed_before_training(demo, tmp_path, capsys):
                  "1 epochs", "batch 20", "lr 0.0007", "cosine", "augment flip,crop,rotation", "pos_weight sqrt",
                  "last epoch", "soft", "batch_size=20", "device: cpu", "precision: fp32", "weights: none"):
         assert text in before, text
-    assert "epochs=1" in before and "seed=" not in before and "monitor=" not in before
+    assert "epochs=" not in before and "seed=" not in before and "monitor=" not in before
     assert "f1_macro" in after
     assert f"inference.py {demo}/images/" in after
     assert f"--model {tmp_path}/model.pth" in after
