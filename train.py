@@ -70,7 +70,9 @@ RECIPE = {
     "patience": 0,  # because the best epoch on a small val split is mostly luck
 }
 
-# Without --epochs, pretrained networks train until they have seen so many images.
+# Without --epochs, a pretrained network trains until it has seen so many images. More of them take
+# fewer epochs: beside 20 epochs, 15 for 400 photographs: +0.004, in 0.75 of the time; 8 for 780:
+# -0.003 on two seeds, in 0.39 of the time (EfficientNet-Lite0 with all its ImageNet weights).
 IMAGES_TO_SEE = 6000
 
 # Small generated images, and no pretrained weights to download.
