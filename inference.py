@@ -282,8 +282,6 @@ def _load_chosen_models(options):
     return classifier
 
 
-
-
 def _until(signals, progress):
     """Return a function `advance` that shows progress, and asks to stop once there is a signal."""
 

@@ -597,7 +597,8 @@ def ends_with_the_others():
 def read_data(options):
     """Read and split the labels, and return a LabelTable for each of "train", "val" and "test".
 
-    With --folds, "train" has all images of train and val, and "val" is empty. Raises InputError.
+    With --folds, "train" has all images of train and val, and "val" is empty. Sets the options that
+    depend on the number of images, as set_epochs() says. Raises InputError.
     """
     # Only one process draws the demo. The others wait, and then all of them read the same files.
     if options.demo and is_leader() and not (Path(options.data) / "labels.txt").exists():
