@@ -4641,7 +4641,7 @@ def find_bad_images(table, workers):
 
 DEMO_GROUPS = {"parts": ["bolt", "bracket", "ring"], "defects": ["rust", "crack", "hole"]}
 DEMO_LABELS = [*DEMO_GROUPS["parts"], *DEMO_GROUPS["defects"]]
-DEMO_SIZE = 128  # pixels; drawn at twice that size and reduced, which smooths edges
+DEMO_SIZE = 96  # pixels; drawn at twice that size and reduced, which smooths edges
 DARK = (25, 25, 25)
 
 
@@ -4670,16 +4670,20 @@ def write_demo(folder, seed=0, count=1000):
 
 
 def draw_demo_labels(rng):
-    """Return random labels: rust is common on bolts, cracks on brackets, and holes are rare."""
+    """Return up to four labels: rust is common on bolts, cracks on brackets, and holes are rare."""
     chances = {"bolt": 0.45, "bracket": 0.4, "ring": 0.35}
     parts = {name for name, chance in chances.items() if rng.random() < chance}
     chances = {"rust": 0.5 if "bolt" in parts else 0.15,
                "crack": 0.45 if "bracket" in parts else 0.15, "hole": 0.055}
-    return parts | {name for name, chance in chances.items() if rng.random() < chance}
+    labels = parts | {name for name, chance in chances.items() if rng.random() < chance}
+    return labels if len(labels) <= 4 else draw_demo_labels(rng)  # an image has four places
 
 
 def draw_demo_image(labels, rng):
-    """Draw a photograph with these labels. Returns (image, {label: (left, top, right, bottom)})."""
+    """Draw a photograph with up to four labels.
+
+    Returns (image, {label: (left, top, right, bottom)}).
+    """
     # Grain, and clutter that is no label; without it, a network could just count edges.
     side = 2 * DEMO_SIZE
     grain = _smooth_noise(rng, (side, 12), 7) + _smooth_noise(rng, (6, 6), 14)
@@ -4689,15 +4693,14 @@ def draw_demo_image(labels, rng):
         corners = rng.normal(0, rng.uniform(4, 18), (rng.integers(2, 6), 2))
         _polygon(pen, *rng.integers(0, side, 2), corners, 0, _colour(rng, 10, 245), outline=None)
 
-    # Each label has its own cell of a 3 x 3 grid; parts are drawn first, and defects over them.
-    # Cells are 78 pixels apart and shifted by up to 20, so labels may touch but do not hide each other.
-    grid = [(x, y) for x in (50, 128, 206) for y in (50, 128, 206)]
-    places = rng.permutation(grid) + rng.integers(-20, 21, (9, 2))
+    # Each label has its own quarter; parts are drawn first, and defects over them. The middles of the
+    # quarters are shifted by up to 20 pixels, so labels may touch but do not hide each other.
+    middles = [(x, y) for x in (50, 142) for y in (50, 142)]
+    places = rng.permutation(middles) + rng.integers(-20, 21, (4, 2))
     boxes = {}
-    for label, (x, y) in zip(DEMO_LABELS, places):
-        if label in labels:
-            box = _draw_label(label, pen, x, y, rng)
-            boxes[label] = tuple(int(min(max(edge / 2, 0), DEMO_SIZE)) for edge in box)
+    for label, (x, y) in zip([name for name in DEMO_LABELS if name in labels], places):
+        box = _draw_label(label, pen, x, y, rng)
+        boxes[label] = tuple(int(min(max(edge / 2, 0), DEMO_SIZE)) for edge in box)
 
     # Light from one side, then blur and noise, as a camera adds them.
     angle = rng.uniform(0, 2 * math.pi)

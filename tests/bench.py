@@ -59,6 +59,11 @@ def alternate(ours, theirs, runs=5):
     return statistics.median(mine), statistics.median(other), statistics.median(b / a for a, b in pairs)
 
 
+def spread(values):
+    """Return the mean and the standard deviation of scores as text."""
+    return f"{statistics.mean(values):.3f} +- {statistics.stdev(values):.3f}"
+
+
 def peak_memory(function):
     """Return the most bytes that were allocated at once while the function ran."""
     tracemalloc.start()
@@ -569,9 +574,9 @@ def bench_recipe(photographs, small, weights, *variants, seeds=3):
                 report = train.main([*command, "--epochs", epochs, "--seed", str(seed), "-q", "--out", out])
                 rows.append((report["map"], report["f1_macro"], time.perf_counter() - start))
                 shutil.rmtree(out)
-            means, deviations = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1)
-            text = "  ".join(f"{mean:.3f} +- {deviation:.3f}" for mean, deviation in zip(means[:2], deviations))
-            print(f"{task:40} {name:20} {epochs:>6} {means[2]:8.0f}  {text}", flush=True)
+            scores, f1, taken = zip(*rows)
+            print(f"{task:40} {name:20} {epochs:>6} {statistics.mean(taken):8.0f}  {spread(scores)}  {spread(f1)}",
+                  flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1116,7 +1121,7 @@ def bench_corrections(data, weights, share="0.1", checked="0.15", seeds="0,1,2",
               f"with flipped ones, {scores[2]:.3f} corrected", flush=True)
     true, wrong, corrected = np.array(results).T
     for name, values in (("flipping costs", true - wrong), ("correcting recovers", corrected - wrong)):
-        print(f"{name} {values.mean():.3f} +- {values.std(ddof=1):.3f}")
+        print(f"{name} {spread(values)}")
     print(f"{(corrected - wrong).sum() / (true - wrong).sum():.0%} is recovered")
 
 
@@ -1152,8 +1157,7 @@ def bench_ask(data, weights, seeds="0,1,2", steps=150):
 
     means = {way: np.mean(scores, axis=0) for way, scores in curves.items()}
     for way, scores in curves.items():
-        print(f"mean of {len(scores)}, {way:7} " + " ".join(
-            f"{mean:.3f}+-{error:.3f}" for mean, error in zip(means[way], np.std(scores, axis=0, ddof=1))))
+        print(f"mean of {len(scores)}, {way:7} " + "  ".join(map(spread, zip(*scores))))
     goal = means["images"][-1]
     needed = np.interp(goal, np.maximum.accumulate(means["chosen"]), np.arange(0, 1500, 300))
     print(f"images reach {goal:.3f} with 1200 answers, chosen labels with {needed:.0f}: {needed / 1200:.2f} of it")
@@ -1239,10 +1243,8 @@ def bench_unknown(data, weights, shares="0.2,0.5,0.8", seeds="0,1,2", *options):
                       f"{report['f1_macro']:.3f}", flush=True)
 
     for (share, way), rows in found.items():
-        means, deviations = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1)
-        text = ", ".join(f"{name} {mean:.3f} +- {deviation:.3f}"
-                         for name, mean, deviation in zip(("mAP", "F1-macro"), means, deviations))
-        print(f"{share:.0%} known, {way:6}: {text}")
+        scores, f1 = zip(*rows)
+        print(f"{share:.0%} known, {way:6}: mAP {spread(scores)}, F1-macro {spread(f1)}")
 
 
 def bench_backbones(*names):

@@ -1440,13 +1440,18 @@ def test_the_demo_has_groups_and_unknown_labels(demo):
     assert (np.nansum(table.targets, axis=0) > 0).all()
 
 
+def test_a_demo_image_has_a_place_for_each_of_its_labels():
+    numbers = [len(dataset.draw_demo_labels(np.random.default_rng(seed))) for seed in range(1000)]
+    assert min(numbers) == 0 and max(numbers) == 4
+
+
 def test_demo_boxes_lie_in_the_picture_and_name_the_labels():
-    for labels in (set(), {"bolt"}, {"ring", "hole"}, {"bolt", "bracket", "ring", "rust", "crack", "hole"}):
+    for labels in (set(), {"bolt"}, {"ring", "hole"}, {"bracket", "rust", "crack", "hole"}):
         for seed in range(4):
             image, boxes = dataset.draw_demo_image(labels, np.random.default_rng(seed))
-            assert set(boxes) == labels and image.size == (128, 128)
+            assert set(boxes) == labels and image.size == (96, 96)
             for left, top, right, bottom in boxes.values():
-                assert 0 <= left < right <= 128 and 0 <= top < bottom <= 128
+                assert 0 <= left < right <= 96 and 0 <= top < bottom <= 96
 
 
 @pytest.mark.parametrize("name", ["labels.txt", "labels.csv", "image_data.csv", "note.md", "label_groups.json"])
