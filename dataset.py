@@ -4641,7 +4641,7 @@ def find_bad_images(table, workers):
 
 DEMO_GROUPS = {"parts": ["bolt", "bracket", "ring"], "defects": ["rust", "crack", "hole"]}
 DEMO_LABELS = [*DEMO_GROUPS["parts"], *DEMO_GROUPS["defects"]]
-DEMO_SIZE = 96  # pixels; drawn at twice that size and reduced, which smooths edges
+DEMO_SIZE = 80  # pixels; drawn at twice that size and reduced, which smooths edges
 DARK = (25, 25, 25)
 
 
@@ -4694,9 +4694,9 @@ def draw_demo_image(labels, rng):
         _polygon(pen, *rng.integers(0, side, 2), corners, 0, _colour(rng, 10, 245), outline=None)
 
     # Each label has its own quarter; parts are drawn first, and defects over them. The middles of the
-    # quarters are shifted by up to 20 pixels, so labels may touch but do not hide each other.
-    middles = [(x, y) for x in (50, 142) for y in (50, 142)]
-    places = rng.permutation(middles) + rng.integers(-20, 21, (4, 2))
+    # quarters are shifted by up to 12 pixels, so labels may touch but do not hide each other.
+    middles = [(x, y) for x in (42, 118) for y in (42, 118)]
+    places = rng.permutation(middles) + rng.integers(-12, 13, (4, 2))
     boxes = {}
     for label, (x, y) in zip([name for name in DEMO_LABELS if name in labels], places):
         box = _draw_label(label, pen, x, y, rng)

@@ -529,7 +529,8 @@ def recipe_tasks(photographs, small, weights):
             tasks[f"{share:.0%} of {Path(photographs).name}, {origin}"] = ["--data", photographs, *split, *common]
         folds = ["--data", small, "--folds", "5", "--monitor", "last", "--patience", "0"]
         tasks[f"{Path(small).name}, 5 folds, {origin}"] = [*folds, *common]
-        tasks[f"demo, {origin}"] = ["--demo", "--augment", "flip,vflip", "--pos-weight", "none", *common]
+        demo = ["--demo", "--augment", "flip,vflip", "--pos-weight", "none", "--weights", start]
+        tasks[f"demo, {origin}"] = [*demo, "--size", "64"]
     return tasks
 
 
@@ -538,6 +539,7 @@ def bench_recipe(photographs, small, weights, *variants, seeds=3):
 
     All get as many minutes as the first one takes for its --epochs. The tasks are 10, 20 and 40 % of a folder of
     photographs (the rest is mostly test), a small folder in five folds, and the demo, each with weights and without.
+    Weights of another network than ResNet18 take variants that name it, such as "default=--backbone efficientnet_b0".
     """
     import train
 

@@ -1449,9 +1449,9 @@ def test_demo_boxes_lie_in_the_picture_and_name_the_labels():
     for labels in (set(), {"bolt"}, {"ring", "hole"}, {"bracket", "rust", "crack", "hole"}):
         for seed in range(4):
             image, boxes = dataset.draw_demo_image(labels, np.random.default_rng(seed))
-            assert set(boxes) == labels and image.size == (96, 96)
+            assert set(boxes) == labels and image.size == (80, 80)
             for left, top, right, bottom in boxes.values():
-                assert 0 <= left < right <= 96 and 0 <= top < bottom <= 96
+                assert 0 <= left < right <= 80 and 0 <= top < bottom <= 80
 
 
 @pytest.mark.parametrize("name", ["labels.txt", "labels.csv", "image_data.csv", "note.md", "label_groups.json"])
