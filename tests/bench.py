@@ -60,8 +60,9 @@ def alternate(ours, theirs, runs=5):
 
 
 def spread(values):
-    """Return the mean and the standard deviation of scores as text."""
-    return f"{statistics.mean(values):.3f} +- {statistics.stdev(values):.3f}"
+    """Return the mean of scores as text, with the standard deviation if there are several."""
+    deviation = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
 
 
 def peak_memory(function):
