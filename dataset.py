@@ -3163,10 +3163,10 @@ def identify_images(paths, known=None):
     stats = _map_in_threads(_size_and_time, paths, "checking file sizes")
     names = "\0".join(paths).encode("utf-8", "surrogateescape")
     stamp = hashlib.sha256(np.array(stats, np.int64).tobytes() + names).hexdigest()
-    if known and known.stamp == stamp:
+    if known and known.stamp == stamp and known.keys.all():  # older versions left out some of the keys
         return known
 
-    # Files with the same bytes have the same key, and few others do. Those are read as a whole.
+    # Equal files have equal keys, so only files that share a key are read as a whole.
     keys = np.array(_map_in_threads(image_key, paths, "comparing images"), np.uint64)
     sizes = np.array([size for size, _ in stats])
     equal = _repeated(keys, np.flatnonzero(sizes > 0))
@@ -4693,8 +4693,8 @@ def draw_demo_image(labels, rng):
         corners = rng.normal(0, rng.uniform(4, 18), (rng.integers(2, 6), 2))
         _polygon(pen, *rng.integers(0, side, 2), corners, 0, _colour(rng, 10, 245), outline=None)
 
-    # Each label has its own quarter; parts are drawn first, and defects over them. The middles of the
-    # quarters are shifted by up to 12 pixels, so labels may touch but do not hide each other.
+    # Each label has its own quarter, shifted by up to 12 pixels: labels may overlap a little, or be
+    # cut off at the edge, but none hides another. Parts are drawn first, and defects over them.
     middles = [(x, y) for x in (42, 118) for y in (42, 118)]
     places = rng.permutation(middles) + rng.integers(-12, 13, (4, 2))
     boxes = {}

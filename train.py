@@ -50,22 +50,23 @@ from inference import HEADS
 # Recipe and presets: defaults of the options
 
 # What measured best on photographs. The comments say by how much another value changes the test mAP:
-# first with complete ImageNet weights (EfficientNet-Lite0, 400 photographs of traffic, equal time;
-# the effects of eight settings in 16 runs, +- 0.014), then with a ResNet18 whose layer4 starts from
-# scratch (200 photographs, as many epochs, no --sam, one seed, where 0.01 is noise), unless they say
-# otherwise. `tests/bench.py recipe` compares most of these values at equal training time.
+# "complete" with all ImageNet weights (EfficientNet-Lite0, 400 photographs of traffic, equal time, 16
+# runs, +- 0.014); all others with a ResNet18 whose layer4 starts from scratch (200 photographs, as
+# many epochs, no --sam, one seed, where 0.01 is noise), unless they say otherwise.
+# `tests/bench.py recipe` compares most of these values at equal training time.
 RECIPE = {
-    "batch_size": 16,  # 32: -0.001, and -0.016 on 780 rooms (one seed); in equal time +0.007
-    "lr": 1e-3,  # 5e-4: -0.034; -0.009. 2e-3: +0.001, and -0.010 on 780 rooms (one seed); -0.006
+    "batch_size": 16,  # 32 with lr 1.5e-3 and 24 epochs, which takes as long: +0.007
+    "lr": 1e-3,  # 5e-4: -0.009, complete -0.034; 2e-3: -0.006
     "wd": 1e-2,  # 5e-2: -0.007
     "schedule": "cosine",  # one-cycle: 0.000
-    # New layers train alone for a quarter of the epochs. For a tenth: -0.003; not at all: -, -0.017.
-    # Then the late ones join, at the same rate. All layers: -0.034; -0.088. A third of the rate for
-    # the backbone: -0.063; a rate that falls to a tenth from the last layer to the first: -0.025.
+    # New layers train alone for a quarter of the epochs. For a tenth of them: -0.003 (complete); late
+    # layers from the first epoch on: -0.017; all layers: -0.088, complete -0.034. Late layers train
+    # at the rate of the head. At a third of it: -0.063 (complete); at rates that fall to a tenth
+    # towards the first layer: -0.025 (complete).
     "train_layers": "new",
-    # "rich" also erases, and crops to half the area, which hides small things: -0.013; -0.011 on
-    # meals and 0.000 on traffic (with --sam, three seeds), +0.013 on 400 images of traffic (one
-    # seed). "light" compared with "rich": -, -0.007.
+    # "rich" also erases, and crops to half the area, which hides small things: -0.013 (complete),
+    # -0.011 on meals and 0.000 on traffic (with --sam, three seeds), but +0.013 on 400 images of
+    # traffic (one seed). "light" compared with "rich": -0.007.
     "augment": "flip,crop,rotation,perspective,jitter",
     "mix": "none",  # on 100 photographs mixup: -0.015 (three seeds); cutmix: -0.021 (one seed)
     "loss": "bce",  # asymmetric, without pos_weight: -0.009 (100 photographs, three seeds)
@@ -75,8 +76,8 @@ RECIPE = {
     "patience": 0,  # because the best epoch on a small val split is mostly luck
 }
 
-# Without --epochs, a pretrained network trains until it has seen so many images. More of them take
-# fewer epochs: beside 20 epochs, 15 for 400 photographs: +0.004, in 0.75 of the time; 8 for 780:
+# Without --epochs, a pretrained network trains until it has seen about so many images, in 5 to 20
+# epochs: beside 20 epochs, 15 for 400 photographs: +0.004, in 0.75 of the time; 8 for 780:
 # -0.003 on two seeds, in 0.39 of the time (EfficientNet-Lite0 with all its ImageNet weights).
 IMAGES_TO_SEE = 6000
 
@@ -161,8 +162,9 @@ def option_parser():
 
     add = parser.add_argument_group("recipe").add_argument
     add("--preset", choices=PRESETS, default="default", help="defaults of a published recipe")
-    add("--epochs", type=count, help="number of epochs; with --patience the maximum (default: as many "
-        "as show 6,000 images, from 5 to 20; 20 with --weights none)")
+    add("--epochs", type=count, help="number of epochs; with --patience the maximum (default: 6,000 "
+        "divided by the number of training images, but 5 to 20; 20 with --weights none; --demo and "
+        "presets have their own)")
     add("-b", "--batch-size", type=count, help="images per step, over all processes")
     add("--lr", type=real, help="learning rate of the head")
     add("--lr-backbone", type=real, help="learning rate of the backbone (default: as --lr, but at "
@@ -492,15 +494,18 @@ def weights_moved_uphill(model, radius):
 
 @contextlib.contextmanager
 def frozen_layers_computed_once(model):
-    """Let the frozen first layers compute only the first batch of the block: all are to be the same."""
-    layers = list(frozen_layers(model))
+    """Compute the frozen first layers once within the block, which must see a single batch.
+
+    Each layer has to run once for the batch, as those of all networks of torchvision do.
+    """
+    layers = list(dict.fromkeys(frozen_layers(model)))  # a layer may have two parents
     for layer in layers:
         layer.forward = called_once(layer.forward)
     try:
         yield
     finally:
         for layer in layers:
-            del layer.forward  # that of its class appears again
+            del layer.forward  # restores the method of the class
 
 
 def frozen_layers(model):
@@ -514,16 +519,16 @@ def frozen_layers(model):
 
 
 def called_once(forward):
-    """Return a function that calls `forward`, and from then on repeats what that returned.
+    """Return a function that calls `forward` once, and then returns the saved output.
 
     It calls it again if the output depends on weights that train, or was changed in place.
     """
     kept = []
 
-    def repeat(*inputs):
+    def repeat(*inputs, **options):
         if kept and kept[0]._version == kept[1]:  # a ReLU in place, for example, makes another version
             return kept[0]
-        output = forward(*inputs)
+        output = forward(*inputs, **options)
         if isinstance(output, torch.Tensor) and not output.requires_grad:
             kept[:] = output, output._version
         return output
@@ -633,10 +638,10 @@ def read_data(options):
 
 
 def set_epochs(options, count):
-    """Fill in for how long to train on `count` images, and what follows from it, if no option says so."""
+    """Fill in the number of epochs for `count` training images, and the defaults that depend on it."""
     if options.epochs is None and options.weights == "none":
         options.epochs = 20
-    elif options.epochs is None:
+    elif options.epochs is None:  # 20 are enough for few images; fewer than 5 leave the head too little
         options.epochs = min(20, max(5, round(IMAGES_TO_SEE / count)))
     options.unfreeze_epoch = options.unfreeze_epoch or 1 + options.epochs // 4
     # Half and three quarters of the epochs, as He et al. 2016 did on CIFAR.
@@ -1165,9 +1170,8 @@ def draw_batches(run):
     # A batch is cut from all places first, and then divided among the processes. Augmentation goes
     # by place, so that an image that --sampler balanced draws twice looks different each time.
     rank, ranks = rank_and_ranks()
-    homes = home_ranks(run.tables["train"], ranks)[rows]
-    if options.sampler == "balanced":  # else all copies of an image would go to one rank
-        homes = np.arange(count) % ranks
+    balanced = options.sampler == "balanced"  # all copies of an image must not go to one rank
+    homes = np.arange(count) % ranks if balanced else home_ranks(run.tables["train"], ranks)[rows]
     steps = steps_per_epoch(options, count - state.images)
     drawn = []
     for places in np.array_split(np.arange(state.images, count), steps):
@@ -1185,8 +1189,8 @@ def home_ranks(table, ranks):
     if ranks == 1:
         return np.zeros(len(table), int)
 
-    # By chance, because rows are often sorted by label, and BatchNorm must not see a single class.
-    # By a hash of the image, which is the same in every process, epoch and fold.
+    # Homes are random, because rows are often sorted by label, and BatchNorm must not see a single
+    # class. A hash of the image gives the same home in every process, epoch and fold.
     return (dataset.image_keys(table) % np.uint64(ranks)).astype(int)
 
 

@@ -16,7 +16,7 @@
     python tests/bench.py suspects DATA WEIGHTS [SHARE [SEEDS]]  # are flipped labels found? beside cleanlab
     python tests/bench.py corrections DATA WEIGHTS   # what correcting the most suspicious labels recovers
     python tests/bench.py ask DATA WEIGHTS   # single labels chosen by --ask beside random ones and whole images
-    python tests/bench.py unknown DATA WEIGHTS [SHARES [SEEDS]]   # what to do with labels that are unknown
+    python tests/bench.py unknown DATA WEIGHTS [SHARES [SEEDS [OPTION...]]]   # training with unknown labels
     python tests/bench.py backbones [NAME...]   # does every classification network of torchvision train and predict?
     python tests/bench.py pointing MODEL     # how often the heatmap of a demo defect is highest on the defect
 """
@@ -496,7 +496,7 @@ def bench_learn(data="data/demo", weights="none", seeds="3"):
 
 # What `recipe` compares: the options in which each differs from the default. More: "NAME=OPTIONS" on the command line.
 VARIANTS = {
-    "former default": "--lr 3e-4 --augment light --train-layers all --monitor map --patience 10 --sam 0",
+    "former default": "--epochs 20 --lr 3e-4 --augment light --train-layers all --monitor map --patience 10 --sam 0",
     "default": "",
     "all layers": "--train-layers new --unfreeze all",
     "no warm-up": "--unfreeze-epoch 1",
@@ -1213,8 +1213,8 @@ def rounds_of_answers(folder, way, truth, pool, seed, weights, steps, first=None
 def bench_unknown(data, weights, shares="0.2,0.5,0.8", seeds="0,1,2", *options):
     """Print test mAP and F1-macro of trainings in which only a share of the training labels is known.
 
-    "masked" keeps random labels, and the others are unknown; "absent" takes the others for absent, as scripts do that
-    know only 1 and 0; "images" keeps as many labels, but all those of random images. All labels are known of 100 images
+    "masked" keeps random labels, and the others are unknown; "absent" takes the others for absent, as scripts without
+    NA do; "images" keeps as many labels, but all those of random images. All labels are known of 100 images
     for val and 300 for testing; the others are for training. Every training takes about as many steps. Further options
     are those of train.py.
     """

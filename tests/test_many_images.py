@@ -99,6 +99,13 @@ def test_a_run_is_resumed_although_what_it_found_about_images_is_lost(stopped, s
     assert all(np.array_equal(a, b) for a, b in zip(before, after))
 
 
+def test_keys_that_an_older_version_left_out_are_found(demo):
+    paths = dataset.read_labels(demo).paths
+    known = dataset.identify_images(paths)
+    older = known._replace(keys=np.where(np.arange(len(paths)) == 1, 0, known.keys))
+    assert np.array_equal(dataset.identify_images(paths, older).keys, known.keys)
+
+
 def test_a_damaged_file_of_identities_is_as_good_as_none(tmp_path):
     path = tmp_path / "images.npz"
     saved = dataset.Identities("stamp", np.arange(3), np.arange(3, dtype=np.uint64))

@@ -201,11 +201,12 @@ def test_sam_counts_a_batch_once_in_the_statistics():
     ("resnet18", "layer1,head", ["conv1"]),  # what comes after layer1 changes with its weights
     ("resnet18", "layer2.0.downsample,layer3,head", ["conv1", "layer1", "layer2.0.conv2"]),  # the block adds in place
     ("efficientnet_b0", "features.1.0.block.0.1,features.8,head", ["features.0"]),  # its SiLU works in place
+    ("vit_b_32", "encoder.layers.encoder_layer_0.mlp,head", ["conv_proj"]),  # calls its attention with keywords
 ])
 def test_frozen_first_layers_compute_once_in_a_step_with_sam(monkeypatch, backbone, layers, once):
     images, targets = torch.rand(4, 3, 32, 32), torch.tensor([[1.0, 0.0], [0.0, torch.nan], [1.0, 1.0], [0.0, 0.0]])
     torch.manual_seed(0)
-    network = inference.build_model(backbone, "linear", 2)
+    network = inference.build_model(backbone, "linear", 2, size=32)
     for name, weight in network.named_parameters():
         weight.requires_grad_(name in train.select_parameters(network, layers))
     networks = network, copy.deepcopy(network)
