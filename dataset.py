@@ -4657,6 +4657,7 @@ def write_demo(folder, seed=0, count=1000):
         raise InputError(f"{folder} is not empty, and not demo data: name a new folder")
     write_json(marker, DEMO_GROUPS)
     (folder / "images").mkdir(exist_ok=True)
+    (folder / "labels.txt").unlink(missing_ok=True)  # of another demo: the folder is not complete now
 
     lines = [" ".join(["image", *DEMO_LABELS])]
     for i in watched("drawing the demo data", range(count)):
@@ -4667,6 +4668,15 @@ def write_demo(folder, seed=0, count=1000):
         cells = [str(int(name in labels)) if rng.random() >= 0.08 else "NA" for name in DEMO_LABELS]
         lines.append(" ".join([f"part_{i:04}.jpg", *cells]))
     write_text(folder / "labels.txt", lines)  # written last: once it is there, the folder is complete
+
+
+def demo_is_drawn(folder):
+    """Return True if a folder has labels, unless the images are those of an older version's demo."""
+    first = Path(folder) / "images" / "part_0000.jpg"
+    with contextlib.suppress(OSError), Image.open(first) as image:
+        if image.size != (DEMO_SIZE, DEMO_SIZE):
+            return False
+    return (Path(folder) / "labels.txt").exists()
 
 
 def draw_demo_labels(rng):

@@ -612,7 +612,7 @@ def read_data(options):
     depend on the number of images, as set_epochs() says. Raises InputError.
     """
     # Only one process draws the demo. The others wait, and then all of them read the same files.
-    if options.demo and is_leader() and not (Path(options.data) / "labels.txt").exists():
+    if options.demo and is_leader() and not dataset.demo_is_drawn(options.data):
         print_once(options, f"drawing the demo data into {options.data}")
         dataset.write_demo(options.data)
     wait_for_leader()

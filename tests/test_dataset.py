@@ -1471,6 +1471,24 @@ def test_the_demo_is_written_into_an_empty_folder_and_over_a_demo(tmp_path):
         assert len(dataset.read_labels(tmp_path)) == 5
 
 
+def test_the_demo_of_an_older_version_is_drawn_again(tmp_path, monkeypatch):
+    assert not dataset.demo_is_drawn(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "DEMO_SIZE", 128)
+        dataset.write_demo(tmp_path, count=2)
+        assert dataset.demo_is_drawn(tmp_path)
+    assert not dataset.demo_is_drawn(tmp_path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # stopped after the first image
+        draw = dataset.draw_demo_image
+        images = iter([draw(set(), np.random.default_rng(0))])
+        patch.setattr(dataset, "draw_demo_image", lambda *_: next(images, None) or signal.raise_signal(signal.SIGINT))
+        dataset.write_demo(tmp_path, count=2)
+    assert not dataset.demo_is_drawn(tmp_path)
+    dataset.write_demo(tmp_path, count=2)
+    assert dataset.demo_is_drawn(tmp_path) and len(dataset.read_labels(tmp_path)) == 2
+
+
 def test_the_command_line_writes_the_demo(tmp_path, monkeypatch, capsys):
     image = Image.new("RGB", (8, 8))
     monkeypatch.setattr(dataset, "draw_demo_image", lambda labels, rng: (image.copy(), {}))
