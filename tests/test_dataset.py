@@ -464,7 +464,7 @@ def test_odd_images_and_every_format_say_the_same(demo, odd_demo):
         expected = dataset.load_image(plain.paths[number])
         if kind == "grey":
             expected = expected.convert("L").convert("RGB")
-        assert np.abs(image - np.asarray(expected, float)).mean() < 4
+        assert np.abs(image - np.asarray(expected, float)).mean() < 8  # JPEG alone: 4; another image: over 18
 
 
 # ---------------------------------------------------------------------------------------------------------------------
