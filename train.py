@@ -77,8 +77,8 @@ RECIPE = {
 }
 
 # Without --epochs, a pretrained network trains until it has seen about so many images, in 5 to 20
-# epochs: beside 20 epochs, 15 for 400 photographs: +0.004, in 0.75 of the time; 8 for 780:
-# -0.003 on two seeds, in 0.39 of the time (EfficientNet-Lite0 with all its ImageNet weights).
+# epochs. Beside 20 epochs, 15 for 400 photographs are +0.003 in 0.76 of the time, and 8 for 780 are
+# -0.002 in 0.40 of the time (EfficientNet-Lite0 with all its ImageNet weights, six seeds).
 IMAGES_TO_SEE = 6000
 
 # Small generated images, and no pretrained weights to download. An epoch with batches of 32 takes 0.84
@@ -163,8 +163,8 @@ def option_parser():
     add = parser.add_argument_group("recipe").add_argument
     add("--preset", choices=PRESETS, default="default", help="defaults of a published recipe")
     add("--epochs", type=count, help="number of epochs; with --patience the maximum (default: 6,000 "
-        "divided by the number of training images, but 5 to 20; 20 with --weights none; --demo and "
-        "presets have their own)")
+        "divided by the number of training images, but 5 to 20; 20 with --patience or --weights "
+        "none; --demo and presets have their own)")
     add("-b", "--batch-size", type=count, help="images per step, over all processes")
     add("--lr", type=real, help="learning rate of the head")
     add("--lr-backbone", type=real, help="learning rate of the backbone (default: as --lr, but at "
@@ -276,7 +276,8 @@ def parse_options(argv=None):
     if options.train_layers == "new" and options.unfreeze is None:
         options.unfreeze = "late"
     # The extra time only pays off after pretrained layers. There sam 0: -0.012, in 0.76 of the time
-    # (100 and 200 photographs, three seeds); from scratch, sam 0.1: -0.06 (demo, in equal time).
+    # (100 and 200 photographs, three seeds), and with complete weights -0.008 and -0.005, in 0.75 and
+    # 0.71 of it (400 and 780, three seeds); from scratch, sam 0.1: -0.06 (demo, in equal time).
     if options.sam is None:
         options.sam = 0.0 if options.weights == "none" or options.preset != "default" else 0.1
     options.backbone = inference.check_backbone(options.backbone)
@@ -639,7 +640,7 @@ def read_data(options):
 
 def set_epochs(options, count):
     """Fill in the number of epochs for `count` training images, and the defaults that depend on it."""
-    if options.epochs is None and options.weights == "none":
+    if options.epochs is None and (options.weights == "none" or options.patience):
         options.epochs = 20
     elif options.epochs is None:  # 20 are enough for few images; fewer than 5 leave the head too little
         options.epochs = min(20, max(5, round(IMAGES_TO_SEE / count)))
