@@ -530,7 +530,8 @@ def test_layers_that_are_given_are_all_that_is_trained():
 
 @pytest.mark.parametrize(("given", "count", "epochs"), [
     ("", 1, 20), ("", 300, 20), ("", 400, 15), ("", 780, 8), ("", 1200, 5), ("", 10**6, 5), ("--epochs 7", 780, 7),
-    ("--weights none", 780, 20), ("--patience 10", 780, 20), ("--preset coco", 780, 20), ("--preset resnet50", 780, 40), ("--demo", 700, 16)])
+    ("--weights none", 780, 20), ("--patience 10", 780, 20), ("--preset coco", 780, 20),
+    ("--preset resnet50", 780, 40), ("--demo", 700, 16)])
 def test_more_images_take_fewer_epochs_unless_an_option_says_how_many(given, count, epochs):
     options = train.parse_options(given.split())
     train.set_epochs(options, count)
