@@ -119,7 +119,8 @@ class Page:
         path.unlink(missing_ok=True)
         self.click("download")
         deadline = time.monotonic() + 10
-        while not path.exists() and time.monotonic() < deadline:
+        # Chromium makes an empty file of that name first, and renames the whole one to it at the end.
+        while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.02)
         return path
 
